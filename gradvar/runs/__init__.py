@@ -1,0 +1,1 @@
+"""The run directory: records, reading and writing, provenance."""
