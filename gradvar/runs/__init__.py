@@ -1,1 +1,39 @@
-"""The run directory: records, reading and writing, provenance."""
+"""The run directory: records, settings, reading and writing, provenance. Loads no torch."""
+
+from gradvar.runs.config import EstimateConfig, MeasureConfig, RewardConfig, SampleConfig
+from gradvar.runs.files import Measures, rollouts_digest
+from gradvar.runs.records import (
+    TABLE_COLUMNS,
+    Estimate,
+    Prompt,
+    PromptScores,
+    Rollout,
+    ScoreGram,
+    TableRow,
+    estimate_table,
+)
+from gradvar.runs.run import SUM, Run, create_run, open_run
+
+__all__ = [
+    # the directory
+    "SUM",
+    "Run",
+    "create_run",
+    "open_run",
+    "rollouts_digest",
+    # settings
+    "EstimateConfig",
+    "MeasureConfig",
+    "RewardConfig",
+    "SampleConfig",
+    # records
+    "TABLE_COLUMNS",
+    "Estimate",
+    "Measures",
+    "Prompt",
+    "PromptScores",
+    "Rollout",
+    "ScoreGram",
+    "TableRow",
+    "estimate_table",
+]

@@ -1,0 +1,191 @@
+"""Models and tokenizers from a folder or the hub: safetensors only, nothing in them runs unless asked by name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from gradvar.errors import GradvarError
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFolder:
+    """A model on this machine's disk."""
+
+    name: str
+    """What the user asked for: a path or a hub id."""
+    path: Path
+    """The folder with config.json and the weights."""
+    revision: str | None
+    """Commit of a hub model; None for a folder."""
+
+    def weights_hash(self) -> str:
+        """Return the SHA-256 over the configuration and every weight file: the model's identity in a run."""
+        hasher = hashlib.sha256()
+        for file in [self.path / "config.json", *sorted(self.path.glob("*.safetensors"))]:
+            hasher.update(file.name.encode())
+            with file.open("rb") as handle:
+                while block := handle.read(1 << 22):
+                    hasher.update(block)
+        return hasher.hexdigest()
+
+    def max_positions(self, trust_remote_code: bool = False) -> int | None:
+        """Return the model's context in tokens, None where its configuration states none."""
+        config = self._config(trust_remote_code)
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            value = getattr(config.get_text_config(), name, None)
+            if isinstance(value, int) and value > 0:
+                return value
+        return None
+
+    def vocab_size(self, trust_remote_code: bool = False) -> int:
+        """Return the number of token ids the model knows."""
+        return int(self._config(trust_remote_code).get_text_config().vocab_size)
+
+    def _config(self, trust_remote_code: bool) -> Any:
+        try:
+            return AutoConfig.from_pretrained(self.path, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise GradvarError(f"model {self.name}: its config.json cannot be used: {_first_line(error)}") from error
+
+
+def find_model(name: str, revision: str | None = None) -> ModelFolder:
+    """Return the folder of a model, fetching a hub id into the local cache.
+
+    Raises:
+        GradvarError: No such folder or hub model, or no config or safetensors weights in it.
+    """
+    if not name:
+        raise GradvarError("no model given: expected --model with a folder or a hub id such as Qwen/Qwen2.5-0.5B")
+    path, commit = Path(name).expanduser(), None
+    if not path.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep not in name:
+            raise GradvarError(
+                f"--model {name}: no such folder; give a model folder or a hub id such as Qwen/Qwen2.5-0.5B"
+            )
+        path = _fetch(name, revision)
+        commit = path.name
+    if not path.is_dir():
+        raise GradvarError(f"--model {name}: expected a folder with config.json and *.safetensors, received a file")
+    if not (path / "config.json").is_file():
+        raise GradvarError(f"--model {name}: the folder has no config.json; expected a Hugging Face causal LM")
+    if not any(path.glob("*.safetensors")):
+        raise GradvarError(
+            f"--model {name}: the folder has no *.safetensors weights; save the model with "
+            "save_pretrained(..., safe_serialization=True)"
+        )
+    return ModelFolder(name=name, path=path.resolve(), revision=commit)
+
+
+def load_tokenizer(folder: ModelFolder, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer.
+
+    Raises:
+        GradvarError: There is none, it is damaged, or it has no end token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizer libraries raise bare Exceptions
+        raise GradvarError(f"model {folder.name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise GradvarError(
+            f"model {folder.name}: its tokenizer has no end token (eos_token), so no response could stop; "
+            "set eos_token in tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def load_model(
+    folder: ModelFolder,
+    *,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Load the causal LM in eval mode onto a device.
+
+    Args:
+        folder: Where `find_model` found it.
+        dtype: float32, bfloat16, float16 or float64.
+        device: A torch device name.
+        trust_remote_code: Run code that the model's repository ships.
+        attn_implementation: transformers' name of the attention; None leaves the choice to it.
+
+    Raises:
+        GradvarError: The weights do not load, or some of the model's weights are missing from the files.
+    """
+    options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder.path,
+            dtype=_DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:  # damaged files surface as many types, SafetensorError among them
+        raise GradvarError(f"model {folder.name}: its weights cannot be loaded: {_first_line(error)}") from error
+    problems = [*loading["missing_keys"], *loading["mismatched_keys"]]
+    if problems:
+        raise GradvarError(
+            f"model {folder.name}: {len(problems)} weights are missing from its files or have another shape "
+            f"(first: {problems[0]}); they would be random"
+        )
+    return model.to(device).eval()
+
+
+def resolve_device(device: str) -> str:
+    """Return the torch device for a setting, auto being the first GPU where there is one.
+
+    Raises:
+        GradvarError: No such device here.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise GradvarError(f"--device {device}: expected auto, cpu, cuda or cuda:1") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise GradvarError(f"--device {device}: no CUDA device here; use --device cpu")
+    return device
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """Return the model dtype for a setting, auto being bfloat16 on a GPU and float32 on a CPU."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device.startswith("cuda") else "float32"
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # offline, unknown, gated: many types, one meaning for the user
+        raise GradvarError(
+            f"--model {name}: neither a folder here nor to be had from the hub ({_first_line(error)}); "
+            "check the name, or give a local folder"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,236 @@
+"""One run directory: what it holds, read and written file by file (format_version 1)."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradvar.errors import GradvarError
+from gradvar.runs import provenance, storage
+from gradvar.runs.config import CONFIGS, Config, as_json, resolve
+from gradvar.runs.files import RunFiles
+from gradvar.runs.records import PromptScores, Rollout
+
+FORMAT_VERSION = 1
+SUM = "sum"
+"""The pseudo target that stands for all measured targets together."""
+
+
+class Run(RunFiles):
+    """A run directory that exists. Made by `open_run` or `create_run`."""
+
+    def __init__(self, path: Path, info: dict[str, Any]) -> None:
+        super().__init__(path)
+        self.info = info
+
+    # --- run.json -----------------------------------------------------------------------------------------------
+
+    def config(self, kind: type[Config]) -> Config:
+        """Return the section of the configuration that `kind` describes, as this run holds it."""
+        return resolve(kind, self.stored(kind))
+
+    def stored(self, kind: type[Config]) -> dict[str, Any]:
+        """Return the settings of one section as run.json holds them (empty before its stage ran)."""
+        return dict(self.info["config"].get(_section(kind), {}))
+
+    def save(self) -> None:
+        """Write run.json."""
+        storage.write_json(self.path / "run.json", self.info)
+
+    def begin(self, stage: str, config: Config | None = None, *, device: str | None = None) -> None:
+        """Note in run.json that a stage started, with its settings and what it runs on."""
+        if config is not None:
+            self.info["config"][_section(type(config))] = as_json(config)
+        self.info["status"] = f"{stage}: running"
+        self.info["stages"][stage] = {
+            "status": "running",
+            "started": provenance.utc_now(),
+            "packages": provenance.package_versions(),
+            "git": provenance.git_state(),
+            "host": provenance.host(),
+            **({"device": device} if device else {}),
+        }
+        self.save()
+        self.log(f"{stage} started")
+
+    def finish(self, stage: str, **facts: Any) -> None:
+        """Note in run.json that a stage is complete."""
+        self.info["status"] = f"{stage}: complete"
+        self.info["stages"][stage].update({"status": "complete", "finished": provenance.utc_now(), **facts})
+        self.save()
+        self.log(f"{stage} complete", **facts)
+
+    def log(self, event: str, **facts: Any) -> None:
+        """Append one line to log.jsonl."""
+        line = json.dumps({"time": provenance.utc_now(), "event": event, **facts}, ensure_ascii=False) + "\n"
+        try:
+            with (self.path / "log.jsonl").open("a", encoding="utf-8") as handle:
+                handle.write(line)
+        except OSError as error:
+            raise GradvarError(
+                f"cannot write {self.path / 'log.jsonl'}: {error.strerror}; make room, then run the same command again"
+            ) from error
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for writing; the lock goes with the process, however it ends.
+
+        Raises:
+            GradvarError: Another process is working on this run, or the folder is not writable.
+        """
+        try:
+            handle = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise GradvarError(
+                f"cannot write to {self.path}: {error.strerror}; choose a run folder you may write to"
+            ) from error
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise GradvarError(
+                    f"another process is working on {self.path}; wait for it to end, then run the command again"
+                ) from None
+            yield
+
+    # --- for the estimators -------------------------------------------------------------------------------------
+
+    @property
+    def targets(self) -> list[str]:
+        """Targets that every measured prompt holds, in the order they were measured."""
+        measured = [set(self.grams(p)) for p in self.measured_prompt_ids()]
+        if not measured:
+            return []
+        return [name for name in self.grams(self.measured_prompt_ids()[0]) if all(name in m for m in measured)]
+
+    def measured_prompt_ids(self) -> list[str]:
+        """Prompts whose Grams are in the run."""
+        return [p for p in self.prompt_ids if self.file("grams", p).exists()]
+
+    def scores(self, target: str = SUM) -> list[PromptScores]:
+        """Return what the estimators need of every measured prompt, for one target or the sum of all.
+
+        A prompt without rewards gets NaN rewards: unverified, so score-only results remain.
+
+        Raises:
+            GradvarError: Nothing was measured, or the target is not in the run.
+        """
+        prompt_ids = self.measured_prompt_ids()
+        if not prompt_ids:
+            raise GradvarError(f"{self.path} holds no score Grams: run `gradvar measure {self.path}` first")
+        known = self.targets
+        if target != SUM and target not in known:
+            raise GradvarError(f"target {target!r} is not in {self.path}: known are {', '.join([SUM, *known])}")
+        max_length = int(self.info["config"].get("sample", {}).get("max_tokens", 0))
+        scores = []
+        for prompt_id in prompt_ids:
+            grams, rollouts = self.grams(prompt_id), self.rollouts(prompt_id)
+            ids = tuple(r.rollout_id for r in rollouts)
+            parts = [grams[name] for name in (known if target == SUM else [target])]
+            if parts[0].rollout_ids != ids[: len(parts[0].rollout_ids)]:
+                raise GradvarError(
+                    f"the Grams of prompt {prompt_id!r} were measured on other rollouts: "
+                    f"run `gradvar measure {self.path}` again"
+                )
+            count = len(parts[0].rollout_ids)
+            has_rewards = self.file("rewards", prompt_id).exists()
+            rewards = self.rewards(prompt_id)[:count] if has_rewards else np.full(count, np.nan)
+            if len(rewards) != count:
+                raise GradvarError(f"prompt {prompt_id!r} has unscored rollouts: run `gradvar reward {self.path}`")
+            lengths = np.array([r.length for r in rollouts[:count]], dtype=np.float64)
+            scores.append(
+                PromptScores(
+                    prompt_id=prompt_id,
+                    target=target,
+                    gram=np.sum([part.matrix for part in parts], axis=0),
+                    rewards=rewards,
+                    lengths=lengths,
+                    truncated=np.array([r.finish_reason == "length" for r in rollouts[:count]]),
+                    log_probs=self._summed_log_probs(prompt_id, rollouts[:count]),
+                    max_length=max(max_length, int(lengths.max())),
+                )
+            )
+        return scores
+
+    def _summed_log_probs(self, prompt_id: str, rollouts: Sequence[Rollout]) -> NDArray[np.float64] | None:
+        if not self.file("measures", prompt_id).exists():
+            return None
+        logprobs = self.measures(prompt_id).policy_logprobs
+        if len(logprobs) != len(rollouts):
+            return None
+        masks = [np.ones(len(r.token_ids)) if r.loss_mask is None else np.array(r.loss_mask) for r in rollouts]
+        return np.array([float(lp.astype(np.float64) @ mask) for lp, mask in zip(logprobs, masks, strict=True)])
+
+
+def open_run(path: str | os.PathLike[str]) -> Run:
+    """Open an existing run directory; loads no torch.
+
+    Args:
+        path: The folder that `gradvar run` or `gradvar sample` made.
+
+    Raises:
+        GradvarError: The folder is missing, is not a run, is damaged, or is of a newer format.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise GradvarError(
+            f"no run directory at {folder}: expected a folder that `gradvar run` or `gradvar sample` made"
+        )
+    if not (folder / "run.json").is_file():
+        raise GradvarError(
+            f"{folder} is not a gradvar run: it has no run.json; `gradvar sample {folder} ...` makes one"
+        )
+    info = storage.read_json(folder / "run.json")
+    if not isinstance(info, dict) or not isinstance(info.get("format_version"), int):
+        raise storage.damaged(folder / "run.json", "no format_version")
+    if info["format_version"] > FORMAT_VERSION:
+        raise GradvarError(
+            f"{folder} has format_version {info['format_version']}, this gradvar reads up to {FORMAT_VERSION}: "
+            "upgrade gradvar"
+        )
+    if not isinstance(info.get("config"), dict) or not isinstance(info.get("stages"), dict):
+        raise storage.damaged(folder / "run.json", "no config or stages")
+    return Run(folder, info)
+
+
+def create_run(path: str | os.PathLike[str]) -> Run:
+    """Make a new run directory, or open the one that is there.
+
+    Raises:
+        GradvarError: The folder holds something else, or cannot be written.
+    """
+    folder = Path(path)
+    if (folder / "run.json").exists():
+        return open_run(folder)
+    if folder.exists() and not folder.is_dir():
+        raise GradvarError(f"{folder} is a file: expected a new or empty folder, or an existing run")
+    leftovers = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
+    if leftovers:
+        raise GradvarError(
+            f"{folder} is not a gradvar run and not empty (it holds {leftovers[0]!r}): choose a new folder"
+        )
+    run = Run(
+        folder,
+        {
+            "format_version": FORMAT_VERSION,
+            "status": "new",
+            "created": provenance.utc_now(),
+            "model": {},
+            "config": {},
+            "stages": {},
+        },
+    )
+    run.save()
+    return run
+
+
+def _section(kind: type[Any]) -> str:
+    return next(name for name, each in CONFIGS.items() if each is kind)
