@@ -1,0 +1,1 @@
+"""The `gradvar` command: parse, call one stage, render."""

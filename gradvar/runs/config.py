@@ -20,7 +20,7 @@ import yaml
 
 from gradvar.errors import GradvarError
 
-ENGINES = ("auto", "vllm", "transformers")
+ENGINES = ("auto", "vllm", "transformers", "imported")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 ADVANTAGES = ("grpo", "mean", "rloo", "raw", "score", "opo")
 

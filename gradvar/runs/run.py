@@ -87,6 +87,7 @@ class Run(RunFiles):
             GradvarError: Another process is working on this run, or the folder is not writable.
         """
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             handle = (self.path / ".lock").open("w")
         except OSError as error:
             raise GradvarError(
@@ -202,7 +203,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
 
 
 def create_run(path: str | os.PathLike[str]) -> Run:
-    """Make a new run directory, or open the one that is there.
+    """Return the run in a folder, or a new one, which is written when its first stage begins.
 
     Raises:
         GradvarError: The folder holds something else, or cannot be written.
@@ -217,7 +218,7 @@ def create_run(path: str | os.PathLike[str]) -> Run:
         raise GradvarError(
             f"{folder} is not a gradvar run and not empty (it holds {leftovers[0]!r}): choose a new folder"
         )
-    run = Run(
+    return Run(
         folder,
         {
             "format_version": FORMAT_VERSION,
@@ -228,8 +229,6 @@ def create_run(path: str | os.PathLike[str]) -> Run:
             "stages": {},
         },
     )
-    run.save()
-    return run
 
 
 def _section(kind: type[Any]) -> str:

@@ -1,0 +1,117 @@
+"""One look for what people read, one sink for JSON: words and progress on standard error, results on standard output."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gradvar.stages.listener import Advance
+
+result = Console(highlight=False, soft_wrap=False)
+notes = Console(stderr=True, highlight=False)
+
+
+class Terminal:
+    """Shows what a stage says and how far it is."""
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        notes.print(text, style="dim", markup=False)
+
+    def warn(self, text: str) -> None:
+        """Print one line that must not be missed."""
+        notes.print(f"warning: {text}", style="bold yellow", markup=False)
+
+    @contextlib.contextmanager
+    def task(self, description: str, total: int, done: int = 0) -> Iterator[Advance]:
+        """Show a bar with the time left; a line at the end where no terminal is there."""
+        columns = (
+            TextColumn("{task.description:<8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=notes, transient=False) as progress:
+            task = progress.add_task(description, total=total, completed=done)
+
+            def advance(units: int) -> None:
+                progress.advance(task, units)
+
+            yield advance
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document; numbers that are not finite become null or "inf"."""
+    print(json.dumps(_jsonable(value), indent=2, ensure_ascii=False))
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return a table's rows as JSON-ready records."""
+    return [dict(row) for row in table.astype(object).to_dict("records")]
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """Return a number as people write it; a dash where it is undefined."""
+    if value is None or pd.isna(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    if value and (abs(value) >= 10**5 or abs(value) < 10**-3):
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.{digits}g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def interval(row: Any) -> str:
+    """Return low and high of a table row as an interval."""
+    if pd.isna(row["low"]) and pd.isna(row["high"]):
+        return "no interval"
+    return f"[{number(row['low'])}, {number(row['high'])}]"
+
+
+def verdict(text: Any) -> str:
+    """Return a verdict in its colour."""
+    if text is None or pd.isna(text):
+        return ""
+    styles = {
+        "proportional to length": "green",
+        "supported": "green",
+        "resolved": "green",
+        "not proportional": "red",
+        "rejected": "red",
+    }
+    style = styles.get(str(text), "yellow")
+    return f"[{style}]{text}[/{style}]"
+
+
+def table(title: str, columns: list[str], rows: list[list[str]], *, caption: str = "") -> None:
+    """Print one table."""
+    shown = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left")
+    for index, column in enumerate(columns):
+        shown.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        shown.add_row(*row)
+    result.print(shown)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(v) for v in value]
+    if value is pd.NA or value is None:
+        return None
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        return None if math.isnan(value) else (value if math.isfinite(value) else ("inf" if value > 0 else "-inf"))
+    return value

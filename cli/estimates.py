@@ -1,0 +1,77 @@
+"""Commands that turn Grams into numbers: fit, cv."""
+
+from __future__ import annotations
+
+import typer
+
+from . import options as o
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command()(fit)
+    app.command()(cv)
+
+
+def fit(
+    run: o.RunPath,
+    level: o.Level = None,
+    margin: o.Margin = None,
+    advantage: o.Advantage = None,
+    seed: o.Seed = None,
+    config: o.ConfigFile = None,
+    as_json: o.Json = False,
+) -> None:
+    """Fit variance against length: the exponent with its interval, and the verdict.
+
+    Deviation is the squared distance from the mean gradient (the paper's figures); within-length variance is what
+    remains among responses of like length, and what least-variance weights depend on.
+    """
+    settings = o.given(config, level=level, margin=margin, advantage=advantage, seed=seed)
+
+    from gradvar.runs import open_run
+    from gradvar.stages import fit as stage
+
+    from . import console, views
+
+    target = open_run(run)
+    with target.locked():
+        stage(target, settings, console.Terminal())
+    views.show_law(target, as_json=as_json)
+
+
+def cv(
+    run: o.RunPath,
+    group_size: o.GroupSize = None,
+    advantage: o.Advantage = None,
+    rule: o.Rules = None,
+    alpha: o.Alphas = None,
+    level: o.Level = None,
+    seed: o.Seed = None,
+    config: o.ConfigFile = None,
+    as_json: o.Json = False,
+) -> None:
+    """Estimate the coefficient of variation of each aggregator's update: sqrt(variance) over the mean's norm.
+
+    Total CV, lengths random, at one group size. Where the signal cannot be told from zero the CV is unresolved: its
+    lower bound is given, and the number of responses that would resolve it.
+    """
+    settings = o.given(
+        config,
+        group_size=group_size,
+        advantage=advantage,
+        rules=tuple(rule) if rule else None,
+        alphas=tuple(alpha) if alpha else None,
+        level=level,
+        seed=seed,
+    )
+
+    from gradvar.runs import open_run
+    from gradvar.stages import cv as stage
+
+    from . import console, views
+
+    target = open_run(run)
+    with target.locked():
+        stage(target, settings, console.Terminal())
+    views.show_cv(target, as_json=as_json)

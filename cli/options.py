@@ -1,0 +1,131 @@
+"""Options that several commands share, each written once. None means not given: the run's own value, or the default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="TOML or YAML file of options by the same names; the command line wins."),
+]
+
+
+def _option(kind: Any, name: str, text: str, *, default: object = None, panel: str | None = None) -> Any:
+    shown = str(default) if default is not None else False
+    return Annotated[kind | None, typer.Option(name, help=text, show_default=shown, rich_help_panel=panel)]
+
+
+_M, _P, _S, _G, _E = "Model", "Prompts", "Sampling", "Measuring", "Estimates"
+
+Model = _option(str, "--model", "Model folder or hub id.", panel=_M)
+Revision = _option(str, "--revision", "Branch, tag or commit of a hub model.", panel=_M)
+TrustRemoteCode = Annotated[
+    bool | None,
+    typer.Option("--trust-remote-code", help="Run the model repository's own Python code.", rich_help_panel=_M),
+]
+Dtype = _option(
+    str,
+    "--dtype",
+    "float32, bfloat16, float16, float64.",
+    default="auto: bfloat16 on a GPU, float32 on a CPU",
+    panel=_M,
+)
+Device = _option(str, "--device", "cpu, cuda, cuda:1.", default="auto", panel=_M)
+
+Prompts = _option(
+    str,
+    "--prompts",
+    "Problems: jsonl, json, parquet or csv; verl, Open-Reasoner-Zero, CountDown, GSM8K, MATH-500 and plain `prompt` "
+    "files are recognised by their columns.",
+    panel=_P,
+)
+PromptColumn = _option(str, "--prompt-column", "Column of the question, for other files.", panel=_P)
+AnswerColumn = _option(str, "--answer-column", "Column of the gold answer, for other files.", panel=_P)
+Template = _option(str, "--template", "chat, none, countdown, orz, or a file.", default="auto", panel=_P)
+NPrompts = _option(int, "--n-prompts", "How many prompts, chosen by the seed.", default="all", panel=_P)
+PromptIds = _option(str, "--prompt-ids", "Row numbers of the problems to take: 3,17,40.", panel=_P)
+
+Rollouts = _option(int, "--rollouts", "Responses a prompt.", default=128, panel=_S)
+Temperature = _option(float, "--temperature", "Softmax temperature.", default=1.0, panel=_S)
+MaxTokens = _option(int, "--max-tokens", "Longest response in tokens.", default=3072, panel=_S)
+Engine = _option(
+    str, "--engine", "vllm or transformers.", default="auto: vllm where it is installed and a GPU is there", panel=_S
+)
+Seed = _option(int, "--seed", "Seed of every random choice.", default=0, panel=_S)
+BatchSize = _option(int, "--batch-size", "Responses generated together (transformers).", panel=_S)
+TensorParallel = _option(int, "--tensor-parallel-size", "GPUs for one model (vLLM).", default=1, panel=_S)
+GpuMemory = _option(float, "--gpu-memory-utilization", "Fraction of the GPU's memory for vLLM.", default=0.9, panel=_S)
+
+Reward = _option(
+    str,
+    "--reward",
+    "countdown, math, gsm8k, exact, or your own file.py:function (verl's compute_score form).",
+    default="chosen by the data's source",
+)
+
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--targets",
+        help="last:qkv, 14:qkv,mlp, 0-3:attn, all:mlp, or a glob over module names; several times.",
+        show_default="last:qkv",
+        rich_help_panel=_G,
+    ),
+]
+Bias = Annotated[
+    bool | None,
+    typer.Option(
+        "--bias/--no-bias", help="Count biases among the parameters.", show_default="bias", rich_help_panel=_G
+    ),
+]
+TokenBudget = _option(int, "--token-budget", "Padded tokens in one forward pass.", panel=_G)
+MemoryBudget = _option(float, "--memory-budget", "GiB that measuring may use.", panel=_G)
+LogprobLimit = _option(
+    float,
+    "--logprob-limit",
+    "Mean difference between sampler and policy, nats per token, above which you are warned.",
+    default=0.05,
+    panel=_G,
+)
+
+GroupSize = _option(int, "--group-size", "Responses an aggregator sums over.", default=8, panel=_E)
+Advantage = _option(str, "--advantage", "grpo, mean, rloo, raw, score or opo.", default="grpo", panel=_E)
+Rules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rule",
+        help="An aggregator to compare; several times.",
+        show_default="grpo, dapo, dr_grpo, vl_norm",
+        rich_help_panel=_E,
+    ),
+]
+Alphas = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--alpha", help="An exponent of vl_norm; several times.", show_default="0.5 0.75 1 1.5 2", rich_help_panel=_E
+    ),
+]
+Level = _option(float, "--level", "Coverage of the intervals.", default=0.95, panel=_E)
+Margin = _option(
+    float, "--margin", "How far the exponent may lie from 1 and count as proportional.", default=0.25, panel=_E
+)
+
+
+def given(config: Path | None, **options: Any) -> dict[str, Any]:
+    """Return the settings that were given: those of the config file under those of the command line.
+
+    Raises:
+        GradvarError: The file is missing, malformed, or has a setting that does not exist.
+    """
+    from gradvar.runs.config import read_settings
+
+    settings = read_settings(config) if config is not None else {}
+    ids = options.get("prompt_ids")
+    if ids is not None:
+        options["prompt_ids"] = tuple(part.strip() for part in ids.split(",") if part.strip())
+    return {**settings, **{name: value for name, value in options.items() if value not in (None, [], ())}}

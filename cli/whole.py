@@ -1,0 +1,97 @@
+"""Commands that do the whole job: run, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as o
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command()(demo)
+    app.command()(run)
+
+
+def demo(
+    run: Annotated[Path, typer.Argument(metavar="[RUN]", help="The run directory.")] = Path("demo-run"),
+    n_prompts: o.NPrompts = None,
+    rollouts: o.Rollouts = None,
+    engine: o.Engine = None,
+    seed: o.Seed = None,
+    as_json: o.Json = False,
+) -> None:
+    """Do the whole job on the bundled policy: a small model trained to search for CountDown solutions.
+
+    Samples, scores, measures, fits, compares and draws, in some minutes on two cores, with no network and no GPU.
+    """
+    settings = o.given(None, n_prompts=n_prompts, rollouts=rollouts, engine=engine, seed=seed)
+
+    from gradvar.runs import create_run
+    from gradvar.stages import demo as stage
+
+    from . import console, views
+
+    target = create_run(run)
+    with target.locked():
+        paths = stage(target, settings, console.Terminal())
+    views.show_results(target, paths, as_json=as_json)
+
+
+def run(
+    run: o.RunPath,
+    config: o.ConfigFile = None,
+    model: o.Model = None,
+    revision: o.Revision = None,
+    trust_remote_code: o.TrustRemoteCode = None,
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+    prompts: o.Prompts = None,
+    prompt_column: o.PromptColumn = None,
+    answer_column: o.AnswerColumn = None,
+    template: o.Template = None,
+    n_prompts: o.NPrompts = None,
+    prompt_ids: o.PromptIds = None,
+    rollouts: o.Rollouts = None,
+    temperature: o.Temperature = None,
+    max_tokens: o.MaxTokens = None,
+    engine: o.Engine = None,
+    seed: o.Seed = None,
+    batch_size: o.BatchSize = None,
+    tensor_parallel_size: o.TensorParallel = None,
+    gpu_memory_utilization: o.GpuMemory = None,
+    reward: o.Reward = None,
+    targets: o.Targets = None,
+    bias: o.Bias = None,
+    token_budget: o.TokenBudget = None,
+    memory_budget: o.MemoryBudget = None,
+    logprob_limit: o.LogprobLimit = None,
+    group_size: o.GroupSize = None,
+    advantage: o.Advantage = None,
+    rule: o.Rules = None,
+    alpha: o.Alphas = None,
+    level: o.Level = None,
+    margin: o.Margin = None,
+    as_json: o.Json = False,
+) -> None:
+    """Sample, reward, measure, fit, compare and draw: the whole job on any Hugging Face causal LM.
+
+    Kill it at any moment and type the same command again: it goes on where it was.
+    """
+    options = dict(locals())
+    renamed = {"bias": "include_bias", "rule": "rules", "alpha": "alphas"}
+    skipped = ("run", "as_json", "config")
+    settings = o.given(config, **{renamed.get(k, k): v for k, v in options.items() if k not in skipped})
+
+    from gradvar.runs import create_run
+    from gradvar.stages import run_all
+
+    from . import console, views
+
+    target = create_run(run)
+    with target.locked():
+        paths = run_all(target, settings, console.Terminal())
+    views.show_results(target, paths, as_json=as_json)
