@@ -1,4 +1,4 @@
-"""One look for what people read, one sink for JSON: words and progress on standard error, results on standard output."""
+"""One look for what people read: words and progress on standard error, results and JSON on standard output."""
 
 from __future__ import annotations
 

@@ -93,7 +93,8 @@ def show_info(run: Run, *, as_json: bool) -> None:
         "model": f"{run.info['model'].get('path')} (weights {str(run.info['model'].get('weights_sha256'))[:12]})",
         "problems": ", ".join(f"{k} {v}" for k, v in read.items()) or sample.get("prompts"),
         "sampling": f"{sample.get('engine')}, temperature {sample.get('temperature')}, at most "
-        f"{sample.get('max_tokens')} tokens, {sample.get('dtype')} on {sample.get('device')}, seed {sample.get('seed')}",
+        f"{sample.get('max_tokens')} tokens, {sample.get('dtype')} on {sample.get('device')}, "
+        f"seed {sample.get('seed')}",
         "targets": ", ".join(run.targets) or "none measured yet",
     }
     for name, value in facts.items():
