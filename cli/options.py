@@ -57,7 +57,7 @@ Engine = _option(
     str, "--engine", "vllm or transformers.", default="auto: vllm where it is installed and a GPU is there", panel=_S
 )
 Seed = _option(int, "--seed", "Seed of every random choice.", default=0, panel=_S)
-BatchSize = _option(int, "--batch-size", "Responses generated together (transformers).", panel=_S)
+BatchSize = _option(int, "--batch-size", "Responses generated together (transformers).", default=128, panel=_S)
 TensorParallel = _option(int, "--tensor-parallel-size", "GPUs for one model (vLLM).", default=1, panel=_S)
 GpuMemory = _option(float, "--gpu-memory-utilization", "Fraction of the GPU's memory for vLLM.", default=0.9, panel=_S)
 

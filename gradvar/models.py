@@ -44,7 +44,7 @@ class ModelFolder:
 
     def max_positions(self, trust_remote_code: bool = False) -> int | None:
         """Return the model's context in tokens, None where its configuration states none."""
-        config = self._config(trust_remote_code)
+        config = self.load_config(trust_remote_code)
         for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
             value = getattr(config.get_text_config(), name, None)
             if isinstance(value, int) and value > 0:
@@ -53,9 +53,14 @@ class ModelFolder:
 
     def vocab_size(self, trust_remote_code: bool = False) -> int:
         """Return the number of token ids the model knows."""
-        return int(self._config(trust_remote_code).get_text_config().vocab_size)
+        return int(self.load_config(trust_remote_code).get_text_config().vocab_size)
 
-    def _config(self, trust_remote_code: bool) -> Any:
+    def load_config(self, trust_remote_code: bool = False) -> Any:
+        """Load config.json as transformers' configuration object.
+
+        Raises:
+            GradvarError: It is damaged, or of a model type that this transformers does not know.
+        """
         try:
             return AutoConfig.from_pretrained(self.path, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
@@ -147,6 +152,20 @@ def load_model(
             f"(first: {problems[0]}); they would be random"
         )
     return model.to(device).eval()
+
+
+def load_skeleton(folder: ModelFolder, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Build the model's modules without weights or memory, to look at their names and shapes.
+
+    Raises:
+        GradvarError: The configuration is not that of a causal LM.
+    """
+    config = folder.load_config(trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise GradvarError(f"model {folder.name}: not a causal LM: {_first_line(error)}") from error
 
 
 def resolve_device(device: str) -> str:

@@ -70,8 +70,8 @@ class SampleConfig:
     """auto, cpu, cuda, cuda:1, ..."""
     seed: int = 0
     """Seed of the choice of prompts and of every rollout."""
-    batch_size: int | None = None
-    """Responses generated together by the transformers engine; None chooses."""
+    batch_size: int = 128
+    """Responses generated together by the transformers engine; part of what a seed means."""
     tensor_parallel_size: int = 1
     """GPUs that vLLM spreads one model over."""
     gpu_memory_utilization: float = 0.9
@@ -85,7 +85,7 @@ class SampleConfig:
         _require(self.engine in ENGINES, "engine", f"one of {', '.join(ENGINES)}", self.engine)
         _require(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
         _require(self.seed >= 0, "seed", "a whole number from 0", self.seed)
-        _require(self.batch_size is None or self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         _require(self.tensor_parallel_size >= 1, "tensor_parallel_size", "at least 1", self.tensor_parallel_size)
         _require(
             0 < self.gpu_memory_utilization <= 1,
@@ -168,7 +168,7 @@ CONFIGS: dict[str, type[Any]] = {
 """Section of run.json to its dataclass."""
 
 IDENTITY: dict[str, tuple[str, ...]] = {
-    "sample": ("template", "temperature", "max_tokens", "engine", "dtype", "seed"),
+    "sample": ("template", "temperature", "max_tokens", "engine", "dtype", "seed", "batch_size"),
     "measure": ("include_bias",),
 }
 """Settings that one run may hold one value of; the model is compared by its weights' hash, prompts by their texts."""

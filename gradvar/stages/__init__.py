@@ -1,1 +1,27 @@
+"""One function a stage: read the run, call one room, write that stage's files."""
 
+from gradvar.stages.estimate import cv, fit
+from gradvar.stages.figures import draw_figures
+from gradvar.stages.listener import Listener, Silent
+from gradvar.stages.measure import disagreement, measure, sampler_agreements
+from gradvar.stages.reward import reward
+from gradvar.stages.sample import Preparation, import_rollouts, prepare, sample
+from gradvar.stages.whole import demo, run_all
+
+__all__ = [
+    "Listener",
+    "Preparation",
+    "Silent",
+    "cv",
+    "demo",
+    "disagreement",
+    "draw_figures",
+    "fit",
+    "import_rollouts",
+    "measure",
+    "prepare",
+    "reward",
+    "run_all",
+    "sample",
+    "sampler_agreements",
+]

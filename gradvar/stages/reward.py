@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from gradvar.errors import GradvarError
-from gradvar.rollouts.rewards import RewardPool, choose_reward, score_rollouts
-from gradvar.runs import RewardConfig, Run, rollouts_digest
+from gradvar.rollouts.rewards import MathPool, RewardResult, choose_reward, score_rollouts
+from gradvar.runs import RewardConfig, Rollout, Run, rollouts_digest
 from gradvar.stages.identity import agreed_config
 from gradvar.stages.listener import Listener, Silent
 from gradvar.stages.sample import IMPORTED
@@ -32,29 +33,36 @@ def reward(run: Run, given: Mapping[str, Any], listener: Listener | None = None)
     if not sampled:
         raise GradvarError(f"{run.path} holds no rollouts: run `gradvar sample {run.path}` first")
     run.begin("reward", config)
-    reasons: dict[str, int] = {}
-    unverified: dict[str, int] = {}
-    with listener.task("reward", len(sampled)) as advance, RewardPool() as pool:
+    reasons: Counter[str] = Counter()
+    unverified: Counter[str] = Counter()
+    with (
+        listener.task("reward", sum(len(run.rollouts(p.prompt_id)) for p in sampled)) as advance,
+        MathPool() as pool,
+    ):
         for prompt in sampled:
             rollouts = run.rollouts(prompt.prompt_id)
             digest = rollouts_digest(rollouts)
             old = run.rewards_label(prompt.prompt_id)
             if config.reward is None and old == (digest, IMPORTED):
-                reasons["imported with the rollouts"] = reasons.get("imported with the rollouts", 0) + 1
-                advance(1)
+                reasons["imported with the rollouts"] += 1
+                advance(len(rollouts))
                 continue
-            chosen = choose_reward(prompt.data_source, prompt.ground_truth, config.reward)
-            reasons[f"{chosen.name}: {chosen.why}"] = reasons.get(f"{chosen.name}: {chosen.why}", 0) + 1
-            label = (digest, chosen.identity)
-            if old != label:
-                result = score_rollouts(chosen, prompt, rollouts, pool=pool)
-                for reason in result.unverified.values():
-                    unverified[reason] = unverified.get(reason, 0) + 1
-                ids = [rollout.rollout_id for rollout in rollouts]
-                run.write_rewards(prompt.prompt_id, ids, result.rewards, label=label)
-            advance(1)
+            if config.reward is None and prompt.ground_truth is None:
+                label, result = (digest, "none"), _no_gold_answer(rollouts)
+                reasons["none: no gold answer in the data"] += 1
+            else:
+                chosen = choose_reward(prompt.data_source, prompt.ground_truth, config.reward)
+                label, result = (digest, chosen.label), None
+                reasons[chosen.why] += 1
+            if old == label:
+                advance(len(rollouts))
+                continue
+            if result is None:
+                result = score_rollouts(chosen, prompt, rollouts, pool=pool, on_progress=advance)
+            unverified.update(result.unverified.values())
+            run.write_rewards(prompt.prompt_id, [r.rollout_id for r in rollouts], result.rewards, label=label)
     for reason, count in reasons.items():
-        listener.say(f"reward {reason} ({count} prompts)")
+        listener.say(f"reward: {reason} ({count} prompts)")
     for reason, count in unverified.items():
         listener.warn(f"{count} responses unverified (null, not zero): {reason}")
     rewards = [run.rewards(prompt.prompt_id) for prompt in sampled]
@@ -63,4 +71,11 @@ def reward(run: Run, given: Mapping[str, Any], listener: Listener | None = None)
             "all rewards are equal within every prompt: advantages are zero, so only the score's results (A = 1) mean "
             "something"
         )
-    run.finish("reward", unverified=sum(unverified.values()))
+    run.finish("reward", unverified=int(sum(np.isnan(r).sum() for r in rewards)))
+
+
+def _no_gold_answer(rollouts: Sequence[Rollout]) -> RewardResult:
+    reason = "the problem has no gold answer (name its column by --answer-column, or give --reward file.py:function)"
+    return RewardResult(
+        rewards=np.full(len(rollouts), np.nan), unverified={rollout.rollout_id: reason for rollout in rollouts}
+    )

@@ -130,7 +130,7 @@ def sample(run: Run, given: Mapping[str, Any], listener: Listener | None = None)
     if requests:
         listener.say(f"sampling {missing} rollouts of {len(requests)} prompts with {config.engine} on {config.device}")
     settings = SamplingSettings(
-        model_path=folder.path,
+        model=folder,
         dtype=config.dtype,
         device=config.device,
         temperature=config.temperature,

@@ -1,0 +1,103 @@
+"""The whole job, stage after stage; everything that can be checked early is, before the long work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gradvar.demo import policy_path, problems_path, template_path
+from gradvar.errors import GradvarError
+from gradvar.estimators import check_rule
+from gradvar.gradients import resolve_targets
+from gradvar.models import load_skeleton
+from gradvar.rollouts.engines import check_engine
+from gradvar.rollouts.rewards import choose_reward
+from gradvar.runs import EstimateConfig, MeasureConfig, RewardConfig, Run
+from gradvar.stages.estimate import cv, fit
+from gradvar.stages.figures import draw_figures
+from gradvar.stages.identity import agreed_config
+from gradvar.stages.listener import Listener, Silent
+from gradvar.stages.measure import disagreement, measure
+from gradvar.stages.reward import reward
+from gradvar.stages.sample import prepare, sample
+
+DEMO_PROMPTS = 6
+DEMO_MAX_TOKENS = 1024
+
+
+def run_all(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> list[Path]:
+    """Sample, reward, measure, fit, compare and draw; what is done already stays.
+
+    Args:
+        run: The run, new or not.
+        given: Settings of every section given now.
+        listener: Who is told.
+
+    Returns:
+        Paths of the figures.
+
+    Raises:
+        GradvarError: Bad input; nothing is sampled before all of it was checked.
+    """
+    listener = listener or Silent()
+    check(run, given)
+    sample(run, given, listener)
+    reward(run, given, listener)
+    measure(run, given, listener)
+    line = disagreement(run)
+    if line is not None:
+        listener.warn(line)
+    fit(run, given, listener)
+    cv(run, given, listener)
+    return draw_figures(run, listener)
+
+
+def check(run: Run, given: Mapping[str, Any]) -> None:
+    """Check all settings of the whole job against the model, the problems and the run; writes nothing.
+
+    Raises:
+        GradvarError: The first mistake found.
+    """
+    estimates = agreed_config(run, EstimateConfig, given)
+    for rule in estimates.rules:
+        check_rule(rule)
+    measures = agreed_config(run, MeasureConfig, given)
+    rewards = agreed_config(run, RewardConfig, given)
+    ready = prepare(run, given)
+    check_engine(ready.config.engine)
+    if estimates.group_size > ready.config.rollouts:
+        raise GradvarError(
+            f"--group-size: expected at most the {ready.config.rollouts} rollouts a prompt, "
+            f"received {estimates.group_size}"
+        )
+    for prompt in ready.prompts:
+        if prompt.ground_truth is not None or rewards.reward is not None:
+            choose_reward(prompt.data_source, prompt.ground_truth, rewards.reward)
+    skeleton = load_skeleton(ready.folder, trust_remote_code=ready.config.trust_remote_code)
+    resolve_targets(skeleton, list(measures.targets))
+
+
+def demo(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> list[Path]:
+    """Do the whole job on the bundled policy and its held-out CountDown problems.
+
+    Args:
+        run: The run, new or not.
+        given: Settings that differ from the demo's own.
+        listener: Who is told.
+
+    Returns:
+        Paths of the figures.
+    """
+    settings = {
+        "model": str(policy_path()),
+        "prompts": str(problems_path()),
+        "template": str(template_path()),
+        "n_prompts": DEMO_PROMPTS,
+        "rollouts": 128,
+        "max_tokens": DEMO_MAX_TOKENS,
+        "engine": "transformers",
+        "device": "cpu",
+        "targets": ("last:qkv",),
+    }
+    return run_all(run, {**settings, **{k: v for k, v in given.items() if v is not None}}, listener)

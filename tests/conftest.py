@@ -1,0 +1,40 @@
+"""What the tests of stages and commands share: the command as a process, and one small finished run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--n-prompts", "3", "--rollouts", "24"]
+"""Options of a demo that takes seconds."""
+
+
+def command(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
+    """Start `gradvar ARGUMENTS` as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", "from cli.main import main; main()", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "160", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def gradvar(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `gradvar ARGUMENTS` to its end."""
+    process = command(*arguments, **environment)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Path:
+    """A small demo run, made by the command, never written to by tests."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    done = gradvar("demo", path, *SMALL)
+    assert done.returncode == 0, done.stderr
+    return path

@@ -1,0 +1,134 @@
+"""What may change in a run: identity is refused, additions are made, the rest is free."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+import gradvar
+from gradvar.demo import policy_path
+from gradvar.errors import GradvarError
+from gradvar.runs import SampleConfig
+from gradvar.stages import cv, fit, measure, reward, sample
+from gradvar.stages.identity import agreed_prompts
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run")
+    return gradvar.open_run(tmp_path / "run")
+
+
+def contents(run, kind):
+    return {path.name: path.read_bytes() for path in (run.path / kind).iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"temperature": 0.9}, "temperature = 1.0, received 0.9"),
+        ({"max_tokens": 512}, "max_tokens = 1024, received 512"),
+        ({"engine": "vllm"}, "engine = 'transformers', received 'vllm'"),
+        ({"dtype": "bfloat16"}, "dtype = 'float32', received 'bfloat16'"),
+        ({"template": "none"}, "template"),
+        ({"seed": 5}, "seed = 0, received 5"),
+    ],
+)
+def test_identity_is_refused_with_the_difference_named(run, given, words):
+    before = contents(run, "rollouts")
+    with pytest.raises(GradvarError) as caught:
+        sample(run, given)
+    assert words in str(caught.value)
+    assert contents(run, "rollouts") == before
+
+
+def test_another_bias_choice_is_refused(run):
+    with pytest.raises(GradvarError, match="include_bias = True, received False"):
+        measure(run, {"include_bias": False})
+
+
+def test_another_model_is_refused(run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(policy_path(), other)
+    config = (other / "config.json").read_text()
+    (other / "config.json").write_text(config + "\n")
+    with pytest.raises(GradvarError, match="one run holds one model"):
+        sample(run, {"model": str(other)})
+
+
+def test_another_prompt_text_is_refused(run):
+    prompt = run.prompts()[0]
+    changed = type(prompt)(**{**vars(prompt), "text": prompt.text + "!"})
+    with pytest.raises(GradvarError, match="kept prompts may not change"):
+        agreed_prompts(run, [changed])
+
+
+def test_nothing_missing_nothing_done(run):
+    before = {kind: contents(run, kind) for kind in ("rollouts", "rewards", "grams", "measures")}
+    sample(run, {})
+    reward(run, {})
+    measure(run, {})
+    assert {kind: contents(run, kind) for kind in before} == before
+
+
+def test_rollouts_grow_and_the_kept_ones_stay(run):
+    kept = {prompt_id: run.rollouts(prompt_id) for prompt_id in run.prompt_ids}
+    old = run.scores()[0].gram
+    sample(run, {"rollouts": 32})
+    for prompt_id, rollouts in kept.items():
+        grown = run.rollouts(prompt_id)
+        assert len(grown) == 32
+        assert grown[:24] == rollouts
+        assert [r.rollout_id for r in grown] == list(range(32))
+        assert {r.token_ids for r in grown[24:]}.isdisjoint({r.token_ids for r in rollouts if r.length > 40})
+    assert run.scores()[0].gram.shape == (24, 24)  # still those that were measured
+    reward(run, {})
+    measure(run, {})
+    new = run.scores()[0]
+    assert new.gram.shape == (32, 32)
+    assert len(new.rewards) == 32
+    np.testing.assert_allclose(new.gram[:24, :24], old, rtol=1e-4, atol=1e-4 * np.abs(old).max())
+
+
+def test_a_target_is_added_and_the_others_stay(run):
+    before = {prompt_id: run.grams(prompt_id) for prompt_id in run.prompt_ids}
+    measures = contents(run, "measures")
+    measure(run, {"targets": ("last:mlp",)})
+    assert len(run.targets) > len(before[run.prompt_ids[0]])
+    for prompt_id, grams in before.items():
+        for target, gram in grams.items():
+            np.testing.assert_array_equal(run.grams(prompt_id)[target].matrix, gram.matrix)
+    assert contents(run, "measures") == measures
+
+
+def test_prompts_are_added_and_the_first_stay(run):
+    before, rollouts = run.prompts(), contents(run, "rollouts")
+    sample(run, {"n_prompts": 4})
+    assert run.prompts()[:3] == before
+    assert len(run.prompts()) == 4
+    assert rollouts.items() <= contents(run, "rollouts").items()
+    assert len(contents(run, "rollouts")) == 4
+
+
+def test_estimates_are_free(run):
+    fit(run, {"level": 0.9, "seed": 3})
+    table = cv(run, {"group_size": 4, "advantage": "rloo"})
+    assert set(table["group_size"].dropna()) == {4}
+    assert set(run.table("law")["level"]) == {0.9}
+
+
+def test_a_fresh_sampling_gives_the_same_rollouts(run):
+    before = contents(run, "rollouts")
+    (run.path / "rollouts" / f"{run.prompt_ids[1]}.parquet").unlink()
+    sample(run, {})
+    assert contents(run, "rollouts") == before
+
+
+def test_the_run_says_where_it_came_from(run):
+    info = run.info
+    assert len(info["model"]["weights_sha256"]) == 64
+    assert info["stages"]["sample"]["packages"]["torch"]
+    assert info["stages"]["sample"]["device"] == "cpu"
+    assert info["stages"]["measure"]["attention"]
+    assert run.config(SampleConfig).seed == 0
+    assert (run.path / "log.jsonl").read_text().count("rollouts written") == 3
