@@ -45,7 +45,9 @@ class SamplingSettings:
     gpu_memory_utilization: float = 0.9
     """vLLM: share of the GPU's memory it may take."""
     enforce_eager: bool = False
-    """vLLM: leave out compilation and CUDA graphs."""
+    """vLLM: leave out compilation and CUDA graphs (always so on the CPU)."""
+    log_file: Path | None = None
+    """vLLM: where its process writes its log; None keeps only the end of it, for the message should it die."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
