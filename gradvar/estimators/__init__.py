@@ -1,1 +1,39 @@
+"""Arrays to numbers: everything that follows from a score Gram, rewards and lengths. Never imports torch."""
 
+from gradvar.estimators.advantages import ADVANTAGES, advantages
+from gradvar.estimators.aggregation import RULES, Rule, aggregation_weights, find_rule
+from gradvar.estimators.cv import aggregator_cv, aggregator_rho, cv_from_rho, cv_ratio
+from gradvar.estimators.identity import IdentityCheck, score_identity
+from gradvar.estimators.law import FamilyFit, VarianceLaw, fit_variance_law
+from gradvar.estimators.law_tables import law_table
+from gradvar.estimators.spread import deviations, within_length_variance
+from gradvar.estimators.tables import cv_table, identity_table
+
+__all__ = [
+    # per response
+    "ADVANTAGES",
+    "advantages",
+    "deviations",
+    "within_length_variance",
+    # aggregation
+    "RULES",
+    "Rule",
+    "aggregation_weights",
+    "find_rule",
+    # the variance law
+    "FamilyFit",
+    "VarianceLaw",
+    "fit_variance_law",
+    # coefficient of variation
+    "aggregator_cv",
+    "aggregator_rho",
+    "cv_from_rho",
+    "cv_ratio",
+    # assumptions
+    "IdentityCheck",
+    "score_identity",
+    # tables
+    "cv_table",
+    "identity_table",
+    "law_table",
+]

@@ -1,0 +1,319 @@
+"""Total coefficient of variation of an aggregated update, lengths random: what training sees.
+
+    CV = sqrt(E||ghat - E ghat||^2) / ||E ghat||,   rho = 1/(1 + CV^2) = ||E ghat||^2 / E||ghat||^2
+
+rho is estimated by the ratio of two unbiased inner products over disjoint groups (`groups`) with a delete-one
+jackknife interval; CV's interval is its image. Nothing is clamped: where rho's lower end is not positive the signal is
+not told apart from none, CV is NaN ("unresolved"), its upper end inf, its lower end still a valid bound.
+Shape letters: N responses, n of a group, K prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradvar.errors import GradvarError
+from gradvar.estimators.advantages import check_advantage
+from gradvar.estimators.aggregation import check_rule_arguments, find_rule
+from gradvar.estimators.groups import PERMUTATIONS, GroupMoments, draw_groups, group_coefficients, group_moments
+from gradvar.estimators.intervals import (
+    MINIMUM_PROMPTS,
+    PROMPTS_LIKE_THESE,
+    THESE_PROMPTS,
+    check_level,
+    jackknife_variance,
+    t_quantile,
+)
+from gradvar.estimators.spread import weighted_gram
+from gradvar.runs.records import Estimate
+
+Array = NDArray[np.float64]
+
+RESOLVED = "resolved"
+UNRESOLVED = "unresolved"
+SILENT = "silent: all rewards equal"
+
+_JACKKNIFE = "permutation groups, delete-one jackknife, t"
+
+
+def aggregator_cv(
+    gram: Any,
+    rewards: Any,
+    lengths: Any,
+    rule: str,
+    *,
+    group_size: int = 8,
+    advantage: str = "grpo",
+    alpha: float | None = None,
+    max_length: float | None = None,
+    level: float = 0.95,
+    permutations: int = PERMUTATIONS,
+    rng: np.random.Generator,
+) -> Estimate:
+    """Total CV of one aggregation rule for groups of `group_size` responses to one prompt.
+
+    Args:
+        gram: (N, N) score Gram, or a ScoreGram.
+        rewards: (N,) rewards; responses with NaN (unverified) are left out, unless the advantage is "score".
+        lengths: (N,) lengths in tokens.
+        rule: A rule of `aggregation_weights`, or a framework's name for one.
+        group_size: n, responses of one update.
+        advantage: Kind of `advantages`, computed inside each group.
+        alpha: Exponent of vl_norm.
+        max_length: M in tokens; a constant factor that changes no CV, but dr_grpo and vl_norm are defined by it.
+            None takes the longest response.
+        level: Nominal coverage.
+        permutations: Random permutations the groups are cut from.
+        rng: Draws them.
+
+    Returns:
+        The CV. NaN with high = inf where unresolved (rho's interval reaches 0), also where every reward is equal
+        (then low is NaN too), and without interval, hence NaN, where N < 3 group_size.
+
+    Raises:
+        GradvarError: Unknown rule or advantage, shapes that differ, or fewer than two groups.
+    """
+    rho, _ = aggregator_rho(
+        gram,
+        rewards,
+        lengths,
+        rule,
+        group_size=group_size,
+        advantage=advantage,
+        alpha=alpha,
+        max_length=max_length,
+        level=level,
+        permutations=permutations,
+        rng=rng,
+    )
+    return cv_from_rho(rho)
+
+
+def aggregator_rho(
+    gram: Any,
+    rewards: Any,
+    lengths: Any,
+    rule: str,
+    *,
+    group_size: int = 8,
+    advantage: str = "grpo",
+    alpha: float | None = None,
+    max_length: float | None = None,
+    level: float = 0.95,
+    permutations: int = PERMUTATIONS,
+    rng: np.random.Generator,
+) -> tuple[Estimate, GroupMoments]:
+    """Estimate rho = ||E ghat||^2 / E||ghat||^2 of one rule, and the moments behind it. Arguments as in `aggregator_cv`."""
+    check_level(level)
+    check_advantage(advantage)
+    found = find_rule(rule)
+    matrix, r, sizes = checked_prompt(gram, rewards, lengths, advantage)
+    limit = float(sizes.max()) if max_length is None and found.takes_max_length else max_length
+    check_rule_arguments(found, alpha=alpha, max_length=limit)
+    groups = draw_groups(len(r), group_size, permutations, rng=rng)
+    coefficients = group_coefficients(groups, r, sizes, found, advantage=advantage, alpha=alpha, max_length=limit)
+    moments = group_moments(matrix, groups, coefficients)
+    return rho_estimate(moments, group_size=group_size, level=level), moments
+
+
+def checked_prompt(gram: Any, rewards: Any, lengths: Any, advantage: str) -> tuple[Array, Array, Array]:
+    """Return Gram, rewards and lengths as float64 with unverified responses left out where a reward is used.
+
+    Raises:
+        GradvarError: Shapes that differ, lengths that are not positive, or no verified response.
+    """
+    matrix = weighted_gram(gram.gram() if hasattr(gram, "gram") else gram)
+    r = np.asarray(rewards, dtype=np.float64)
+    sizes = np.asarray(lengths, dtype=np.float64)
+    n = matrix.shape[0]
+    if r.shape != (n,) or sizes.shape != (n,):
+        raise GradvarError(f"{n} responses in the gram, but rewards {r.shape} and lengths {sizes.shape}")
+    if not (np.isfinite(sizes).all() and (sizes > 0).all()):
+        raise GradvarError("lengths must be positive numbers of tokens")
+    if advantage == "score":
+        return matrix, np.zeros(n), sizes
+    keep = np.flatnonzero(~np.isnan(r))
+    if keep.size == 0:
+        raise GradvarError("no response has a reward: run the reward stage, or study advantage 'score'")
+    return matrix[np.ix_(keep, keep)], r[keep], sizes[keep]
+
+
+def rho_estimate(moments: GroupMoments, *, group_size: int, level: float) -> Estimate:
+    """Estimate rho with its delete-one jackknife interval; no interval where N < 3 group_size; NaN where E||ghat||^2 is 0."""
+    n = len(moments.same_without)
+    none = Estimate(
+        value=math.nan, low=math.nan, high=math.nan, level=level, method=_JACKKNIFE, n=n, clusters=1, seed=None
+    )
+    if moments.same <= 0.0:
+        return replace(none, method=f"{_JACKKNIFE}; {SILENT}")
+    value = moments.cross / moments.same
+    if n < 3 * group_size:
+        return replace(none, value=value, method=f"{_JACKKNIFE}; no interval below 3 groups")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        replicates = moments.cross_without / moments.same_without
+    if not np.isfinite(replicates).all():
+        return replace(none, value=value, method=f"{_JACKKNIFE}; no interval, one response carries everything")
+    half = t_quantile(level, n - 1) * math.sqrt(float(jackknife_variance(replicates)))
+    return replace(none, value=value, low=value - half, high=value + half)
+
+
+def cv_from_rho(rho: Estimate) -> Estimate:
+    """Image of rho and its interval under CV = sqrt(1/rho - 1).
+
+    low is the image of rho's upper end: 0 where that reaches 1, inf where it is not positive. Where rho's lower end
+    is not positive, value is NaN and high inf (unresolved); without interval for rho all three are NaN.
+    """
+
+    def image(x: float) -> float:
+        if math.isnan(x):
+            return math.nan
+        if x <= 0.0:
+            return math.inf
+        return math.sqrt(1.0 / x - 1.0) if x < 1.0 else 0.0
+
+    value = image(rho.value) if rho.low > 0.0 else math.nan
+    return replace(rho, value=value, low=image(rho.high), high=image(rho.low))
+
+
+def resolution(rho: Estimate) -> str:
+    """Return "resolved" where rho's interval lies above 0, else "unresolved", or that the prompt is silent."""
+    if math.isnan(rho.value):
+        return SILENT
+    return RESOLVED if rho.low > 0.0 else UNRESOLVED
+
+
+def n_to_resolve(rho: Estimate, group_size: int) -> float:
+    """Responses (a prompt) at which rho's lower end would leave 0: N (half-width / rho)^2, rounded up.
+
+    The N used where it is resolved; 3 group_size where there were too few for an interval; where rho is not positive
+    the most favourable value of its interval stands in, so the answer is "at least"; inf where that fails too.
+    """
+    per_prompt = rho.n / max(rho.clusters, 1)
+    if math.isnan(rho.value):
+        return math.inf
+    if math.isnan(rho.low):
+        return float(3 * group_size)
+    if rho.low > 0.0:
+        return float(math.ceil(per_prompt))
+    half = (rho.high - rho.low) / 2
+    hopeful = rho.value if rho.value > 0 else rho.high
+    return float(math.ceil(per_prompt * (half / hopeful) ** 2)) if hopeful > 0 else math.inf
+
+
+def cv_ratio(moments: GroupMoments, reference: GroupMoments, *, group_size: int, level: float) -> Estimate:
+    """CV of one rule over CV of a reference rule on the same permutations, jackknifed on the log.
+
+    NaN where either squared signal or either variance is not positive, in the estimate or in a replicate.
+    """
+    n = len(moments.same_without)
+    method = "ratio of CVs on the same permutation groups, delete-one jackknife of the log, t"
+    none = Estimate(value=math.nan, low=math.nan, high=math.nan, level=level, method=method, n=n, clusters=1, seed=None)
+    with np.errstate(all="ignore"):
+        value = _log_ratio(moments.same, moments.cross, reference.same, reference.cross)
+        replicates = _log_ratio(
+            moments.same_without, moments.cross_without, reference.same_without, reference.cross_without
+        )
+    return _ratio_estimate(none, float(value), [replicates], n >= 3 * group_size)
+
+
+def _log_ratio(same: Any, cross: Any, reference_same: Any, reference_cross: Any) -> Any:
+    return 0.5 * (
+        np.log(same - cross) - np.log(cross) - np.log(reference_same - reference_cross) + np.log(reference_cross)
+    )
+
+
+def _ratio_estimate(none: Estimate, value: float, replicates: list[Array], enough: bool) -> Estimate:
+    if not math.isfinite(value):
+        return replace(none, high=math.inf, low=0.0, method=f"{none.method}; unresolved")
+    if not enough:
+        return replace(none, method=f"{none.method}; no interval below 3 groups")
+    if not all(np.isfinite(r).all() for r in replicates):
+        return replace(none, high=math.inf, low=0.0, method=f"{none.method}; unresolved")
+    variance = sum(float(jackknife_variance(r)) for r in replicates)
+    half = t_quantile(none.level, none.n - none.clusters) * math.sqrt(variance)
+    return replace(none, value=math.exp(value), low=math.exp(value - half), high=math.exp(min(value + half, 700.0)))
+
+
+def pooled_rho(prompts: Sequence[GroupMoments], *, group_size: int, level: float) -> tuple[Estimate, Estimate]:
+    """Pooled rho, sum_q ||E ghat_q||^2 / sum_q E||ghat_q||^2, for both estimands.
+
+    Its CV = sqrt(sum_q tr Var_q / sum_q ||E ghat_q||^2) is an equal-prompt summary; the CV of a batch of prompts
+    needs inner products across prompts. A silent prompt counts with its zeros.
+
+    Returns:
+        (for these prompts: responses drawn again inside prompts; for prompts like these: delete-one-prompt jackknife,
+        t over K - 1, without interval below 4 prompts).
+    """
+    same, cross = sum(m.same for m in prompts), sum(m.cross for m in prompts)
+    n, clusters = sum(len(m.same_without) for m in prompts), len(prompts)
+    none = Estimate(
+        value=math.nan,
+        low=math.nan,
+        high=math.nan,
+        level=level,
+        method=f"{_JACKKNIFE}; {THESE_PROMPTS}",
+        n=n,
+        clusters=clusters,
+        seed=None,
+    )
+    across = replace(none, method=f"permutation groups, delete-one-prompt jackknife, t; {PROMPTS_LIKE_THESE}")
+    if same <= 0.0:
+        return replace(none, method=f"{none.method}; {SILENT}"), replace(across, method=f"{across.method}; {SILENT}")
+    value = cross / same
+    replicates = []
+    for m in prompts:
+        with np.errstate(all="ignore"):
+            replicates.append((cross - m.cross + m.cross_without) / (same - m.same + m.same_without))
+    here = replace(none, value=value)
+    if any(len(m.same_without) < 3 * group_size for m in prompts):
+        here = replace(here, method=f"{none.method}; no interval below 3 groups in a prompt")
+    elif all(np.isfinite(r).all() for r in replicates):
+        half = t_quantile(level, n - clusters) * math.sqrt(sum(float(jackknife_variance(r)) for r in replicates))
+        here = replace(here, low=value - half, high=value + half)
+    there = replace(across, value=value)
+    if clusters < MINIMUM_PROMPTS:
+        return here, replace(across, method=f"{across.method}; not given below {MINIMUM_PROMPTS} prompts")
+    same_by, cross_by = np.array([m.same for m in prompts]), np.array([m.cross for m in prompts])
+    with np.errstate(all="ignore"):
+        without = (cross - cross_by) / (same - same_by)
+    if np.isfinite(without).all():
+        half = t_quantile(level, clusters - 1) * math.sqrt(float(jackknife_variance(without)))
+        there = replace(there, low=value - half, high=value + half)
+    return here, there
+
+
+def pooled_cv_ratio(
+    prompts: Sequence[GroupMoments], references: Sequence[GroupMoments], *, group_size: int, level: float
+) -> Estimate:
+    """Pooled CV of one rule over a reference rule's, for these prompts."""
+    n, clusters = sum(len(m.same_without) for m in prompts), len(prompts)
+    none = Estimate(
+        value=math.nan,
+        low=math.nan,
+        high=math.nan,
+        level=level,
+        method=f"ratio of pooled CVs, same permutation groups, delete-one jackknife of the log, t; {THESE_PROMPTS}",
+        n=n,
+        clusters=clusters,
+        seed=None,
+    )
+    totals = [sum(getattr(m, name) for m in side) for side in (prompts, references) for name in ("same", "cross")]
+    replicates = []
+    with np.errstate(all="ignore"):
+        value = float(_log_ratio(*totals))
+        for m, r in zip(prompts, references, strict=True):
+            moved = [
+                total - getattr(side, name) + getattr(side, f"{name}_without")
+                for total, (side, name) in zip(
+                    totals, ((m, "same"), (m, "cross"), (r, "same"), (r, "cross")), strict=True
+                )
+            ]
+            replicates.append(_log_ratio(*moved))
+    enough = all(len(m.same_without) >= 3 * group_size for m in prompts)
+    return _ratio_estimate(none, value, replicates, enough)

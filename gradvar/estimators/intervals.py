@@ -1,0 +1,76 @@
+"""From replicates and standard errors to intervals, verdicts and the number of responses that would decide.
+
+Shape letters: N responses, K prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from gradvar.errors import GradvarError
+
+Array = NDArray[np.float64]
+
+MINIMUM_PROMPTS = 4
+"""Below this many prompts nothing is said about prompts like these."""
+
+THESE_PROMPTS = "these prompts"
+PROMPTS_LIKE_THESE = "prompts like these"
+
+
+def check_level(level: float) -> None:
+    """Refuse a confidence level outside (0, 1).
+
+    Raises:
+        GradvarError: The level is no probability.
+    """
+    if not 0.0 < level < 1.0:
+        raise GradvarError(f"level must lie between 0 and 1, for example 0.95, received {level!r}")
+
+
+def t_quantile(level: float, degrees: float) -> float:
+    """Two-sided Student quantile; NaN without a degree of freedom."""
+    return float(stats.t.ppf(0.5 + level / 2, degrees)) if degrees > 0 else math.nan
+
+
+def jackknife_variance(replicates: Array) -> Any:
+    """Delete-one jackknife variance (n - 1)/n sum (theta_(-i) - mean)^2 over the first axis."""
+    n = replicates.shape[0]
+    centred = replicates - replicates.mean(axis=0)
+    return (n - 1) / n * (centred**2).sum(axis=0)
+
+
+def decide_from_margin(value: float, low: float, high: float, margin_low: float, margin_high: float) -> int:
+    """Say where an interval lies: 1 inside the margin, -1 wholly outside, 0 across an edge or without interval."""
+    if not (math.isfinite(value) and math.isfinite(low) and math.isfinite(high)):
+        return 0
+    if margin_low <= low and high <= margin_high:
+        return 1
+    if high < margin_low or low > margin_high:
+        return -1
+    return 0
+
+
+def n_to_decide(n: int, value: float, low: float, high: float, margin_low: float, margin_high: float) -> float:
+    """Responses that would settle a verdict: N (half-width / distance to the nearer margin)^2, rounded up.
+
+    A half-width shrinks like 1/sqrt(N). Where the interval decides already the N used is returned; where the value
+    sits on the margin no N would do and inf is returned; without an interval NaN.
+    """
+    if not (math.isfinite(value) and math.isfinite(low) and math.isfinite(high)):
+        return math.nan
+    if decide_from_margin(value, low, high, margin_low, margin_high) != 0:
+        return float(n)
+    distance = min(abs(value - margin_low), abs(value - margin_high))
+    if distance == 0.0:
+        return math.inf
+    # The side that has to move is the one that crosses the nearer edge.
+    nearer_below = abs(value - margin_low) < abs(value - margin_high)
+    inside = margin_low <= value <= margin_high
+    half_width = (value - low) if nearer_below == inside else (high - value)
+    return float(math.ceil(n * max(1.0, (half_width / distance) ** 2)))

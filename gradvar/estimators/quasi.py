@@ -1,0 +1,170 @@
+"""Gamma quasi-likelihood for a mean law with one constant per cluster, and its leverage-corrected sandwich.
+
+Pure mathematics, no knowledge of gradients. The model: y_i with mean mu_i and spread proportional to it,
+
+    mu_i = a_i v_i + b_i,    log v_i = eta_(cluster of i) + f_i(s),    Var y_i proportional to mu_i^2,
+
+a and b known, eta and s solved from sum_i (y_i - mu_i) / mu_i^2 dmu_i = 0, which needs the mean to be right and
+nothing else. statsmodels' GLM takes cov_type="HC3" and silently gives HC0 (seen in 0.14 and 0.15), hence a sandwich
+of our own. The constants are profiled out, so a fit costs O(n) a step however many clusters there are.
+Shape letters: n observations, K clusters, m shape parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Shape = Callable[[Array], tuple[Array, Array]]
+"""s (m,) to (f (n,), df/ds (n, m)); NaN in f where s is not allowed."""
+
+MAXIMUM_STEPS = 200
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QuasiFit:
+    """A fitted mean law. The influences' sums of squares are the HC3 variances."""
+
+    shape: Array
+    """(m,) s."""
+    constants: Array
+    """(K,) eta."""
+    shape_influence: Array
+    """(n, m): what observation i adds to the error of s."""
+    constants_influence: Array
+    """(n, K): the same for eta."""
+    cluster_scores: Array
+    """(K, m): each cluster's part of the profiled score of s."""
+    cluster_information: Array
+    """(K, m, m): each cluster's part of the profiled information on s."""
+    deviance: float
+    """Gamma quasi-deviance 2 sum((y - mu)/mu - log(y/mu)), the log left out where y = 0."""
+    degrees: int
+    """n - K - m."""
+    converged: bool
+    """False where no root was reached, or s is not determined."""
+
+
+def fit_quasi(y: Array, codes: NDArray[np.intp], a: Array, b: Array, shape: Shape, start: Array) -> QuasiFit:
+    """Solve the quasi-score by Fisher scoring with step halving.
+
+    Args:
+        y: (n,) observations, at least 0, with a positive sum in every cluster.
+        codes: (n,) cluster of each observation, 0 to K - 1, none empty.
+        a: (n,) known factor, positive.
+        b: (n,) known addend, at least 0.
+        shape: The law inside a cluster.
+        start: (m,) first s.
+
+    Returns:
+        The fit; `converged` says whether it is one.
+    """
+    count = int(codes.max()) + 1
+    shape_now = np.array(start, dtype=np.float64)
+
+    def per_cluster(values: Array) -> Array:
+        return np.asarray(np.bincount(codes, weights=values, minlength=count), dtype=np.float64)
+
+    with np.errstate(all="ignore"):
+        law, slope = shape(shape_now)
+        eta = np.log(per_cluster(y) / per_cluster(a * np.exp(law)))
+        rise = a * np.exp(eta[codes] + law)
+        mu = rise + b
+        loss = float(np.mean(np.log(mu) + y / mu))
+        converged = False
+        for _ in range(MAXIMUM_STEPS):
+            eta_step, shape_step, *_ = _score_step(y, codes, mu, rise, slope, per_cluster)
+            length = 1.0
+            while length > 1e-10:
+                trial_shape, trial_eta = shape_now + length * shape_step, eta + length * eta_step
+                trial_law, trial_slope = shape(trial_shape)
+                trial_rise = a * np.exp(trial_eta[codes] + trial_law)
+                trial_mu = trial_rise + b
+                trial_loss = float(np.mean(np.log(trial_mu) + y / trial_mu))
+                if trial_loss <= loss + 1e-13 * (1.0 + abs(loss)):
+                    break
+                length /= 2
+            else:
+                break
+            shape_now, eta, loss = trial_shape, trial_eta, trial_loss
+            rise, mu, slope = trial_rise, trial_mu, trial_slope
+            largest = max(np.abs(length * shape_step).max(initial=0.0), np.abs(length * eta_step).max())
+            if largest < 1e-9:
+                converged = True
+                break
+        return _finish(y, codes, mu, rise, slope, shape_now, eta, converged, per_cluster)
+
+
+def _score_step(
+    y: Array, codes: NDArray[np.intp], mu: Array, rise: Array, slope: Array, per_cluster: Callable[[Array], Array]
+) -> tuple[Array, Array, Array, Array, Array, Array]:
+    """One Fisher step, and the pieces the sandwich is made of: rise is dmu/deta."""
+    w = rise / mu
+    r = (y - mu) / mu
+    information = per_cluster(w**2)
+    middle = (
+        np.stack([per_cluster(w**2 * column) for column in slope.T], axis=1) / information[:, None]
+        if (slope.shape[1])
+        else np.zeros((len(information), 0))
+    )
+    z = w[:, None] * (slope - middle[codes])
+    shape_step: Array = np.linalg.lstsq(z, r, rcond=None)[0] if slope.shape[1] else np.zeros(0)
+    eta_step: Array = per_cluster(w * r) / information - middle @ shape_step
+    return eta_step, shape_step, w, r, z, middle
+
+
+def _finish(
+    y: Array,
+    codes: NDArray[np.intp],
+    mu: Array,
+    rise: Array,
+    slope: Array,
+    shape_now: Array,
+    eta: Array,
+    converged: bool,
+    per_cluster: Callable[[Array], Array],
+) -> QuasiFit:
+    n, m = slope.shape
+    count = len(eta)
+    _, _, w, r, z, middle = _score_step(y, codes, mu, rise, slope, per_cluster)
+    information = per_cluster(w**2)
+    total = z.T @ z
+    # The residual sum of squares of z against the clusters' constants says whether the data determine s at all.
+    size = (w[:, None] * slope).T @ (w[:, None] * slope)
+    determined = m == 0 or (
+        bool(np.isfinite(total).all())
+        and bool((np.diagonal(total) > 1e-12 * np.diagonal(size)).all())
+        and np.linalg.cond(total / np.sqrt(np.outer(np.diagonal(total), np.diagonal(total)))) < 1e12
+    )
+    converged = converged and determined and bool(np.isfinite(eta).all())
+    if converged:
+        pulled = np.linalg.solve(total, z.T).T if m else z
+        leverage = w**2 / information[codes] + (z * pulled).sum(axis=1)
+        freed = r / np.maximum(1.0 - leverage, 1e-12)
+        shape_influence = pulled * freed[:, None]
+        own = np.zeros((n, count))
+        own[np.arange(n), codes] = w / information[codes] * freed
+        constants_influence = own - shape_influence @ middle.T
+    else:
+        shape_influence = np.full((n, m), np.nan)
+        constants_influence = np.full((n, count), np.nan)
+    positive = y > 0
+    deviance = 2.0 * float(r.sum() - np.log(y[positive] / mu[positive]).sum())
+    scores = np.stack([per_cluster(column * r) for column in z.T], axis=1) if m else np.zeros((count, 0))
+    pieces = np.zeros((count, m, m))
+    np.add.at(pieces, codes, z[:, :, None] * z[:, None, :])
+    return QuasiFit(
+        shape=shape_now,
+        constants=eta,
+        shape_influence=shape_influence,
+        constants_influence=constants_influence,
+        cluster_scores=scores,
+        cluster_information=pieces,
+        deviance=deviance,
+        degrees=n - count - m,
+        converged=converged,
+    )

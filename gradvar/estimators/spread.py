@@ -1,0 +1,113 @@
+"""How far each response's gradient lies from the others: deviation from the mean, and variance given the length.
+
+Shape letters: N responses of one prompt, k neighbours in length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradvar.errors import GradvarError
+
+Array = NDArray[np.float64]
+
+NEIGHBOURS = 4
+"""Default k of the within-length variance."""
+
+
+def weighted_gram(gram: Any, advantages: Any | None = None) -> Array:
+    """Gram G = (A A') * S (N, N) of the sample gradients g_i = A_i s_i; S itself where A is None.
+
+    Raises:
+        GradvarError: The Gram is not a square matrix of finite numbers, or the advantages do not fit it.
+    """
+    matrix = np.asarray(gram, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
+        raise GradvarError(f"gram must be a square matrix of inner products, received shape {matrix.shape}")
+    if not np.isfinite(matrix).all():
+        raise GradvarError("gram holds NaN or infinity: measure these responses again")
+    if advantages is None:
+        return matrix
+    factors = np.asarray(advantages, dtype=np.float64)
+    if factors.shape != (matrix.shape[0],):
+        raise GradvarError(f"{matrix.shape[0]} responses in the gram, but advantages of shape {factors.shape}")
+    if not np.isfinite(factors).all():
+        raise GradvarError("advantages must be finite: leave unverified responses out (PromptScores.verified)")
+    return matrix * np.outer(factors, factors)
+
+
+def deviations(gram: Any, advantages: Any | None = None) -> Array:
+    """Deviations D_i = ||g_i - m||^2 (N,), m = mean_j g_j, from the Gram alone (paper, figures 4, 10, 11).
+
+    D_i = G_ii - (2/N) sum_j G_ij + (1/N^2) sum_jk G_jk with G = (A A') * S. m includes g_i, so
+    E D_i = (1 - 2/N) v_i + vbar/N: `fit_variance_law` carries that in its mean. A negative rounding error of a
+    squared norm that is zero (repeated responses) is returned as 0.
+
+    Args:
+        gram: (N, N) inner products of score gradients.
+        advantages: (N,) factors A_i; None studies the score itself.
+
+    Returns:
+        (N,) squared distances. One response gives 0.
+
+    Raises:
+        GradvarError: The Gram is not square and finite, or the advantages do not fit it.
+    """
+    matrix = weighted_gram(gram, advantages)
+    means = matrix.mean(axis=1)
+    values: Array = np.diagonal(matrix) - 2.0 * means + means.mean()
+    return np.maximum(values, 0.0)
+
+
+def nearest_in_length(lengths: Any, k: int, *, rng: np.random.Generator) -> NDArray[np.intp]:
+    """Indices (N, k) of each response's k nearest others in length, ties in random order."""
+    values = np.asarray(lengths, dtype=np.float64)
+    distance = np.abs(values[:, None] - values[None, :])
+    np.fill_diagonal(distance, np.inf)
+    ties = rng.random(distance.shape)
+    return np.lexsort((ties, distance), axis=-1)[:, :k]
+
+
+def within_length_variance(
+    gram: Any,
+    lengths: Any,
+    *,
+    advantages: Any | None = None,
+    neighbours: int = NEIGHBOURS,
+    rng: np.random.Generator,
+) -> Array:
+    """Within-length variance V_i = k/(k+1) ||g_i - mean of its k nearest in length||^2 (N,).
+
+    Estimates v(L) = E||g - E[g | L]||^2, the variance given the length, where the deviation estimates
+    v(L) + ||E[g | L] - E g||^2. The factor k/(k+1) takes out the noise of the neighbours' mean.
+
+    Args:
+        gram: (N, N) inner products of score gradients.
+        lengths: (N,) lengths in tokens.
+        advantages: (N,) factors A_i; None studies the score itself.
+        neighbours: k; at most N - 1 are used.
+        rng: Breaks ties between equally near responses.
+
+    Returns:
+        (N,) estimates of v(L_i).
+
+    Raises:
+        GradvarError: Fewer than two responses, k below 1, or shapes that do not fit.
+    """
+    matrix = weighted_gram(gram, advantages)
+    n = matrix.shape[0]
+    if np.shape(lengths) != (n,):
+        raise GradvarError(f"{n} responses in the gram, but lengths of shape {np.shape(lengths)}")
+    if n < 2:
+        raise GradvarError("the within-length variance compares a response with its neighbours: expected at least 2")
+    if neighbours < 1:
+        raise GradvarError(f"neighbours must be at least 1, received {neighbours}")
+    k = min(neighbours, n - 1)
+    near = nearest_in_length(lengths, k, rng=rng)
+    to_near = np.take_along_axis(matrix, near, axis=1).mean(axis=1)
+    among = matrix[near[:, :, None], near[:, None, :]].mean(axis=(1, 2))
+    values: Array = (k / (k + 1)) * (np.diagonal(matrix) - 2.0 * to_near + among)
+    return np.maximum(values, 0.0)
