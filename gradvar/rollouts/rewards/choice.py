@@ -50,8 +50,8 @@ def _by_ground_truth(ground_truth: Any, source: str) -> tuple[str, str]:
             "or give your own function by --reward file.py:function"
         )
     if all(_is_formula(text) for text in texts):
-        return "math", f"a number or a formula ({ground_truth!r:.40})"
-    return "exact", f"plain text ({ground_truth!r:.40})"
+        return "math", "a number or a formula"
+    return "exact", "plain text"
 
 
 def _is_formula(text: str) -> bool:
@@ -99,7 +99,6 @@ def _user_reward(override: str) -> Reward:
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
     function = load_user_function(override)
-
     return Reward(
         name=override,
         why=f"{override}, as asked",

@@ -143,11 +143,11 @@ class MathPool:
         """Wait until a worker speaks, ends or is late; return the verdicts that follow."""
         busy = [worker for worker in self._workers if not worker.idle]
         first = min(worker.expires for worker in busy)
-        heard = wait([worker.output for worker in busy], timeout=max(0.0, first - time.monotonic()))
+        heard = wait([worker.output.fileno() for worker in busy], timeout=max(0.0, first - time.monotonic()))
         reached = []
         for worker in busy:
             index = worker.task
-            if worker.output in heard:
+            if worker.output.fileno() in heard:
                 verdict = worker.hear()
             elif time.monotonic() >= worker.expires:
                 verdict = worker.give_up(self.time_limit)
