@@ -1,0 +1,122 @@
+"""Inputs and output gradients of chosen modules, without weight gradients.
+
+The graph starts at the lowest tapped module: where its output needs no gradient, a detached copy that does takes its
+place, so everything below runs without a graph and backward stops there. On each output a tensor hook hands the
+gradient, with the input of the same call, to a sink. A module called twice hands over twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
+
+from gradvar.errors import GradvarError
+
+Sink = Callable[[str, Tensor, Tensor], None]
+"""(module path, input a of the call, gradient delta of its output)."""
+
+
+class Taps:
+    """Forward hooks on modules for the length of a `with` block.
+
+    Args:
+        modules: Path to Linear or Conv1D module (or an Embedding, whose input is token ids).
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._modules = modules
+        self._hooks: list[RemovableHandle] = []
+        self._checked: set[str] = set()
+        self._fired: set[str] = set()
+        self._sink: Sink | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            for path, module in self._modules.items():
+                self._hooks.append(module.register_forward_hook(self._hook(path), with_kwargs=True))
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._sink = None
+
+    def listen(self, sink: Sink) -> None:
+        """Start a batch: from here every call of a tapped module hands its factors to the sink at backward."""
+        self._sink = sink
+        self._fired.clear()
+
+    def finish(self) -> None:
+        """End a batch.
+
+        Raises:
+            GradvarError: A tapped module did not take part in the batch's log-probabilities.
+        """
+        self._sink = None
+        silent = [path for path in self._modules if path not in self._fired]
+        if silent:
+            raise GradvarError(
+                f"no gradient reached {', '.join(silent)}: the model did not use it for these responses, or its hooks "
+                "cannot fire (a compiled model?); leave it out of the targets or pass the uncompiled model"
+            )
+
+    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor | None]:
+        def at_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            if self._sink is None or not torch.is_grad_enabled():
+                return output
+            value = (args[0] if args else next(iter(kwargs.values()))).detach()
+            if path not in self._checked:
+                _check_linear(path, module, value, output.detach())
+                self._checked.add(path)
+            if not output.requires_grad:
+                # the copy lets the model change its tensor in place, which it may not do to a leaf
+                output = output.detach().requires_grad_().clone()
+
+            def at_backward(delta: Tensor) -> None:
+                if self._sink is not None:
+                    self._fired.add(path)
+                    self._sink(path, value, delta.detach())
+
+            output.register_hook(at_backward)  # type: ignore[no-untyped-call]
+            return output
+
+        return at_forward
+
+
+def _check_linear(path: str, module: nn.Module, value: Tensor, output: Tensor) -> None:
+    """Refuse a module whose output is not x W' + b: its weight's gradient would not be sum_t delta_t a_t'."""
+    if isinstance(module, nn.Embedding):
+        return
+    weight, bias = module.weight, module.bias
+    if not isinstance(weight, Tensor) or weight.is_meta:
+        return
+    rows = value.reshape(-1, value.shape[-1])[:2].double()
+    matrix = (weight.T if isinstance(module, Conv1D) else weight).detach().double()
+    expected = rows @ matrix.T
+    scale = rows.abs() @ matrix.abs().T
+    if isinstance(bias, Tensor):
+        expected = expected + bias.detach().double()
+        scale = scale + bias.detach().double().abs()
+    epsilon = max(torch.finfo(output.dtype).eps, torch.finfo(weight.dtype).eps)
+    seen = output.reshape(-1, output.shape[-1])[:2].double()
+    wrong = (seen - expected).abs() > 32 * epsilon * scale + torch.finfo(output.dtype).tiny
+    if bool((wrong & seen.isfinite()).any()):
+        raise GradvarError(
+            f"{path} ({type(module).__name__}) does not compute x W' + b with its own weight (an adapter, a scale or "
+            "another hook?), so its gradient cannot be measured: choose other targets"
+        )

@@ -1,0 +1,178 @@
+"""Per-response gradients kept as factors or as matrices, and their Gram in tiles of rows.
+
+The gradient of response i over a weight is G_i = sum_t delta_t a_t' (O x I), over its bias sum_t delta_t. A tile holds
+the same rows of all N gradients, M (N x rows I), and S += M M': memory for the tile does not grow with the matrix.
+Products are taken in float32 (float64 for float64 models) over short stretches and summed in float64.
+
+Shape letters: N responses, T tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+_STRETCH = 1 << 16
+"""Longest inner product taken without float64 in between, in entries."""
+
+
+class GradientStore(ABC):
+    """What is kept of N responses' gradients over one block of O rows and I columns."""
+
+    def __init__(self, responses: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.responses = responses
+        self.rows = rows
+        self.columns = columns
+        self.dtype = dtype
+        self.device = device
+        self._wide = torch.device("cpu") if device.type == "mps" else device
+        self._bias = torch.zeros((responses, rows), dtype=torch.float64, device=self._wide)
+
+    def add(self, response: int, a: Tensor, delta: Tensor) -> None:
+        """Add one call's factors, a (T, I) and delta (T, O), to a response's gradient."""
+        self._bias[response] += delta.sum(0, dtype=self.dtype).to(self._wide, torch.float64)
+        self._keep(response, a, delta)
+
+    @abstractmethod
+    def _keep(self, response: int, a: Tensor, delta: Tensor) -> None:
+        """Keep the weight's part."""
+
+    @abstractmethod
+    def fill(self, response: int, start: int, stop: int, out: Tensor) -> None:
+        """Write rows [start, stop) of a response's gradient to `out` (stop - start, I)."""
+
+    def is_finite(self, response: int) -> bool:
+        """Return whether the response's output gradients, as far as they were added, are finite."""
+        return bool(self._bias[response].isfinite().all())
+
+    def gram(self, include_bias: bool, tile_bytes: int) -> Tensor:
+        """Return the (N, N) float64 Gram, on the CPU.
+
+        Args:
+            include_bias: Whether the bias gradients count as parameters too.
+            tile_bytes: Size of the largest tile.
+        """
+        width = torch.finfo(self.dtype).bits // 8
+        height = max(1, min(self.rows, tile_bytes // (self.responses * self.columns * width)))
+        total = torch.zeros((self.responses, self.responses), dtype=torch.float64, device=self._wide)
+        buffer = torch.empty((self.responses, height * self.columns), dtype=self.dtype, device=self.device)
+        for start in range(0, self.rows, height):
+            stop = min(start + height, self.rows)
+            tile = buffer[:, : (stop - start) * self.columns]
+            for response in range(self.responses):
+                self.fill(response, start, stop, tile[response].view(stop - start, self.columns))
+            for piece in torch.split(tile, _STRETCH, dim=1):
+                total += (piece @ piece.T).to(self._wide, torch.float64)
+        if include_bias:
+            total += self._bias @ self._bias.T
+        return ((total + total.T) / 2).cpu()
+
+
+class FactorStore(GradientStore):
+    """Keeps a and delta: small where responses are short against the matrix."""
+
+    def __init__(self, responses: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(responses, rows, columns, dtype, device)
+        self._factors: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(responses)]
+
+    def _keep(self, response: int, a: Tensor, delta: Tensor) -> None:
+        self._factors[response].append((a, delta))
+
+    def fill(self, response: int, start: int, stop: int, out: Tensor) -> None:
+        """Write rows [start, stop) of a response's gradient to `out`."""
+        for i, (a, delta) in enumerate(self._factors[response]):
+            left, right = delta[:, start:stop].T, a
+            if i == 0:
+                _multiply(left, right, out)
+            else:
+                out += _multiply(left, right, torch.empty_like(out))
+
+
+class MatrixStore(GradientStore):
+    """Keeps the gradients themselves: small where responses are long against the matrix."""
+
+    def __init__(self, responses: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(responses, rows, columns, dtype, device)
+        self._gradients = torch.zeros((responses, rows, columns), dtype=dtype, device=device)
+
+    def _keep(self, response: int, a: Tensor, delta: Tensor) -> None:
+        gradient = self._gradients[response]
+        gradient += _multiply(delta.T, a, torch.empty_like(gradient))
+
+    def fill(self, response: int, start: int, stop: int, out: Tensor) -> None:
+        """Write rows [start, stop) of a response's gradient to `out`."""
+        out.copy_(self._gradients[response, start:stop])
+
+
+class HeadStore(GradientStore):
+    """The output embedding: delta_t = (onehot(o_t) - p_t) / temperature is made again for the rows of each tile.
+
+    Where the matrix is the input embedding too, the gradient that arrives there is added: it lands on the rows of the
+    tokens fed.
+    """
+
+    def __init__(
+        self,
+        responses: int,
+        first_row: int,
+        rows: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        temperature: float,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(responses, rows, weight.shape[1], dtype, weight.device)
+        self._span = slice(first_row, first_row + rows)
+        self._weight = weight[self._span]
+        self._shift = None if bias is None else bias[self._span]
+        self._temperature = temperature
+        self._outputs: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._inputs: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def add_output(self, response: int, hidden: Tensor, tokens: Tensor, weights: Tensor, normaliser: Tensor) -> None:
+        """Add the predicting positions: hidden (T, I), tokens, weights and log normalisers (T,)."""
+        home = self.device
+        self._outputs[response] = (
+            hidden.to(home), tokens.to(home) - self._span.start, weights.to(home), normaliser.to(home)
+        )  # fmt: skip
+        if self._shift is not None:
+            for start in range(0, self.rows, 1024):
+                stop = min(start + 1024, self.rows)
+                delta = self._delta(response, start, stop)
+                self._bias[response, start:stop] = delta.sum(0).to(self._wide, torch.float64)
+
+    def add_input(self, response: int, ids: Tensor, gradient: Tensor) -> None:
+        """Add what arrives at the input embedding: ids (T,), gradient (T, I)."""
+        self._inputs[response] = (ids.to(self.device) - self._span.start, gradient.to(self.device, self.dtype))
+
+    def _keep(self, response: int, a: Tensor, delta: Tensor) -> None:
+        raise TypeError("the output embedding takes add_output and add_input")
+
+    def _delta(self, response: int, start: int, stop: int) -> Tensor:
+        hidden, tokens, weights, normaliser = self._outputs[response]
+        logits = hidden.to(self.dtype) @ self._weight[start:stop].to(self.dtype).T
+        if self._shift is not None:
+            logits += self._shift[start:stop]
+        delta = -torch.exp(logits / self._temperature - normaliser[:, None])
+        here = (tokens >= start) & (tokens < stop)
+        delta[here, tokens[here] - start] += 1
+        delta *= (weights / self._temperature)[:, None]
+        return delta
+
+    def fill(self, response: int, start: int, stop: int, out: Tensor) -> None:
+        """Write rows [start, stop) of a response's gradient to `out`."""
+        hidden = self._outputs[response][0]
+        _multiply(self._delta(response, start, stop).T, hidden, out)
+        if response in self._inputs:
+            ids, gradient = self._inputs[response]
+            here = (ids >= start) & (ids < stop)
+            out.index_add_(0, ids[here] - start, gradient[here])
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """Write left @ right to `out` in its dtype: half-precision operands, float32 sums."""
+    if left.is_cuda and left.dtype == right.dtype != out.dtype:
+        return torch.mm(left, right, out_dtype=out.dtype, out=out)
+    return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)

@@ -1,0 +1,250 @@
+"""Log-probabilities of the responses' tokens and the gradient of their sum in the last hidden states, without logits.
+
+With z = (h W' + b) / temperature and p = softmax(z):  d log p(o) / dh = (W[o] - p W) / temperature, taken in chunks of
+tokens, so that no (tokens x vocabulary) tensor of a whole sequence exists. Where the model does more to its logits
+(soft-capping, scaling), its own code is run on chunks of hidden states and differentiated by autograd. Which of the two
+holds is found by running the model's own code on amplified hidden states.
+
+Shape letters: C tokens of a chunk, D hidden width, V vocabulary, T all tokens asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gradvar.errors import GradvarError
+from gradvar.gradients.targets import output_embeddings
+
+_CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
+_VOCABULARY_TILE = 8192
+_AMPLITUDES = (1.0, 8.0, 64.0)
+"""Largest logits at which the head is probed: soft-capping is invisible at small ones."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenScores:
+    """Per-token results of one call."""
+
+    hidden_gradient: Tensor
+    """(T, D) d(sum of weight_t log p_t)/dh, in the compute dtype."""
+    logprobs: Tensor
+    """(T,) log-probability of each token in nats, at the temperature, in the compute dtype."""
+    entropy: Tensor
+    """(T,) entropy of the next-token distribution in nats."""
+    collision: Tensor
+    """(T,) sum over the vocabulary of p^2."""
+    normaliser: Tensor
+    """(T,) log sum exp of the logits divided by the temperature (0 where the model's own head was run)."""
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return float64 for float64 models and float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Head:
+    """What the model does between its last hidden state and the logits, probed once.
+
+    Args:
+        model: The causal language model, in eval mode.
+        probe_ids: A few token ids of the vocabulary.
+
+    Raises:
+        GradvarError: The model's logits cannot be had from its last hidden states.
+    """
+
+    def __init__(self, model: nn.Module, probe_ids: list[int]) -> None:
+        self._model = model
+        self.module = output_embeddings(model)
+        ids = torch.tensor([probe_ids], device=next(model.parameters()).device)
+        with torch.no_grad():
+            expected = model(input_ids=ids, use_cache=False).logits
+            self.base, self._template = self._find_base(ids, expected)
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        self._ids = ids[:, :1]
+        self._read_linear(self._template["last_hidden_state"])
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether logits are h W' + b with the weight and bias of one matrix, and nothing else."""
+        return self.weight is not None
+
+    @property
+    def description(self) -> str:
+        """How the log-probabilities are made, for the run's record."""
+        return "linear" if self.is_linear else "the model's own head"
+
+    def _find_base(self, ids: Tensor, expected: Tensor) -> tuple[nn.Module, Any]:
+        """Return the module whose last hidden state, put back in its place, gives the model's logits."""
+        for base in _base_candidates(self._model):
+            output = base(input_ids=ids, use_cache=False)
+            if not hasattr(output, "last_hidden_state"):
+                continue
+            called: list[bool] = []
+            with _replaced(base, output, called):
+                again = self._model(input_ids=ids, use_cache=False).logits
+            if called and again.shape == expected.shape and _close(again, expected):
+                return base, output
+        raise GradvarError(
+            f"{type(self._model).__name__}: no inner model was found whose last hidden state gives the model's logits; "
+            "expected a transformers causal language model (model.base_model or model.get_decoder())"
+        )
+
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        """Return the (C, V) logits that the model's own code makes of (C, D) hidden states."""
+        output = type(self._template)(**{**self._template, "last_hidden_state": hidden[None]})
+        ids = self._ids.expand(1, hidden.shape[0])
+        with _replaced(self.base, output, []):
+            logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
+        return logits[0]
+
+    def _read_linear(self, hidden: Tensor) -> None:
+        module = self.module
+        if not isinstance(module, nn.Linear) or module.weight.is_meta or not module.weight.is_floating_point():
+            return
+        bias = module.bias
+        flat = hidden[0].to(module.weight.device)
+        with torch.no_grad():
+            largest = functional.linear(flat, module.weight, bias).abs().amax().clamp_min(1e-6)
+            for amplitude in _AMPLITUDES:
+                probe = (flat * (amplitude / largest)).to(hidden.dtype)
+                if not _close(self.own_logits(probe.to(hidden.device)), functional.linear(probe, module.weight, bias)):
+                    return
+        self.weight, self.bias = module.weight.detach(), None if bias is None else bias.detach()
+
+    def token_scores(self, hidden: Tensor, tokens: Tensor, weights: Tensor, temperature: float) -> TokenScores:
+        """Return log-probabilities and the gradient of their weighted sum.
+
+        Args:
+            hidden: (T, D) last hidden states, detached.
+            tokens: (T,) the token that each of them predicts.
+            weights: (T,) 1 where the token carries loss, else 0.
+            temperature: Divides the logits.
+        """
+        vocabulary = self.weight.shape[0] if self.weight is not None else self._vocabulary()
+        size = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cpu"])
+        chunk = max(1, size // (vocabulary * (8 if hidden.dtype == torch.float64 else 4)))
+        parts = [
+            self._chunk(hidden[i : i + chunk], tokens[i : i + chunk], weights[i : i + chunk], temperature)
+            for i in range(0, hidden.shape[0], chunk)
+        ]
+        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+        return TokenScores(
+            hidden_gradient=columns[0],
+            logprobs=columns[1],
+            entropy=columns[2],
+            collision=columns[3],
+            normaliser=columns[4],
+        )
+
+    def _vocabulary(self) -> int:
+        size = getattr(self.module, "out_features", None)
+        return int(size) if size is not None else int(self._model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
+
+    def _chunk(self, hidden: Tensor, tokens: Tensor, weights: Tensor, temperature: float) -> tuple[Tensor, ...]:
+        if self.weight is None:
+            return self._own_chunk(hidden, tokens, weights, temperature)
+        home = hidden.device
+        hidden, tokens, weights = (x.to(self.weight.device) for x in (hidden, tokens, weights))
+        logp = _product(hidden, self.weight)
+        if self.bias is not None:
+            logp += self.bias
+        logp /= temperature
+        normaliser = torch.logsumexp(logp, dim=-1)
+        logp -= normaliser[:, None]
+        chosen = logp.gather(1, tokens[:, None])[:, 0]
+        probability = logp.exp()
+        entropy = -torch.linalg.vecdot(probability, logp)
+        if bool(entropy.isnan().any()):  # 0 times -inf, where a logit is -inf
+            entropy = -torch.linalg.vecdot(probability, logp.clamp_min(-1e30))
+        collision = torch.linalg.vecdot(probability, probability)
+        probability *= (weights / temperature)[:, None]
+        gradient = self.weight[tokens].to(logp.dtype) * (weights / temperature)[:, None]
+        gradient -= _weighted_rows(probability, self.weight)
+        return tuple(x.to(home) for x in (gradient, chosen, entropy, collision, normaliser))
+
+    def _own_chunk(self, hidden: Tensor, tokens: Tensor, weights: Tensor, temperature: float) -> tuple[Tensor, ...]:
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = self.own_logits(leaf).to(compute_dtype(hidden.dtype)) / temperature
+            logp = logits.log_softmax(-1)
+            chosen = logp.gather(1, tokens.to(logp.device)[:, None])[:, 0]
+            (gradient,) = torch.autograd.grad((chosen * weights.to(logp.device)).sum(), leaf)
+        logp, home = logp.detach(), hidden.device
+        probability = logp.exp()
+        entropy = -torch.linalg.vecdot(probability, logp.clamp_min(-1e30))
+        collision = torch.linalg.vecdot(probability, probability)
+        results = (gradient.to(logp.dtype), chosen.detach(), entropy, collision, torch.zeros_like(entropy))
+        return tuple(x.to(home) for x in results)
+
+
+def _product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Return hidden @ weight' in the compute dtype, no copy of the whole weight made."""
+    kind = compute_dtype(hidden.dtype)
+    if hidden.dtype == weight.dtype == kind:
+        return hidden @ weight.T
+    if hidden.is_cuda and hidden.dtype == weight.dtype:
+        return torch.mm(hidden, weight.T, out_dtype=kind)
+    wide = hidden.to(kind)
+    return torch.cat([wide @ rows.to(kind).T for rows in torch.split(weight, _VOCABULARY_TILE)], dim=1)
+
+
+def _weighted_rows(probability: Tensor, weight: Tensor) -> Tensor:
+    """Return probability @ weight in the dtype of `probability`, no copy of the whole weight made."""
+    if weight.dtype == probability.dtype:
+        return probability @ weight
+    if weight.is_cuda:
+        return torch.mm(probability.to(weight.dtype), weight, out_dtype=probability.dtype)
+    total = torch.zeros((probability.shape[0], weight.shape[1]), dtype=probability.dtype, device=weight.device)
+    for columns, rows in zip(
+        torch.split(probability, _VOCABULARY_TILE, 1), torch.split(weight, _VOCABULARY_TILE), strict=True
+    ):
+        total.addmm_(columns, rows.to(probability.dtype))
+    return total
+
+
+def _base_candidates(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the inner models that transformers' conventions suggest, outermost first."""
+    seen = {id(model)}
+    base = getattr(model, "base_model", None)
+    getter = getattr(model, "get_decoder", None)
+    for candidate in (base, getter() if getter is not None else None, getattr(base, "decoder", None)):
+        if isinstance(candidate, nn.Module) and id(candidate) not in seen:
+            seen.add(id(candidate))
+            yield candidate
+
+
+@contextmanager
+def _replaced(module: nn.Module, output: Any, called: list[bool]) -> Iterator[None]:
+    """Let the module return `output` without computing anything, and note in `called` that it was asked."""
+
+    def answer(*args: object, **kwargs: object) -> Any:
+        called.append(True)
+        return output
+
+    own = module.__dict__.get("forward")
+    module.forward = answer
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors agree to some roundings of the coarser dtype, relative to the largest entry."""
+    epsilon = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
+    a, b = a.double(), b.to(a.device).double()
+    scale = float(b[b.isfinite()].abs().amax()) if bool(b.isfinite().any()) else 0.0
+    same = (a - b).abs() <= 32 * epsilon * scale
+    return bool((same | (a == b)).all())

@@ -1,0 +1,472 @@
+"""From responses to score Grams: one forward and one truncated backward pass over batches, then small matrices.
+
+    s_i = grad sum_t m_it log pi(o_it | q, o_i,<t) over a target's parameters, m the loss mask;  S_ij = <s_i, s_j>
+
+Shape letters: N responses, L response tokens, T tokens of a batch row, D hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gradvar.errors import GradvarError
+from gradvar.gradients.batches import Batch, make_batches
+from gradvar.gradients.capture import Taps
+from gradvar.gradients.gram import FactorStore, GradientStore, HeadStore, MatrixStore
+from gradvar.gradients.logprobs import Head, TokenScores, compute_dtype
+from gradvar.gradients.plan import Block, Plan, make_plan
+from gradvar.gradients.states import frozen, full_precision
+from gradvar.gradients.targets import Target, resolve_targets
+from gradvar.runs.records import ScoreGram
+
+TokenValues = list[NDArray[np.float64]]
+_PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoreMeasurement:
+    """Score Grams of one prompt's responses and the per-token numbers of the same pass."""
+
+    grams: dict[str, ScoreGram]
+    """By target key."""
+    logprobs: TokenValues
+    """Per response, (L,) log pi of every response token in nats at the temperature, masked tokens too."""
+    entropy: TokenValues
+    """Per response, (L,) entropy in nats of the distribution each token was drawn from."""
+    collision: TokenValues
+    """Per response, (L,) sum over the vocabulary of pi^2."""
+    dtype: str
+    """The model's dtype in the backward pass."""
+    attention: str
+    """Attention implementation of the model."""
+    head: str
+    """How logits were made: "linear" or "the model's own head"."""
+    plan: Plan
+    """How the work was split; no result depends on it."""
+
+
+@dataclass(kw_only=True, eq=False)
+class _Tokens:
+    """Per-token results as they come in, by response."""
+
+    logprobs: list[NDArray[np.float64] | None]
+    entropy: list[NDArray[np.float64] | None]
+    collision: list[NDArray[np.float64] | None]
+
+
+@dataclass(kw_only=True, eq=False)
+class _Job:
+    """One checked request."""
+
+    model: nn.Module
+    prompt: list[int]
+    responses: list[list[int]]
+    masks: list[list[int]]
+    ids: tuple[int, ...]
+    temperature: float
+    head: Head
+    plan: Plan
+    dtype: torch.dtype
+    tied: str | None
+    """Path of the input embedding where it shares the head's weight."""
+    tokens: _Tokens
+    report: Callable[[int], None]
+    done: int = field(default=0)
+
+
+def measure_scores(
+    model: nn.Module,
+    prompt_ids: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    targets: str | Sequence[str],
+    *,
+    loss_masks: Sequence[Sequence[int] | None] | None = None,
+    temperature: float = 1.0,
+    include_bias: bool = True,
+    token_budget: int | None = None,
+    memory_budget: int | None = None,
+    rollout_ids: Sequence[int] | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> ScoreMeasurement:
+    """Measure the score Grams of one prompt's responses, exactly, and their per-token log-probabilities.
+
+    The model is measured in eval mode (no dropout) and left as it was found.
+
+    Args:
+        model: A transformers causal language model.
+        prompt_ids: Token ids of the prompt.
+        responses: N lists of token ids as sampled, end token included.
+        targets: What `resolve_targets` understands, for example "last:qkv".
+        loss_masks: Per response 1 on the tokens whose log-probability counts, else 0; None means every token.
+        temperature: The logits are divided by it.
+        include_bias: Whether a target's bias is part of its parameters.
+        token_budget: Padded tokens of a batch; None chooses. Changes speed, not results.
+        memory_budget: Bytes for gradients and tiles; None takes most of what is free. Changes speed, not results.
+        rollout_ids: Names of the responses, 0 to N - 1 if None.
+        on_progress: Called after every batch with the number of responses done so far, of N.
+
+    Raises:
+        GradvarError: The request does not fit the model, or a response's gradient is not finite.
+    """
+    ids = tuple(range(len(responses))) if rollout_ids is None else tuple(rollout_ids)
+    masks = _check_request(model, prompt_ids, responses, loss_masks, temperature, ids)
+    chosen = resolve_targets(model, targets)
+    dtype = _model_dtype(model)
+    with _measuring(model):
+        head = Head(model, list(prompt_ids)[-_PROBE_TOKENS:])
+        tied = _check_sharing(model, chosen, head)
+        plan = make_plan(
+            chosen,
+            [len(prompt_ids) + len(response) - 1 for response in responses],
+            dtype=dtype,
+            device=next(model.parameters()).device,
+            token_budget=token_budget,
+            memory_budget=memory_budget,
+        )
+        n = len(responses)
+        job = _Job(
+            model=model,
+            prompt=list(prompt_ids),
+            responses=[list(response) for response in responses],
+            masks=masks,
+            ids=ids,
+            temperature=temperature,
+            head=head,
+            plan=plan,
+            dtype=dtype,
+            tied=tied,
+            tokens=_Tokens(logprobs=[None] * n, entropy=[None] * n, collision=[None] * n),
+            report=on_progress or (lambda done: None),
+        )
+        sums = {target.key: torch.zeros((n, n), dtype=torch.float64) for target in chosen}
+        for blocks in plan.passes:
+            for block, store in _run_pass(job, blocks):
+                sums[block.target.key] += store.gram(include_bias and block.target.has_bias, plan.tile_bytes)
+    for key, total in sums.items():
+        _require_finite(ids, [bool(x) for x in total.diagonal().isfinite()], f"the gradient over {key}")
+    name = str(dtype).removeprefix("torch.")
+    grams = {
+        key: ScoreGram(
+            target=key,
+            matrix=total.numpy(),
+            rollout_ids=ids,
+            dtype=name,
+            include_bias=include_bias,
+            temperature=float(temperature),
+        )
+        for key, total in sums.items()
+    }
+    return ScoreMeasurement(
+        grams=grams,
+        logprobs=_whole(job.tokens.logprobs),
+        entropy=_whole(job.tokens.entropy),
+        collision=_whole(job.tokens.collision),
+        dtype=name,
+        attention=str(getattr(getattr(model, "config", None), "_attn_implementation", "unknown")),
+        head=head.description,
+        plan=plan,
+    )
+
+
+def score_grams(
+    model: nn.Module,
+    prompt_ids: list[int],
+    responses: list[list[int]],
+    targets: str | list[str],
+    *,
+    loss_masks: Sequence[Sequence[int] | None] | None = None,
+    temperature: float = 1.0,
+    include_bias: bool = True,
+    token_budget: int | None = None,
+    memory_budget: int | None = None,
+) -> dict[str, ScoreGram]:
+    """Return the score Gram of each target, by its key: `measure_scores` without the per-token numbers.
+
+    Args:
+        model: A transformers causal language model.
+        prompt_ids: Token ids of the prompt.
+        responses: N lists of token ids as sampled, end token included.
+        targets: What `resolve_targets` understands, for example "last:qkv".
+        loss_masks: Per response 1 on the tokens whose log-probability counts, else 0; None means every token.
+        temperature: The logits are divided by it.
+        include_bias: Whether a target's bias is part of its parameters.
+        token_budget: Padded tokens of a batch; None chooses.
+        memory_budget: Bytes for gradients and tiles; None takes most of what is free.
+
+    Raises:
+        GradvarError: The request does not fit the model, or a response's gradient is not finite.
+    """
+    return measure_scores(
+        model,
+        prompt_ids,
+        responses,
+        targets,
+        loss_masks=loss_masks,
+        temperature=temperature,
+        include_bias=include_bias,
+        token_budget=token_budget,
+        memory_budget=memory_budget,
+    ).grams
+
+
+@contextmanager
+def _measuring(model: nn.Module) -> Iterator[None]:
+    """Eval mode, parameters frozen, gradients on, true float32 products; all as before on leaving."""
+    with torch.inference_mode(False), torch.enable_grad(), frozen(model), full_precision():
+        yield
+
+
+def _run_pass(job: _Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientStore]]:
+    """Run all responses through the model once and keep the gradients of the pass's blocks."""
+    device = next(job.model.parameters()).device
+    stores = [(block, _new_store(job, block)) for block in blocks]
+    heads = [store for _, store in stores if isinstance(store, HeadStore)]
+    paths = {block.target.module for block in blocks if block.target.kind != "head"}
+    if heads and job.tied is not None:
+        paths.add(job.tied)
+    first_pass = job.tokens.logprobs[0] is None
+    batches = make_batches(job.prompt, job.responses, job.plan.token_budget, device)
+    with Taps({path: job.model.get_submodule(path) for path in sorted(paths)}) as taps:
+        for batch in batches:
+            taps.listen(_collector(job, batch, stores))
+            mask = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
+            hidden: Tensor = job.head.base(input_ids=batch.input_ids, use_cache=False, **mask).last_hidden_state
+            where, tokens, weights, spans = _predictions(job, batch)
+            flat = hidden.detach().reshape(-1, hidden.shape[-1]).index_select(0, where.to(hidden.device))
+            scores = job.head.token_scores(flat, tokens, weights, job.temperature)
+            if first_pass:
+                _keep_tokens(job, batch, scores, spans)
+            for head in heads:
+                for i, span in zip(batch.members, spans, strict=True):
+                    head.add_output(i, flat[span], tokens[span], weights[span], scores.normaliser[span])
+            if paths:
+                gradient = torch.zeros_like(hidden).reshape(-1, hidden.shape[-1])
+                gradient[where.to(hidden.device)] = scores.hidden_gradient.to(hidden.dtype)
+                if hidden.requires_grad:
+                    torch.autograd.backward(hidden, gradient.view_as(hidden))
+            taps.finish()
+            for block, store in stores:
+                finite = [store.is_finite(i) for i in batch.members]
+                names = [job.ids[i] for i in batch.members]
+                _require_finite(names, finite, f"the gradient over {block.target.key}")
+            job.done += len(batch.members)
+            job.report(job.done // len(job.plan.passes))
+    return stores
+
+
+def _new_store(job: _Job, block: Block) -> GradientStore:
+    rows, n = block.stop - block.start, len(job.responses)
+    kind = compute_dtype(job.dtype)
+    if block.target.kind == "head":
+        if job.head.weight is None:
+            raise GradvarError(
+                f"{block.target.key}: this model does more to its logits than this matrix product (soft-capping, "
+                "scaling), so the head cannot be measured; choose other targets"
+            )
+        return HeadStore(n, block.start, rows, job.head.weight, job.head.bias, job.temperature, kind)
+    device = next(job.model.get_submodule(block.target.module).parameters()).device
+    store = FactorStore if block.keep == "factors" else MatrixStore
+    return store(n, rows, block.target.in_features, kind, device)
+
+
+def _collector(
+    job: _Job, batch: Batch, stores: Sequence[tuple[Block, GradientStore]]
+) -> Callable[[str, Tensor, Tensor], None]:
+    """Return the sink that sorts a batch's factors into the stores, response by response."""
+    packed: dict[int, tuple[Tensor, Tensor]] = {}  # q, k and v get the same tensor: it is packed and kept once
+
+    def inputs(path: str, a: Tensor) -> Tensor:
+        if id(a) not in packed:
+            packed[id(a)] = (a, batch.pack(a, path))
+        return packed[id(a)][1]
+
+    def sink(path: str, a: Tensor, delta: Tensor) -> None:
+        outputs = batch.pack(delta, path)
+        if path == job.tied:
+            ids = batch.pack(a[..., None], path)[:, 0, 0]
+            gradient = _without_padding_row(job, ids, outputs)
+            for _, store in stores:
+                if isinstance(store, HeadStore):
+                    for i, (start, stop) in zip(batch.members, batch.bounds, strict=True):
+                        store.add_input(i, ids[start:stop], gradient[start:stop])
+            return
+        values = inputs(path, a)
+        for block, store in stores:
+            if block.target.module != path:
+                continue
+            rows = outputs if block.stop - block.start == outputs.shape[-1] else outputs[..., block.start : block.stop]
+            rows = rows.contiguous()
+            for i, (start, stop) in zip(batch.members, batch.bounds, strict=True):
+                store.add(i, values[start:stop].flatten(0, 1), rows[start:stop].flatten(0, 1))
+
+    return sink
+
+
+def _without_padding_row(job: _Job, ids: Tensor, outputs: Tensor) -> Tensor:
+    """Return (R, D) gradients at the input embedding, zero where the token is the embedding's padding token."""
+    embedding = job.model.get_submodule(job.tied or "")
+    gradient = outputs[:, 0]
+    skip = getattr(embedding, "padding_idx", None)  # torch gives that row no gradient
+    return gradient if skip is None else gradient * (ids != skip)[:, None]
+
+
+def _predictions(job: _Job, batch: Batch) -> tuple[Tensor, Tensor, Tensor, list[slice]]:
+    """Return flat positions that predict response tokens, those tokens, their weights, and each response's span."""
+    length = batch.input_ids.shape[1]
+    first = len(job.prompt) - 1
+    where: list[int] = []
+    tokens: list[int] = []
+    weights: list[int] = []
+    spans = []
+    for row, i in enumerate(batch.members):
+        spans.append(slice(len(where), len(where) + len(job.responses[i])))
+        where += range(row * length + first, row * length + first + len(job.responses[i]))
+        tokens += job.responses[i]
+        weights += job.masks[i]
+    device = batch.input_ids.device
+    kind = compute_dtype(job.dtype)
+    return (
+        torch.tensor(where, device=device),
+        torch.tensor(tokens, device=device),
+        torch.tensor(weights, dtype=kind, device=device),
+        spans,
+    )
+
+
+def _keep_tokens(job: _Job, batch: Batch, scores: TokenScores, spans: Sequence[slice]) -> None:
+    columns = [x.double().cpu().numpy() for x in (scores.logprobs, scores.entropy, scores.collision)]
+    names = [job.ids[i] for i in batch.members]
+    _require_finite(names, [bool(np.isfinite(columns[0][span]).all()) for span in spans], "a log-probability")
+    for i, span in zip(batch.members, spans, strict=True):
+        job.tokens.logprobs[i] = columns[0][span].copy()
+        job.tokens.entropy[i] = columns[1][span].copy()
+        job.tokens.collision[i] = columns[2][span].copy()
+
+
+def _whole(values: Sequence[NDArray[np.float64] | None]) -> TokenValues:
+    return [value for value in values if value is not None]
+
+
+def _require_finite(ids: Sequence[int], finite: Sequence[bool], what: str) -> None:
+    bad = [str(i) for i, good in zip(ids, finite, strict=True) if not good]
+    if bad:
+        shown = ", ".join(bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
+        raise GradvarError(
+            f"{what} is not finite for response {shown}: leave these out, or measure in float32 with eager attention"
+        )
+
+
+def _model_dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def _check_request(
+    model: nn.Module,
+    prompt: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    masks: Sequence[Sequence[int] | None] | None,
+    temperature: float,
+    ids: tuple[int, ...],
+) -> list[list[int]]:
+    """Check everything about the request that needs no computation; return the masks, all written out."""
+    _check_model(model)
+    if not responses:
+        raise GradvarError("no responses were given: expected at least one")
+    if not len(prompt):
+        raise GradvarError("the prompt is empty: expected at least one token before the response")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise GradvarError(f"temperature: expected a positive number, received {temperature}")
+    if len(ids) != len(responses) or len(set(ids)) < len(ids):
+        raise GradvarError(f"rollout ids: expected {len(responses)} different ones, received {len(ids)}")
+    if masks is not None and len(masks) != len(responses):
+        raise GradvarError(f"loss masks: expected one for each of {len(responses)} responses, received {len(masks)}")
+    vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    _check_ids(prompt, vocabulary, "the prompt")
+    limit = _positions(model)
+    written: list[list[int]] = []
+    for i, response in zip(ids, responses, strict=True):
+        if not len(response):
+            raise GradvarError(f"response {i} is empty: expected at least one token")
+        _check_ids(response, vocabulary, f"response {i}")
+        if limit is not None and len(prompt) + len(response) - 1 > limit:
+            raise GradvarError(
+                f"response {i} with its prompt feeds {len(prompt) + len(response) - 1} tokens: the model has {limit} "
+                "positions; leave it out or use a model with a longer context"
+            )
+        mask = masks[len(written)] if masks is not None else None
+        values = [1] * len(response) if mask is None else [int(m) for m in mask]
+        if len(values) != len(response):
+            raise GradvarError(f"response {i}: its loss mask has {len(values)} entries for {len(response)} tokens")
+        if not set(values) <= {0, 1}:
+            raise GradvarError(f"response {i}: its loss mask may hold only 0 and 1")
+        if not any(values):
+            raise GradvarError(f"response {i}: its loss mask is 0 everywhere, so no token carries loss")
+        written.append(values)
+    return written
+
+
+def _check_ids(ids: Sequence[int], vocabulary: int, what: str) -> None:
+    wrong = next((x for x in ids if not 0 <= x < vocabulary), None)
+    if wrong is not None:
+        raise GradvarError(
+            f"{what} holds token id {wrong}: the model's vocabulary has ids 0 to {vocabulary - 1}; was it made by "
+            "another tokenizer?"
+        )
+
+
+def _check_model(model: nn.Module) -> None:
+    compiled = hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules())
+    if compiled:
+        raise GradvarError("the model is compiled, so hooks may not fire: pass the uncompiled one (model._orig_mod)")
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_input_embeddings") or model.get_input_embeddings() is None:  # type: ignore[operator]
+        raise GradvarError(f"expected a transformers causal language model, received {type(model).__name__}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise GradvarError(f"{type(model).__name__} is an encoder-decoder: expected a causal language model")
+
+
+def _positions(model: nn.Module) -> int | None:
+    """Return how many tokens the model has positions for, None where it sets no limit."""
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    factor = scaling.get("factor", 1.0) if isinstance(scaling, dict) else 1.0
+    return int(limit * max(1.0, float(factor or 1.0)))
+
+
+def _check_sharing(model: nn.Module, targets: Sequence[Target], head: Head) -> str | None:
+    """Return the path of the input embedding where the chosen head shares its weight; refuse other sharing."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(path)
+    tied = None
+    for target in targets:
+        module = model.get_submodule(target.module)
+        others = [path for path in owners[id(module._parameters["weight"])] if path != target.module]
+        embeddings = [path for path in others if type(model.get_submodule(path)) is nn.Embedding]
+        if module is head.module and len(others) == len(embeddings) == 1:
+            embedding = model.get_submodule(embeddings[0])
+            if getattr(embedding, "max_norm", None) is None and not getattr(embedding, "scale_grad_by_freq", False):
+                tied = embeddings[0]
+                continue
+        if others:
+            raise GradvarError(
+                f"{target.key} shares its weight with {', '.join(others)}, whose part of the gradient cannot be "
+                "separated: choose other targets"
+            )
+        if isinstance(module, Conv1D) and module is head.module:
+            raise GradvarError(f"{target.key}: an output embedding that is a Conv1D is not measured")
+    return tied

@@ -1,0 +1,38 @@
+"""The user's model is borrowed: what the measurement changes in it is put back, whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Put every parameter out of the graph and every module in eval mode (no dropout); restore both on leaving."""
+    training = [(module, module.training) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for module, _ in training:
+            module.training = False
+        for parameter, _ in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, was in training:
+            module.training = was
+        for parameter, was in trainable:
+            parameter.requires_grad_(was)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Make float32 products be float32 products (no TF32, no bfloat16 splitting), as set before on leaving."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
