@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -78,8 +79,8 @@ def interval(row: Any) -> str:
     return f"[{number(row['low'])}, {number(row['high'])}]"
 
 
-def verdict(text: Any) -> str:
-    """Return a verdict in its colour."""
+def verdict(text: Any, *, short: bool = False) -> str:
+    """Return a verdict in its colour; short for tables."""
     if text is None or pd.isna(text):
         return ""
     styles = {
@@ -90,12 +91,21 @@ def verdict(text: Any) -> str:
         "rejected": "red",
     }
     style = styles.get(str(text), "yellow")
-    return f"[{style}]{text}[/{style}]"
+    words = str(text).removesuffix(" to length") if short else str(text)
+    return f"[{style}]{words}[/{style}]"
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], *, caption: str = "") -> None:
     """Print one table."""
-    shown = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left")
+    shown = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for index, column in enumerate(columns):
         shown.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:

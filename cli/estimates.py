@@ -32,12 +32,12 @@ def fit(
     from gradvar.runs import open_run
     from gradvar.stages import fit as stage
 
-    from . import console, views
+    from . import console, verdicts
 
     target = open_run(run)
     with target.locked():
         stage(target, settings, console.Terminal())
-    views.show_law(target, as_json=as_json)
+    verdicts.show_law(target, as_json=as_json)
 
 
 def cv(
@@ -69,9 +69,9 @@ def cv(
     from gradvar.runs import open_run
     from gradvar.stages import cv as stage
 
-    from . import console, views
+    from . import console, verdicts
 
     target = open_run(run)
     with target.locked():
         stage(target, settings, console.Terminal())
-    views.show_cv(target, as_json=as_json)
+    verdicts.show_cv(target, as_json=as_json)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import console
-from .console import interval, number, verdict
+from .console import number
 
 if TYPE_CHECKING:
     from gradvar.runs import Run
@@ -128,7 +128,8 @@ def _prompt_summary(run: Run, prompt_id: str) -> dict[str, Any]:
 def _print_prompts(rows: Sequence[dict[str, Any]]) -> None:
     columns = ["rollouts", "shortest", "mean_length", "longest", "truncated", "mean_reward", "unverified"]
     shown = [[str(row["prompt_id"]), *[number(row.get(column)) for column in columns]] for row in rows]
-    console.table("Prompts", ["prompt", *[column.replace("_", " ") for column in columns]], shown)
+    names = ["rollouts", "shortest", "mean", "longest", "truncated", "reward", "unverified"]
+    console.table("Prompts: lengths in tokens, mean reward", ["prompt", *names], shown)
 
 
 def _print_prompt(prompt_id: str, text: str, n_tokens: int) -> None:

@@ -33,12 +33,12 @@ def demo(
     from gradvar.runs import create_run
     from gradvar.stages import demo as stage
 
-    from . import console, views
+    from . import console, verdicts
 
     target = create_run(run)
     with target.locked():
         paths = stage(target, settings, console.Terminal())
-    views.show_results(target, paths, as_json=as_json)
+    verdicts.show_results(target, paths, as_json=as_json)
 
 
 def run(
@@ -89,9 +89,9 @@ def run(
     from gradvar.runs import create_run
     from gradvar.stages import run_all
 
-    from . import console, views
+    from . import console, verdicts
 
     target = create_run(run)
     with target.locked():
         paths = run_all(target, settings, console.Terminal())
-    views.show_results(target, paths, as_json=as_json)
+    verdicts.show_results(target, paths, as_json=as_json)

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.utils.logging
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gradvar.errors import GradvarError
+
+transformers.utils.logging.disable_progress_bar()  # gradvar shows progress of its own
 
 _DTYPES = {
     "float32": torch.float32,

@@ -11,6 +11,7 @@ from gradvar.runs.records import (
     ScoreGram,
     TableRow,
     estimate_table,
+    target_label,
 )
 from gradvar.runs.run import SUM, Run, create_run, open_run
 
@@ -36,4 +37,5 @@ __all__ = [
     "ScoreGram",
     "TableRow",
     "estimate_table",
+    "target_label",
 ]

@@ -6,6 +6,7 @@ Shape letters: N responses of one prompt, T tokens of one response.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -227,6 +228,14 @@ class TableRow:
     verdict: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further columns of this table family."""
+
+
+def target_label(target: str) -> str:
+    """Return a target's name for people: model.layers.3.self_attn.q_proj is "layer 3 q_proj"."""
+    if target == "sum":
+        return "all targets"
+    layer = re.search(r"\.(\d+)\.(?:.*\.)?([^.]+)$", target)
+    return f"layer {layer[1]} {layer[2]}" if layer else target
 
 
 def estimate_table(rows: Iterable[TableRow]) -> pd.DataFrame:

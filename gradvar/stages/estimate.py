@@ -30,7 +30,8 @@ def fit(run: Run, given: Mapping[str, Any], listener: Listener | None = None) ->
     groups = estimated_groups(run)
     run.begin("fit", config)
     with listener.task("fit", 2) as advance:
-        law = law_table(groups, advantage=config.advantage, level=config.level, margin=config.margin, seed=config.seed)
+        studied = list(dict.fromkeys(["score", config.advantage]))
+        law = law_table(groups, advantages_studied=studied, level=config.level, margin=config.margin, seed=config.seed)
         advance(1)
         identity = identity_table(groups, seed=config.seed, level=config.level)
         advance(1)

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from gradvar.errors import GradvarError
 from gradvar.estimators import advantages, deviations, fit_variance_law
+from gradvar.estimators.intervals import THESE_PROMPTS
 from gradvar.figures import panels, plot_aggregator_cv, plot_length_law, save, style
-from gradvar.runs import SUM, EstimateConfig, PromptScores, Run
+from gradvar.runs import SUM, EstimateConfig, PromptScores, Run, target_label
 from gradvar.stages.listener import Listener, Silent
 
-SHOWN_PROMPTS = 6
+SHOWN_PROMPTS = 3
 """Prompts that get a figure of their own."""
 
 
@@ -71,7 +72,7 @@ def _length_panel(axes: Axes, target: str, groups: Sequence[PromptScores], kind:
     rows = [(group, _deviations(group, kind)) for group in kept if len(group.lengths) >= 3]
     rows = [(group, squares) for group, squares in rows if squares.sum() > 0]
     if not rows:
-        axes.set_title(target)
+        axes.set_title(target_label(target))
         axes.text(0.5, 0.5, "every advantage is zero", ha="center", transform=axes.transAxes)
         return
     pooled = len(groups) > 1
@@ -106,7 +107,7 @@ def _length_panel(axes: Axes, target: str, groups: Sequence[PromptScores], kind:
         rewards=np.concatenate([group.rewards for group, _ in rows]),
         truncated=np.concatenate([group.truncated for group, _ in rows]),
         label=rf"$\|{symbol}_i - \bar {symbol}\|^2${unit}",
-        title="all targets" if target == SUM else target,
+        title=target_label(target),
         note=note,
     )
 
@@ -119,7 +120,8 @@ def _deviations(group: PromptScores, kind: str) -> NDArray[np.float64]:
 
 def _aggregators(folder: Path, table: pd.DataFrame, target: str, shown: Sequence[str]) -> list[Path]:
     rows = table[(table["quantity"] == "cv") & (table["target"] == target)]
-    pooled = rows[rows["prompt_id"].isna()]
+    pooled = rows[rows["prompt_id"].isna() & rows["method"].str.contains(THESE_PROMPTS)]
+    rows = rows[rows["rule"].notna()]
     parts = [("all prompts", pooled)] if len(pooled) else []
     parts += [(f"prompt {prompt_id}", rows[rows["prompt_id"] == prompt_id]) for prompt_id in shown]
     parts = [(title, part) for title, part in parts if len(part)]

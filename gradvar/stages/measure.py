@@ -13,7 +13,7 @@ from gradvar.gradients import ScoreMeasurement, measure_scores, resolve_targets
 from gradvar.models import find_model, load_model
 from gradvar.runs import MeasureConfig, Measures, Prompt, Rollout, Run, SampleConfig, rollouts_digest
 from gradvar.stages.identity import agree_on_model, agreed_config
-from gradvar.stages.listener import Listener, Silent
+from gradvar.stages.listener import Advance, Listener, Silent
 
 
 def measure(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> None:
@@ -108,9 +108,16 @@ def _measure_prompt(
     prompt: Prompt,
     rollouts: Sequence[Rollout],
     targets: list[str],
-    advance: Any,
+    advance: Advance,
 ) -> None:
     digest = rollouts_digest(rollouts)
+    seen = 0
+
+    def progress(done: int) -> None:  # the engine counts up, the listener takes steps
+        nonlocal seen
+        advance(done - seen)
+        seen = done
+
     masks = None if all(r.loss_mask is None for r in rollouts) else [_mask(r) for r in rollouts]
     try:
         measured = measure_scores(
@@ -124,7 +131,7 @@ def _measure_prompt(
             token_budget=config.token_budget,
             memory_budget=config.memory_budget,
             rollout_ids=[rollout.rollout_id for rollout in rollouts],
-            on_progress=advance,
+            on_progress=progress,
         )
     except GradvarError as error:
         raise GradvarError(f"prompt {prompt.prompt_id!r}: {error}") from error

@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gradvar.demo import policy_path, problems_path, template_path
 from gradvar.errors import GradvarError
-from gradvar.estimators import check_rule
-from gradvar.gradients import resolve_targets
-from gradvar.models import load_skeleton
+from gradvar.estimators import find_rule
 from gradvar.rollouts.engines import check_engine
 from gradvar.rollouts.rewards import choose_reward
 from gradvar.runs import EstimateConfig, MeasureConfig, RewardConfig, Run
@@ -61,8 +58,8 @@ def check(run: Run, given: Mapping[str, Any]) -> None:
     """
     estimates = agreed_config(run, EstimateConfig, given)
     for rule in estimates.rules:
-        check_rule(rule)
-    measures = agreed_config(run, MeasureConfig, given)
+        find_rule(rule)
+    agreed_config(run, MeasureConfig, given)
     rewards = agreed_config(run, RewardConfig, given)
     ready = prepare(run, given)
     check_engine(ready.config.engine)
@@ -74,8 +71,6 @@ def check(run: Run, given: Mapping[str, Any]) -> None:
     for prompt in ready.prompts:
         if prompt.ground_truth is not None or rewards.reward is not None:
             choose_reward(prompt.data_source, prompt.ground_truth, rewards.reward)
-    skeleton = load_skeleton(ready.folder, trust_remote_code=ready.config.trust_remote_code)
-    resolve_targets(skeleton, list(measures.targets))
 
 
 def demo(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> list[Path]:
@@ -89,6 +84,8 @@ def demo(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -
     Returns:
         Paths of the figures.
     """
+    from gradvar.demo import policy_path, problems_path, template_path
+
     settings = {
         "model": str(policy_path()),
         "prompts": str(problems_path()),

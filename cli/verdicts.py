@@ -1,0 +1,203 @@
+"""The estimates as people read them: the law in words, the aggregators as a table, the whole result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from . import console
+from .console import interval, number, verdict
+
+if TYPE_CHECKING:
+    from gradvar.runs import Run
+
+_WHAT = {"deviation": "deviation from the mean", "within": "within-length variance"}
+
+
+def show_law(run: Run, *, as_json: bool) -> None:
+    """Show the exponents with their verdicts, and the score identity."""
+    law, identity = run.table("law"), run.table("identity")
+    if as_json:
+        console.print_json({"law": console.records(law), "identity": console.records(identity)})
+        return
+    _print_identity(identity)
+    _print_exponents(law)
+    console.result.print(f"every number: {run.path / 'tables' / 'law.parquet'}", markup=False, soft_wrap=True)
+
+
+def show_cv(run: Run, *, as_json: bool) -> None:
+    """Show every aggregator's CV, pooled and prompt by prompt."""
+    table = run.table("cv")
+    if as_json:
+        console.print_json({"cv": console.records(table)})
+        return
+    _print_aggregators(table)
+    _print_prompts(table)
+    console.result.print(f"every number: {run.path / 'tables' / 'cv.parquet'}", markup=False, soft_wrap=True)
+
+
+def show_results(run: Run, figures: Sequence[Path], *, as_json: bool) -> None:
+    """Show the verdict, the aggregators, and where everything was saved."""
+    from gradvar.stages import disagreement
+
+    law, identity, cv = run.table("law"), run.table("identity"), run.table("cv")
+    tables = sorted((run.path / "tables").glob("*.parquet"))
+    if as_json:
+        console.print_json(
+            {
+                "run": str(run.path),
+                "disagreement": disagreement(run),
+                "law": console.records(law),
+                "identity": console.records(identity),
+                "cv": console.records(cv),
+                "tables": [str(path) for path in tables],
+                "figures": [str(path) for path in figures],
+            }
+        )
+        return
+    line = disagreement(run)
+    if line is not None:
+        console.result.print(line, style="bold red", markup=False)
+    _print_identity(identity)
+    _print_exponents(law)
+    _print_aggregators(cv)
+    for kind, paths in (("figures", [p for p in figures if p.suffix == ".png"]), ("tables", tables)):
+        console.result.print(f"{kind}:", style="bold")
+        for path in paths:
+            console.result.print(f"  {path}", markup=False, soft_wrap=True)
+    console.result.print(f"next: gradvar info {run.path}; gradvar cv {run.path} --group-size 16", markup=False)
+
+
+def _overall(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows over all prompts, as drawn; of the one prompt where there is only one."""
+    from gradvar.estimators.intervals import THESE_PROMPTS
+
+    pooled = table[table["prompt_id"].isna()]
+    if len(pooled):
+        return pooled[pooled["method"].str.contains(THESE_PROMPTS, regex=False)]
+    return table[table["prompt_id"] == table["prompt_id"].iloc[0]] if len(table) else table
+
+
+def _last_target(table: pd.DataFrame) -> str:
+    targets = [t for t in table["target"].unique() if t != "any"]
+    return "sum" if "sum" in targets else targets[-1]
+
+
+def _print_identity(identity: pd.DataFrame) -> None:
+    rows = identity[identity["quantity"] == "identity_signal"]
+    rows = rows[rows["target"] == _last_target(rows)]
+    pooled = rows[rows["prompt_id"].isna()]
+    row = (pooled if len(pooled) else rows).iloc[0]
+    console.result.print(
+        f"[bold]Rollouts come from this policy (E s = 0):[/bold] {verdict(row['verdict'])}, "
+        f"||E s||² is {number(row['value'])} {interval(row)} of the noise in a group of {row['group_size']}"
+    )
+
+
+def _print_exponents(law: pd.DataFrame) -> None:
+    from gradvar.runs import target_label
+
+    main = law[(law["scope"] == "all responses") & law["quantity"].isin([f"{what}_exponent" for what in _WHAT])]
+    overall = _overall(main)
+    last = _last_target(main)
+    for kind in overall["advantage"].unique():
+        name = "score (A = 1)" if kind == "score" else f"gradient with {kind} advantages"
+        for what, words in _WHAT.items():
+            row = _one(overall, target=last, advantage=kind, quantity=f"{what}_exponent")
+            if row is None:
+                continue
+            console.result.print(
+                f"[bold]{name}, {words}[/bold] grows as length to the power "
+                f"[bold]{number(row['value'])}[/bold] {interval(row)}: {verdict(row['verdict'])}"
+                if pd.notna(row["value"])
+                else f"[bold]{name}, {words}:[/bold] {verdict(row['verdict'])} ({row['method']})"
+            )
+    rows = []
+    for _, row in overall.iterrows():
+        quantity = str(row["quantity"]).removesuffix("_exponent")
+        undecided = row["verdict"] == "undetermined" and pd.notna(row["n_needed"])
+        needed = f", N {number(row['n_needed'])} decides" if undecided else ""
+        rows.append(
+            [
+                target_label(row["target"]),
+                "score" if row["advantage"] == "score" else str(row["advantage"]),
+                quantity,
+                number(row["value"]),
+                interval(row),
+                verdict(row["verdict"], short=True) + needed,
+            ]
+        )
+    level = f"{100 * float(overall['level'].iloc[0]):g}%"
+    counts = f"{overall['clusters'].max()} prompts, {overall['n'].max()} responses"
+    console.table(
+        f"Exponent of variance against length: {counts}",
+        ["target", "gradient", "quantity", "exponent", f"{level} interval", "verdict"],
+        rows,
+        caption="deviation: squared distance from the mean gradient; within: variance among responses of like length.\n"
+        "Per target, Euclidean geometry, on policy, no clipping.",
+    )
+
+
+def _print_aggregators(cv: pd.DataFrame) -> None:
+    from gradvar.runs import target_label
+
+    last = _last_target(cv)
+    overall = _overall(cv[(cv["target"] == last) & cv["rule"].notna()])
+    values = overall[overall["quantity"] == "cv"]
+    if values.empty:
+        console.result.print("[yellow]No aggregator can be compared: every reward is equal within its prompt.[/yellow]")
+        return
+    rows = []
+    for _, row in values.iterrows():
+        same = {"rule": row["rule"], "alpha": row["alpha"]}
+        rho = _one(overall, quantity="rho", **same)
+        ratio = _one(overall, quantity="cv_ratio", **same)
+        resolved = pd.notna(row["value"])
+        rows.append(
+            [
+                str(row["rule"]) + ("" if pd.isna(row["alpha"]) else f" α={row['alpha']:g}"),
+                number(row["value"]) if resolved else f"unresolved, > {number(row['low'])}",
+                interval(row),
+                "" if rho is None else f"{number(rho['value'])} {interval(rho)}",
+                "" if ratio is None else f"{number(ratio['value'])} {interval(ratio)}",
+                "" if resolved else number(row["n_needed"]),
+            ]
+        )
+    first = values.iloc[0]
+    console.table(
+        f"Total CV of each aggregator's update: {target_label(last)}, group of {first['group_size']}, "
+        f"{first['advantage']} advantages, {first['clusters']} prompts",
+        ["aggregator", "CV", "interval", "rho = 1/(1+CV²)", "CV over grpo's", "responses a prompt to resolve"],
+        rows,
+        caption="Lower is less noise. Lengths random, as training sees them; ratios are paired.",
+    )
+
+
+def _print_prompts(cv: pd.DataFrame) -> None:
+    last = _last_target(cv)
+    rows = cv[(cv["target"] == last) & cv["prompt_id"].notna() & (cv["quantity"] == "cv")]
+    columns: list[str] = []
+    table: dict[str, dict[str, str]] = {}
+    for _, row in rows.iterrows():
+        cells = table.setdefault(str(row["prompt_id"]), {})
+        if row["rule"] is None or pd.isna(row["rule"]):
+            cells[""] = str(row["verdict"])
+            continue
+        name = str(row["rule"]) + ("" if pd.isna(row["alpha"]) else f" α={row['alpha']:g}")
+        columns = list(dict.fromkeys([*columns, name]))
+        cells[name] = number(row["value"]) if pd.notna(row["value"]) else f"> {number(row['low'])}"
+    if len(table) < 2:
+        return
+    shown = [[prompt, *[cells.get(name, "") for name in columns], cells.get("", "")] for prompt, cells in table.items()]
+    console.table("CV prompt by prompt (> : unresolved, lower bound)", ["prompt", *columns, ""], shown)
+
+
+def _one(table: pd.DataFrame, **labels: Any) -> Any:
+    rows = table
+    for name, value in labels.items():
+        missing = value is None or (isinstance(value, float) and pd.isna(value))
+        rows = rows[rows[name].isna()] if missing else rows[rows[name] == value]
+    return rows.iloc[0] if len(rows) else None
