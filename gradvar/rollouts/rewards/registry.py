@@ -135,6 +135,7 @@ def _by_text(score: Callable[[str, Any], float]) -> Scorer:
 def _math_score(
     prompt: Prompt, rollouts: Sequence[Rollout], *, pool: MathPool | None, on_progress: OnProgress
 ) -> RewardResult:
+    """Return 1 or 0 by math-verify; a response without an answer is 0, one that it cannot decide is NaN."""
     gold = answers.gold_texts(prompt.ground_truth)
     rewards = np.full(len(rollouts), math.nan)
     with MathPool() if pool is None else nullcontext(pool) as checker:

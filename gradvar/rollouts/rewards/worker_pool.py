@@ -27,11 +27,16 @@ from gradvar.errors import GradvarError
 
 TIME_LIMIT = 10.0
 """Default deadline of one response [seconds]; a usual check takes some hundredths."""
+MEMORY_LIMIT = 2 * 2**30
+"""Resident memory at which a process is killed [bytes], where /proc tells it. No address space limit: math-verify takes
+the MemoryError for "not equal", which would make an undecided response a wrong one."""
 START_LIMIT = 120.0
 """How long a process may take to import math-verify [seconds]."""
 MOST_WORKERS = 8
 """Upper end of the default number of processes."""
 
+_POLL = 0.1
+"""How often the memory of a busy process is looked at [seconds]."""
 _SCRIPT = Path(__file__).with_name("math_worker.py")
 
 
@@ -142,15 +147,18 @@ class MathPool:
     def _listen(self) -> list[tuple[int, Verdict]]:
         """Wait until a worker speaks, ends or is late; return the verdicts that follow."""
         busy = [worker for worker in self._workers if not worker.idle]
-        first = min(worker.expires for worker in busy)
-        heard = wait([worker.output.fileno() for worker in busy], timeout=max(0.0, first - time.monotonic()))
+        first = min(worker.expires for worker in busy) - time.monotonic()
+        heard = wait([worker.output.fileno() for worker in busy], timeout=min(_POLL, max(0.0, first)))
         reached = []
         for worker in busy:
             index = worker.task
             if worker.output.fileno() in heard:
                 verdict = worker.hear()
             elif time.monotonic() >= worker.expires:
-                verdict = worker.give_up(self.time_limit)
+                limit = self.time_limit if worker.ready else START_LIMIT
+                verdict = worker.give_up(f"did not finish within {limit:g} s")
+            elif worker.memory() > MEMORY_LIMIT:
+                verdict = worker.give_up(f"used more than {MEMORY_LIMIT / 2**30:.2g} GiB of memory")
             else:
                 continue
             if verdict is not None and index is not None:
@@ -226,12 +234,20 @@ class _Worker:
             return Verdict(score=float(message["score"]))
         return Verdict(score=math.nan, reason=message["unverified"])
 
-    def give_up(self, limit: float) -> Verdict:
-        """Kill the process, whose deadline has passed."""
+    def memory(self) -> int:
+        """Return the process's resident memory in bytes, 0 where the system does not tell."""
+        try:
+            pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        except (OSError, ValueError, IndexError):
+            return 0
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def give_up(self, why: str) -> Verdict:
+        """Kill the process."""
         self.stop()
         if not self.ready:
-            raise _cannot_start(f"no sign of life within {START_LIMIT:.0f} s")
-        return Verdict(score=math.nan, reason=f"math-verify did not finish within {limit:g} s")
+            raise _cannot_start(f"the process {why}")
+        return Verdict(score=math.nan, reason=f"math-verify {why}")
 
     def stop(self) -> int:
         """End the process, leaving no zombie, and return its exit status."""

@@ -35,7 +35,7 @@ def pool() -> Iterator[MathPool]:
 
 @pytest.fixture(scope="module")
 def hasty() -> Iterator[MathPool]:
-    with MathPool(workers=2, time_limit=1.0) as shared:
+    with MathPool(workers=2, time_limit=1.5) as shared:
         yield shared
 
 
@@ -67,6 +67,7 @@ def alive(pid: int) -> bool:
         (r"$\sqrt{8}$", [r"\boxed{2\sqrt{2}}"], [r"\boxed{2}"]),
         (r"We find \boxed{7}.", [r"\boxed{7}"], [r"\boxed{8}"]),
         (r"\text{(C)}", [r"\boxed{\text{(C)}}"], [r"\boxed{\text{(D)}}"]),
+        ("east", [r"\boxed{east}", r"\boxed{\text{east}}"], [r"\boxed{seat}"]),
         ("12,345", [r"\boxed{12345}"], [r"\boxed{12}"]),
         (r"(3, \frac{\pi}{2})", [r"$\left(3, \frac{\pi}{2}\right)$"], [r"\boxed{(3, \pi)}"]),
         (["2", "3"], [r"\boxed{2}", r"\boxed{3}"], [r"\boxed{4}"]),
@@ -115,13 +116,24 @@ def test_long_and_odd_texts_are_simply_wrong(text: str, pool: MathPool) -> None:
 
 
 def test_hangs_are_unverified_and_the_rest_is_scored(hasty: MathPool) -> None:
-    texts = [TOWER, r"\boxed{5}", ISSUE_65, "the answer is 10**10**10", r"\boxed{6}", r"\boxed{\binom{10^{10}}{10^9}}"]
+    texts = [TOWER, r"\boxed{5}", ISSUE_65, "the answer is 10**10**10", r"\boxed{6}"]
     start = time.monotonic()
     result = score("5", *texts, pool=hasty)
     assert time.monotonic() - start < 20
-    np.testing.assert_array_equal(result.rewards, [np.nan, 1, np.nan, np.nan, 0, np.nan])
-    assert sorted(result.unverified) == [10, 12, 13, 15]
-    assert set(result.unverified.values()) == {"math-verify did not finish within 1 s"}
+    np.testing.assert_array_equal(result.rewards, [np.nan, 1, np.nan, np.nan, 0])
+    assert sorted(result.unverified) == [10, 12, 13]
+    assert set(result.unverified.values()) == {"math-verify did not finish within 1.5 s"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_a_check_that_takes_too_much_memory_is_unverified(monkeypatch: pytest.MonkeyPatch) -> None:
+    with MathPool(workers=1, time_limit=20) as single:
+        single.run([MathTask(gold=("5",), response=None)])
+        monkeypatch.setattr(worker_pool, "MEMORY_LIMIT", 2**20)
+        verdict = single.run([MathTask(gold=("5",), response=TOWER)])[0]
+    assert np.isnan(verdict.score)
+    assert verdict.reason is not None
+    assert verdict.reason.startswith("math-verify used more than")
 
 
 def test_deep_nesting_ends_in_time(hasty: MathPool) -> None:
@@ -132,7 +144,7 @@ def test_deep_nesting_ends_in_time(hasty: MathPool) -> None:
     assert len(result.unverified) == np.isnan(result.rewards).sum()
 
 
-@pytest.mark.parametrize(("gold", "words"), [("}{", "no expression"), (GCD, "did not finish within 1 s")])
+@pytest.mark.parametrize(("gold", "words"), [("}{", "no expression"), (GCD, "did not finish within 1.5 s")])
 def test_a_gold_that_cannot_be_read_leaves_all_unverified(gold: str, words: str, hasty: MathPool) -> None:
     done: list[int] = []
     result = score(gold, r"\boxed{5}", r"\boxed{6}", "x", pool=hasty, on_progress=done.append)
