@@ -52,7 +52,7 @@ def _parse_gold(text: str) -> list[Any]:
 
 
 def _parse_response(text: str) -> list[Any]:
-    """Return what the response answers: in its last `<answer>` if it has one, a box before anything else, the last first.
+    """Return what the response answers: in its last `<answer>` if it has one; a box before all else, the last first.
 
     The rest is math-verify's way: boxes close together make a set, without a box the last formula or number counts.
     """
