@@ -16,6 +16,9 @@ from rich.table import Table
 
 from gradvar.stages.listener import Advance
 
+_WORDS = ("target", "gradient", "quantity", "verdict", "aggregator", "prompt")
+"""Columns that hold words and stand to the left."""
+
 result = Console(highlight=False, soft_wrap=False)
 notes = Console(stderr=True, highlight=False)
 
@@ -58,7 +61,7 @@ def print_json(value: Any) -> None:
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Return a table's rows as JSON-ready records."""
-    return [dict(row) for row in table.astype(object).to_dict("records")]
+    return [{str(name): value for name, value in row.items()} for row in table.astype(object).to_dict("records")]
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -105,9 +108,10 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, caption: str
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
-    for index, column in enumerate(columns):
-        shown.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for column in columns:
+        shown.add_column(column, justify="left" if column in _WORDS else "right", overflow="fold")
     for row in rows:
         shown.add_row(*row)
     result.print(shown)

@@ -129,7 +129,7 @@ def _measure_prompt(
             temperature=made.temperature,
             include_bias=config.include_bias,
             token_budget=config.token_budget,
-            memory_budget=config.memory_budget,
+            memory_budget=None if config.memory_budget is None else int(config.memory_budget * 2**30),
             rollout_ids=[rollout.rollout_id for rollout in rollouts],
             on_progress=progress,
         )
