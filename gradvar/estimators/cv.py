@@ -109,7 +109,7 @@ def aggregator_rho(
     permutations: int = PERMUTATIONS,
     rng: np.random.Generator,
 ) -> tuple[Estimate, GroupMoments]:
-    """Estimate rho = ||E ghat||^2 / E||ghat||^2 of one rule, and the moments behind it. Arguments as in `aggregator_cv`."""
+    """Estimate rho = ||E ghat||^2 / E||ghat||^2 of one rule, with its moments; arguments as in `aggregator_cv`."""
     check_level(level)
     check_advantage(advantage)
     found = find_rule(rule)
@@ -145,7 +145,7 @@ def checked_prompt(gram: Any, rewards: Any, lengths: Any, advantage: str) -> tup
 
 
 def rho_estimate(moments: GroupMoments, *, group_size: int, level: float) -> Estimate:
-    """Estimate rho with its delete-one jackknife interval; no interval where N < 3 group_size; NaN where E||ghat||^2 is 0."""
+    """Estimate rho, delete-one jackknife; no interval where N < 3 group_size; NaN where E||ghat||^2 is 0."""
     n = len(moments.same_without)
     none = Estimate(
         value=math.nan, low=math.nan, high=math.nan, level=level, method=_JACKKNIFE, n=n, clusters=1, seed=None

@@ -33,7 +33,7 @@ from gradvar.estimators.intervals import (
     n_to_decide,
     t_quantile,
 )
-from gradvar.estimators.quasi import QuasiFit, Shape, fit_quasi
+from gradvar.estimators.quasi import Dependence, QuasiFit, Shape, fit_quasi
 from gradvar.runs.records import Estimate
 
 Array = NDArray[np.float64]
@@ -63,13 +63,29 @@ class FamilyFit:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class VarianceLaw:
-    """What the deviations say about v(L) = c L^beta."""
+class ExponentFit:
+    """The exponent alone, and how sure it is."""
 
     exponent: Estimate
     """beta, for these prompts (responses drawn again)."""
     exponent_across: Estimate
     """beta, for prompts like these (Student t over K - 1); without interval below 4 prompts."""
+    verdict: str
+    """"proportional to length", "not proportional" or "undetermined"."""
+    n_needed: float
+    """Responses that would settle the verdict; the n used where it is settled."""
+    influence: Array = field(repr=False)
+    """(n,) what each response adds to the exponent's error."""
+
+    def verdict_across(self, margin: float = 0.25) -> tuple[str, float]:
+        """Verdict for prompts like these, and the responses it would take if prompts came in the same proportion."""
+        return _verdict(self.exponent_across, margin)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VarianceLaw(ExponentFit):
+    """What the deviations say about v(L) = c L^beta."""
+
     scale: Estimate
     """c: variance at one token, far outside the data; for several prompts the geometric mean."""
     level_at_reference: Estimate
@@ -77,10 +93,6 @@ class VarianceLaw:
     sqrt(h_level^2 + h_beta^2 log(L / reference_length)^2)."""
     reference_length: float
     """Tokens."""
-    verdict: str
-    """"proportional to length", "not proportional" or "undetermined"."""
-    n_needed: float
-    """Responses that would settle the verdict; the n used where it is settled."""
     families: dict[str, FamilyFit]
     """The four families by name."""
     curvature: Estimate
@@ -97,8 +109,6 @@ class VarianceLaw:
     """Its R^2."""
     rank_correlation: Estimate
     """Spearman's, within prompts."""
-    influence: Array = field(repr=False)
-    """(n,) what each response adds to the exponent's error."""
 
     def mean(self, lengths: Any) -> tuple[Array, Array, Array]:
         """Fitted v(L) with its pointwise band: (value, low, high), each shaped as `lengths` (tokens)."""
@@ -107,10 +117,6 @@ class VarianceLaw:
         level_half = math.log(self.level_at_reference.high / self.level_at_reference.value)
         half = np.hypot(level_half, (self.exponent.high - self.exponent.value) * x)
         return np.exp(middle), np.exp(middle - half), np.exp(middle + half)
-
-    def verdict_across(self, margin: float = 0.25) -> tuple[str, float]:
-        """Verdict for prompts like these, and the responses it would take if prompts came in the same proportion."""
-        return _verdict(self.exponent_across, margin)
 
 
 def fit_variance_law(
@@ -122,6 +128,7 @@ def fit_variance_law(
     clusters: Any | None = None,
     margin: float = 0.25,
     level: float = 0.95,
+    dependence: Dependence | None = None,
 ) -> VarianceLaw:
     """Fit how deviations (or within-length variances) grow with length.
 
@@ -136,6 +143,10 @@ def fit_variance_law(
         clusters: (n,) labels of prompts, each with a constant of its own; None: one prompt.
         margin: The exponent is called 1 where its interval lies in [1 - margin, 1 + margin].
         level: Nominal coverage of the intervals.
+        dependence: What the observations owe to each other (`spread.deviation_dependence`,
+            `spread.within_dependence`), which turns the sandwich into a full delete-one jackknife. Without it the
+            observations count as independent: harmless for deviations, not for within-length variances, which share
+            neighbours.
 
     Returns:
         The law. Where the power law does not converge its numbers are NaN and the verdict "undetermined".
@@ -145,47 +156,84 @@ def fit_variance_law(
             or all equal inside every prompt, deviations that are negative, not finite, or all 0 in a prompt, or an
             n_centred below 3.
     """
-    check_level(level)
-    if not margin > 0:
-        raise GradvarError(f"margin must be positive, for example 0.25, received {margin!r}")
-    x, y, codes = _checked(lengths, deviations, clusters)
-    a, b = _correction(y, codes, n_centred, mean_deviation)
-    log_length = np.log(x)
-    centre = float(log_length.mean())
-    power = fit_quasi(y, codes, a, b, _power(log_length - centre), np.ones(1))
-    quantile = t_quantile(level, power.degrees)
-    exponent = _exponent(power, quantile, level)
-    across = _exponent_across(power, level)
-    scale, level_at, reference = _scales(power, centre, quantile, level)
-    verdict, n_needed = _verdict(exponent, margin)
+    data = _checked(lengths, deviations, clusters, n_centred, mean_deviation, margin, level)
+    x, y, codes = data.x, data.y, data.codes
+    power = _fit_power(data, dependence)
+    centred = data.log_length - data.centre
     fits = {
-        "constant": fit_quasi(y, codes, a, b, _offset(0.0 * x), np.zeros(0)),
-        "proportional": fit_quasi(y, codes, a, b, _offset(log_length - centre), np.zeros(0)),
-        "affine": fit_quasi(y, codes, a, b, _affine(x / x.mean() - 1.0), np.zeros(1)),
+        "constant": data.fit(_offset(0.0 * x)),
+        "proportional": data.fit(_offset(centred)),
+        "affine": data.fit(_affine(x / x.mean() - 1.0), 0.0),
         "power": power,
     }
-    curved = fit_quasi(y, codes, a, b, _curved(log_length - centre), np.array([power.shape[0], 0.0]))
-    curvature = _curvature(curved, level)
-    slope, slope_r2 = _least_squares(log_length, np.log(np.where(y > 0, y, 1.0)), codes, y > 0, level, "log-log")[:2]
+    curved = data.fit(_curved(centred), power.shape[0] if power.converged else 1.0, 0.0, dependence=dependence)
+    scale, level_at, reference = _scales(power, data.centre, level)
+    slope, slope_r2, _ = _least_squares(
+        data.log_length, np.log(np.where(y > 0, y, 1.0)), codes, y > 0, level, "log-log"
+    )
     line, line_r2, intercept = _least_squares(x, y, codes, np.ones_like(y, dtype=bool), level, "line")
     return VarianceLaw(
-        exponent=exponent,
-        exponent_across=across,
+        **_exponents(power, margin, level),
         scale=scale,
         level_at_reference=level_at,
         reference_length=reference,
-        verdict=verdict,
-        n_needed=n_needed,
-        families=_families(fits, x, centre),
-        curvature=curvature,
+        families=_families(fits, x, data.centre),
+        curvature=_curvature(curved, level),
         loglog_slope=slope,
         loglog_r2=slope_r2,
         line_slope=line,
         line_intercept=intercept,
         line_r2=line_r2,
         rank_correlation=_rank_correlation(x, y, codes, level),
-        influence=power.shape_influence[:, 0],
     )
+
+
+def fit_exponent(
+    lengths: Any,
+    deviations: Any,
+    *,
+    n_centred: Any | None = None,
+    mean_deviation: Any | None = None,
+    clusters: Any | None = None,
+    margin: float = 0.25,
+    level: float = 0.95,
+    dependence: Dependence | None = None,
+) -> ExponentFit:
+    """Fit the power law's exponent alone; arguments, numbers and errors as in `fit_variance_law`."""
+    data = _checked(lengths, deviations, clusters, n_centred, mean_deviation, margin, level)
+    return ExponentFit(**_exponents(_fit_power(data, dependence), margin, level))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Data:
+    """Checked observations with the finite-N correction: mu = a v + b."""
+
+    x: Array
+    y: Array
+    codes: NDArray[np.intp]
+    a: Array
+    b: Array
+    log_length: Array
+    centre: float
+
+    def fit(self, shape: Shape, *start: float, dependence: Dependence | None = None) -> QuasiFit:
+        return fit_quasi(self.y, self.codes, self.a, self.b, shape, np.array(start), dependence)
+
+
+def _fit_power(data: _Data, dependence: Dependence | None) -> QuasiFit:
+    return data.fit(_power(data.log_length - data.centre), 1.0, dependence=dependence)
+
+
+def _exponents(power: QuasiFit, margin: float, level: float) -> dict[str, Any]:
+    exponent = _exponent(power, level)
+    verdict, n_needed = _verdict(exponent, margin)
+    return {
+        "exponent": exponent,
+        "exponent_across": _exponent_across(power, level),
+        "verdict": verdict,
+        "n_needed": n_needed,
+        "influence": power.shape_influence[:, 0],
+    }
 
 
 def _verdict(exponent: Estimate, margin: float) -> tuple[str, float]:
@@ -194,7 +242,18 @@ def _verdict(exponent: Estimate, margin: float) -> tuple[str, float]:
     return verdict, n_to_decide(exponent.n, *interval)
 
 
-def _checked(lengths: Any, deviations: Any, clusters: Any | None) -> tuple[Array, Array, NDArray[np.intp]]:
+def _checked(
+    lengths: Any,
+    deviations: Any,
+    clusters: Any | None,
+    n_centred: Any | None,
+    mean_deviation: Any | None,
+    margin: float,
+    level: float,
+) -> _Data:
+    check_level(level)
+    if not margin > 0:
+        raise GradvarError(f"margin must be positive, for example 0.25, received {margin!r}")
     x = np.asarray(lengths, dtype=np.float64)
     y = np.asarray(deviations, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape:
@@ -218,7 +277,9 @@ def _checked(lengths: Any, deviations: Any, clusters: Any | None) -> tuple[Array
         )
     if all(np.ptp(x[codes == k]) == 0 for k in range(count)):
         raise GradvarError("all responses have one length: an exponent needs at least two different lengths")
-    return x, y, codes
+    a, b = _correction(y, codes, n_centred, mean_deviation)
+    log_length = np.log(x)
+    return _Data(x=x, y=y, codes=codes, a=a, b=b, log_length=log_length, centre=float(log_length.mean()))
 
 
 def _correction(y: Array, codes: NDArray[np.intp], n_centred: Any | None, mean: Any | None) -> tuple[Array, Array]:
@@ -266,12 +327,12 @@ def _estimate(value: float, half: float, level: float, method: str, n: int, clus
     )
 
 
-def _exponent(fit: QuasiFit, quantile: float, level: float) -> Estimate:
+def _exponent(fit: QuasiFit, level: float) -> Estimate:
     n, clusters = len(fit.shape_influence), len(fit.constants)
     method = f"Gamma quasi-likelihood, HC3 sandwich, t; {THESE_PROMPTS}"
     if not fit.converged:
         return _estimate(math.nan, math.nan, level, method + "; did not converge", n, clusters)
-    half = quantile * float(np.linalg.norm(fit.shape_influence[:, 0]))
+    half = t_quantile(level, fit.degrees) * float(np.linalg.norm(fit.shape_influence[:, 0]))
     if n < MINIMUM_RESPONSES:
         half, method = math.nan, method + f"; no interval below {MINIMUM_RESPONSES} responses"
     return _estimate(float(fit.shape[0]), half, level, method, n, clusters)
@@ -292,7 +353,7 @@ def _exponent_across(fit: QuasiFit, level: float) -> Estimate:
     return _estimate(float(fit.shape[0]), half, level, method, n, clusters)
 
 
-def _scales(fit: QuasiFit, centre: float, quantile: float, level: float) -> tuple[Estimate, Estimate, float]:
+def _scales(fit: QuasiFit, centre: float, level: float) -> tuple[Estimate, Estimate, float]:
     n, clusters = len(fit.shape_influence), len(fit.constants)
     method = f"Gamma quasi-likelihood, HC3 sandwich on the log, t; {THESE_PROMPTS}"
     if not fit.converged:
@@ -305,7 +366,7 @@ def _scales(fit: QuasiFit, centre: float, quantile: float, level: float) -> tupl
 
     def at(log_length: float) -> Estimate:
         log_value = float(fit.constants.mean()) + float(fit.shape[0]) * log_length
-        half = quantile * float(np.linalg.norm(constant_influence + log_length * slope_influence))
+        half = t_quantile(level, fit.degrees) * float(np.linalg.norm(constant_influence + log_length * slope_influence))
         if n < MINIMUM_RESPONSES:
             half = math.nan
         with np.errstate(over="ignore"):

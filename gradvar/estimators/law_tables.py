@@ -18,9 +18,23 @@ from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import advantages, check_advantage
 from gradvar.estimators.cv import SILENT
 from gradvar.estimators.inputs import arrange, generator, is_silent
-from gradvar.estimators.intervals import PROMPTS_LIKE_THESE, check_level, t_quantile
-from gradvar.estimators.law import MINIMUM_RESPONSES, UNDETERMINED, VarianceLaw, fit_variance_law
-from gradvar.estimators.spread import NEIGHBOURS, deviations, within_length_variance
+from gradvar.estimators.intervals import PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level, t_quantile
+from gradvar.estimators.law import (
+    MINIMUM_RESPONSES,
+    UNDETERMINED,
+    ExponentFit,
+    VarianceLaw,
+    fit_exponent,
+    fit_variance_law,
+)
+from gradvar.estimators.quasi import Dependence
+from gradvar.estimators.spread import (
+    NEIGHBOURS,
+    deviation_dependence,
+    deviations,
+    within_dependence,
+    within_length_variance,
+)
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
 
 Array = NDArray[np.float64]
@@ -42,6 +56,8 @@ class _Sample:
     """(n,) N of the set that the mean gradient was taken over."""
     mean_deviation: Array
     """(n,) its mean deviation."""
+    deviation_dependence: Dependence
+    within_dependence: Dependence
     left_out: int
 
 
@@ -149,6 +165,7 @@ class _Writer:
         verdict: str | None = None,
         n_needed: float = math.nan,
         reference_length: float = math.nan,
+        estimand: str = THESE_PROMPTS,
     ) -> TableRow:
         return TableRow(
             quantity=quantity,
@@ -163,6 +180,7 @@ class _Writer:
                 "left_out": left_out,
                 "silent": sum(name in self.silent for name in prompts),
                 "reference_length": reference_length,
+                "estimand": estimand,
             },
         )
 
@@ -248,28 +266,35 @@ def _sample(
     n = len(scores.lengths)
     spread = deviations(scores.gram, factors)
     part = scores if chosen.all() else scores.select(chosen)
-    within = np.zeros(len(part.lengths))
-    if len(part.lengths) > 1:
-        within = within_length_variance(
-            part.gram,
-            part.lengths,
-            advantages=None if factors is None else factors[chosen],
-            neighbours=neighbours,
-            rng=generator(writer.seed, scores.prompt_id, "neighbours"),
-        )
     count = len(part.lengths)
+    within = np.zeros(count)
+    shared: Dependence = _nothing_shared
+    if count > 1:
+        arguments: dict[str, Any] = {
+            "advantages": None if factors is None else factors[chosen],
+            "neighbours": neighbours,
+        }
+        purpose = (writer.seed, scores.prompt_id, "neighbours")
+        within = within_length_variance(part.gram, part.lengths, **arguments, rng=generator(*purpose))
+        shared = within_dependence(part.gram, part.lengths, **arguments, rng=generator(*purpose))
     return _Sample(
         lengths=part.lengths.astype(np.float64),
         deviations=spread[chosen],
         within=within,
         n_centred=np.full(count, float(n)),
         mean_deviation=np.full(count, float(spread.mean())),
+        deviation_dependence=deviation_dependence(scores.gram, factors, subset=chosen) if n > 1 else _nothing_shared,
+        within_dependence=shared,
         left_out=left_out,
     )
 
 
+def _nothing_shared(q: Array) -> Array:
+    return np.zeros_like(q)
+
+
 def _rows_of_sample(writer: _Writer, scope: str, samples: dict[str, _Sample], *, pooled: bool) -> list[TableRow]:
-    laws: dict[str, VarianceLaw] = {}
+    laws: dict[str, ExponentFit] = {}
     rows: list[TableRow] = []
     for what in ("deviation", "within"):
         usable, why = _usable(samples, what)
@@ -279,14 +304,14 @@ def _rows_of_sample(writer: _Writer, scope: str, samples: dict[str, _Sample], *,
         try:
             if not usable:
                 raise GradvarError(why)
-            law = _fit(list(usable.values()), what, writer)
+            law = _fit(list(usable.values()), what, writer, full=scope == ALL_RESPONSES)
         except GradvarError as error:
             n = sum(len(samples[name].lengths) for name in names)
             rows.append(writer.none(what, str(error), UNDETERMINED, n=n, **common))
             continue
         if list(usable) == list(samples):
             laws[what] = law
-        rows += _law_rows(writer, what, law, common, full=scope == ALL_RESPONSES, pooled=pooled)
+        rows += _law_rows(writer, what, law, common, pooled=pooled)
     if len(laws) == 2:
         names = list(samples)
         left_out = sum(s.left_out for s in samples.values())
@@ -317,33 +342,38 @@ def _spread(sample: _Sample, what: str) -> Array:
     return sample.deviations if what == "deviation" else sample.within
 
 
-def _fit(samples: list[_Sample], what: str, writer: _Writer) -> VarianceLaw:
+def _fit(samples: list[_Sample], what: str, writer: _Writer, *, full: bool) -> ExponentFit:
     def joined(values: Callable[[_Sample], Array]) -> Array:
         return np.concatenate([values(s) for s in samples])
 
     corrected = what == "deviation"
-    return fit_variance_law(
+    sizes = [len(s.lengths) for s in samples]
+    parts = [s.deviation_dependence if corrected else s.within_dependence for s in samples]
+    cuts = np.cumsum(sizes)[:-1]
+    fit: Callable[..., ExponentFit] = fit_variance_law if full else fit_exponent
+    return fit(
         joined(lambda s: s.lengths),
         joined(lambda s: _spread(s, what)),
         n_centred=joined(lambda s: s.n_centred) if corrected else None,
         mean_deviation=joined(lambda s: s.mean_deviation) if corrected else None,
-        clusters=np.repeat(np.arange(len(samples)), [len(s.lengths) for s in samples]),
+        clusters=np.repeat(np.arange(len(samples)), sizes),
         margin=writer.margin,
         level=writer.level,
+        dependence=lambda q: np.concatenate(
+            [part(piece) for part, piece in zip(parts, np.split(q, cuts), strict=True)]
+        ),
     )
 
 
-def _law_rows(
-    writer: _Writer, what: str, law: VarianceLaw, common: dict[str, Any], *, full: bool, pooled: bool
-) -> list[TableRow]:
+def _law_rows(writer: _Writer, what: str, law: ExponentFit, common: dict[str, Any], *, pooled: bool) -> list[TableRow]:
     def row(name: str, estimate: Estimate, **more: Any) -> TableRow:
         return writer.row(f"{what}_{name}", estimate, **common, **more)
 
     rows = [row("exponent", law.exponent, verdict=law.verdict, n_needed=law.n_needed)]
     if pooled:
         verdict, needed = law.verdict_across(writer.margin)
-        rows.append(row("exponent", law.exponent_across, verdict=verdict, n_needed=needed))
-    if not full:
+        rows.append(row("exponent", law.exponent_across, verdict=verdict, n_needed=needed, estimand=PROMPTS_LIKE_THESE))
+    if not isinstance(law, VarianceLaw):
         return rows
     rows += [
         row("scale", law.scale),
@@ -368,7 +398,7 @@ def _law_rows(
     return rows
 
 
-def _difference(deviation: VarianceLaw, within: VarianceLaw, level: float) -> Estimate:
+def _difference(deviation: ExponentFit, within: ExponentFit, level: float) -> Estimate:
     value = deviation.exponent.value - within.exponent.value
     degrees = len(deviation.influence) - deviation.exponent.clusters - 1
     half = t_quantile(level, degrees) * float(np.linalg.norm(deviation.influence - within.influence))
@@ -381,6 +411,3 @@ def _difference(deviation: VarianceLaw, within: VarianceLaw, level: float) -> Es
         high=value + half,
         method="deviation exponent minus within-length exponent, paired HC3 influences, t",
     )
-
-
-__all__ = ["ALL_RESPONSES", "NOT_TRUNCATED", "PROMPTS_LIKE_THESE", "law_table"]

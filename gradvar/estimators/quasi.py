@@ -19,10 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Dependence = Callable[[Array], Array]
+"""q (n, p) to sum_j q_j (y_j - y_j without observation i) (n, p), over j other than i."""
 Shape = Callable[[Array], tuple[Array, Array]]
 """s (m,) to (f (n,), df/ds (n, m)); NaN in f where s is not allowed."""
 
-MAXIMUM_STEPS = 200
+MAXIMUM_STEPS = 100
+TOLERANCE = 1e-8
+"""Largest last step of a converged fit, in units of log v."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,7 +53,15 @@ class QuasiFit:
     """False where no root was reached, or s is not determined."""
 
 
-def fit_quasi(y: Array, codes: NDArray[np.intp], a: Array, b: Array, shape: Shape, start: Array) -> QuasiFit:
+def fit_quasi(
+    y: Array,
+    codes: NDArray[np.intp],
+    a: Array,
+    b: Array,
+    shape: Shape,
+    start: Array,
+    dependence: Dependence | None = None,
+) -> QuasiFit:
     """Solve the quasi-score by Fisher scoring with step halving.
 
     Args:
@@ -59,6 +71,7 @@ def fit_quasi(y: Array, codes: NDArray[np.intp], a: Array, b: Array, shape: Shap
         b: (n,) known addend, at least 0.
         shape: The law inside a cluster.
         start: (m,) first s.
+        dependence: How observations change when another one is taken away, where they share something.
 
     Returns:
         The fit; `converged` says whether it is one.
@@ -93,10 +106,10 @@ def fit_quasi(y: Array, codes: NDArray[np.intp], a: Array, b: Array, shape: Shap
             shape_now, eta, loss = trial_shape, trial_eta, trial_loss
             rise, mu, slope = trial_rise, trial_mu, trial_slope
             largest = max(np.abs(length * shape_step).max(initial=0.0), np.abs(length * eta_step).max())
-            if largest < 1e-9:
+            if largest < TOLERANCE:
                 converged = True
                 break
-        return _finish(y, codes, mu, rise, slope, shape_now, eta, converged, per_cluster)
+        return _finish(y, codes, mu, rise, slope, shape_now, eta, converged, per_cluster, dependence)
 
 
 def _score_step(
@@ -112,9 +125,18 @@ def _score_step(
         else np.zeros((len(information), 0))
     )
     z = w[:, None] * (slope - middle[codes])
-    shape_step: Array = np.linalg.lstsq(z, r, rcond=None)[0] if slope.shape[1] else np.zeros(0)
+    shape_step = _solve(z.T @ z, z.T @ r)
     eta_step: Array = per_cluster(w * r) / information - middle @ shape_step
     return eta_step, shape_step, w, r, z, middle
+
+
+def _solve(information: Array, score: Array) -> Array:
+    """Newton step for m parameters; no step in a direction that the data do not determine."""
+    if len(score) == 1:
+        return score / information[0] if information[0, 0] > 0 else np.zeros(1)
+    if len(score) == 0:
+        return np.zeros(0)
+    return np.asarray(np.linalg.lstsq(information, score, rcond=1e-12)[0], dtype=np.float64)
 
 
 def _finish(
@@ -127,6 +149,7 @@ def _finish(
     eta: Array,
     converged: bool,
     per_cluster: Callable[[Array], Array],
+    dependence: Dependence | None,
 ) -> QuasiFit:
     n, m = slope.shape
     count = len(eta)
@@ -145,10 +168,14 @@ def _finish(
         pulled = np.linalg.solve(total, z.T).T if m else z
         leverage = w**2 / information[codes] + (z * pulled).sum(axis=1)
         freed = r / np.maximum(1.0 - leverage, 1e-12)
-        shape_influence = pulled * freed[:, None]
         own = np.zeros((n, count))
-        own[np.arange(n), codes] = w / information[codes] * freed
-        constants_influence = own - shape_influence @ middle.T
+        own[np.arange(n), codes] = w / information[codes]
+        gain = np.hstack([pulled, own - pulled @ middle.T])
+        influence = gain * freed[:, None]
+        if dependence is not None:
+            # The jackknife's other half: what the others' observations owe to this one.
+            influence += dependence(gain / mu[:, None])
+        shape_influence, constants_influence = influence[:, :m], influence[:, m:]
     else:
         shape_influence = np.full((n, m), np.nan)
         constants_influence = np.full((n, count), np.nan)

@@ -4,6 +4,7 @@ Rows that cannot be estimated are there once, with NaN and a verdict that says w
     n_needed    responses that would settle the verdict
     left_out    responses left out of this row because they are unverified
     silent      prompts of this row whose rewards are all equal
+    estimand    "these prompts" or, for pooled rows that come twice, "prompts like these"
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from gradvar.estimators.groups import (
 )
 from gradvar.estimators.identity import IdentityCheck, identity_from_parts, identity_parts
 from gradvar.estimators.inputs import arrange, generator, is_silent
-from gradvar.estimators.intervals import check_level
+from gradvar.estimators.intervals import PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
 
 RULES_COMPARED = ("grpo", "dapo", "dr_grpo", "vl_norm")
@@ -229,6 +230,7 @@ class _Study:
         variant: tuple[Rule, float | None] | None = None,
         verdict: str | None = None,
         n_needed: float = math.nan,
+        estimand: str = THESE_PROMPTS,
     ) -> TableRow:
         rule, alpha = variant if variant is not None else (None, None)
         return TableRow(
@@ -246,6 +248,7 @@ class _Study:
                 "n_needed": n_needed,
                 "left_out": sum(self.left_out[name] for name in prompts),
                 "silent": sum(name in self.silent for name in prompts),
+                "estimand": estimand,
             },
         )
 
@@ -305,8 +308,9 @@ def _rows_of_target(
                 rows.append(_ratio_row(study, variant, ratio, [name]))
         if len(study.prompts) < 2 or not loud:
             continue
-        for rho in pooled_rho(mine, group_size=study.group_size, level=study.level):
-            rows += _rho_and_cv(study, variant, rho, spoken, pooled=True)
+        both = pooled_rho(mine, group_size=study.group_size, level=study.level)
+        for rho, estimand in zip(both, (THESE_PROMPTS, PROMPTS_LIKE_THESE), strict=True):
+            rows += _rho_and_cv(study, variant, rho, spoken, pooled=True, estimand=estimand)
         if variant != compared:
             ratio = pooled_cv_ratio(mine, references, group_size=study.group_size, level=study.level)
             rows.append(_ratio_row(study, variant, ratio, spoken, pooled=True))
@@ -314,11 +318,26 @@ def _rows_of_target(
 
 
 def _rho_and_cv(
-    study: _Study, variant: tuple[Rule, float | None], rho: Estimate, prompts: Sequence[str], *, pooled: bool = False
+    study: _Study,
+    variant: tuple[Rule, float | None],
+    rho: Estimate,
+    prompts: Sequence[str],
+    *,
+    pooled: bool = False,
+    estimand: str = THESE_PROMPTS,
 ) -> list[TableRow]:
     verdict, needed = resolution(rho), n_to_resolve(rho, study.group_size)
     return [
-        study.row(quantity, estimate, prompts, pooled=pooled, variant=variant, verdict=verdict, n_needed=needed)
+        study.row(
+            quantity,
+            estimate,
+            prompts,
+            pooled=pooled,
+            variant=variant,
+            verdict=verdict,
+            n_needed=needed,
+            estimand=estimand,
+        )
         for quantity, estimate in (("rho", rho), ("cv", cv_from_rho(rho)))
     ]
 
