@@ -7,6 +7,7 @@ so that nothing after this module needs to know about formats.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -130,8 +131,7 @@ def _parse_lines(file: Path, text: str) -> Iterator[dict[str, Any]]:
 
 
 def _read_csv(file: Path) -> list[dict[str, Any]]:
-    lines = _read_text(file).splitlines(keepends=True)
-    reader = csv.DictReader(lines, strict=True)
+    reader = csv.DictReader(io.StringIO(_read_text(file), newline=""), strict=True)
     rows: list[dict[str, Any]] = []
     try:
         for row in reader:
@@ -142,7 +142,7 @@ def _read_csv(file: Path) -> list[dict[str, Any]]:
                 )
             rows.append({str(key): (value if value != "" else None) for key, value in row.items()})
     except csv.Error as error:
-        raise GradvarError(f"{file}, line {reader.line_num}: broken csv: {error}") from error
+        raise GradvarError(f"{file}, line {reader.reader.line_num}: broken csv: {error}") from error
     return rows
 
 
