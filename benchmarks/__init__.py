@@ -1,0 +1,1 @@
+"""What gradvar costs in seconds and bytes, measured."""
