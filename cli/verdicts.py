@@ -77,7 +77,7 @@ def _overall(table: pd.DataFrame) -> pd.DataFrame:
 
     pooled = table[table["prompt_id"].isna()]
     if len(pooled):
-        return pooled[pooled["method"].str.contains(THESE_PROMPTS, regex=False)]
+        return pooled[pooled["estimand"] == THESE_PROMPTS]
     return table[table["prompt_id"] == table["prompt_id"].iloc[0]] if len(table) else table
 
 

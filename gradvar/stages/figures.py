@@ -120,7 +120,7 @@ def _deviations(group: PromptScores, kind: str) -> NDArray[np.float64]:
 
 def _aggregators(folder: Path, table: pd.DataFrame, target: str, shown: Sequence[str]) -> list[Path]:
     rows = table[(table["quantity"] == "cv") & (table["target"] == target)]
-    pooled = rows[rows["prompt_id"].isna() & rows["method"].str.contains(THESE_PROMPTS)]
+    pooled = rows[rows["prompt_id"].isna() & (rows["estimand"] == THESE_PROMPTS)]
     rows = rows[rows["rule"].notna()]
     parts = [("all prompts", pooled)] if len(pooled) else []
     parts += [(f"prompt {prompt_id}", rows[rows["prompt_id"] == prompt_id]) for prompt_id in shown]
