@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,14 +18,7 @@ def register(app: typer.Typer) -> None:
 
 def sample(
     run: o.RunPath,
-    source: Annotated[
-        Path | None,
-        typer.Option(
-            "--from",
-            help="Rollouts made elsewhere: parquet or jsonl with prompt_token_ids and response_token_ids; optional "
-            "loss_mask, reward, logprobs, prompt_id, finish_reason.",
-        ),
-    ] = None,
+    source: o.Source = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the first prompt as the model sees it; no sampling.")
     ] = False,

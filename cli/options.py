@@ -15,6 +15,16 @@ ConfigFile = Annotated[
 ]
 
 
+Source = Annotated[
+    Path | None,
+    typer.Option(
+        "--from",
+        help="Rollouts made elsewhere, instead of sampling: parquet or jsonl with prompt_token_ids and "
+        "response_token_ids; optional loss_mask, reward, logprobs, prompt_id, finish_reason.",
+    ),
+]
+
+
 def _option(kind: Any, name: str, text: str, *, default: object = None, panel: str | None = None) -> Any:
     shown = str(default) if default is not None else False
     return Annotated[kind | None, typer.Option(name, help=text, show_default=shown, rich_help_panel=panel)]

@@ -25,6 +25,7 @@ def show_law(run: Run, *, as_json: bool) -> None:
         return
     _print_identity(identity)
     _print_exponents(law)
+    _print_law_by_prompt(law)
     console.result.print(f"every number: {run.path / 'tables' / 'law.parquet'}", markup=False, soft_wrap=True)
 
 
@@ -139,6 +140,29 @@ def _print_exponents(law: pd.DataFrame) -> None:
         caption="deviation: squared distance from the mean gradient; within: variance among responses of like length.\n"
         "Per target, Euclidean geometry, on policy, no clipping.",
     )
+
+
+def _print_law_by_prompt(law: pd.DataFrame) -> None:
+    from gradvar.runs import target_label
+
+    last = _last_target(law)
+    rows = law[(law["scope"] == "all responses") & (law["target"] == last) & law["prompt_id"].notna()]
+    rows = rows[rows["quantity"].isin([f"{what}_exponent" for what in _WHAT])]
+    if rows["prompt_id"].nunique() < 2:
+        return
+    shown = [
+        [
+            str(row["prompt_id"]),
+            "score" if row["advantage"] == "score" else str(row["advantage"]),
+            str(row["quantity"]).removesuffix("_exponent"),
+            number(row["value"]),
+            interval(row),
+            verdict(row["verdict"], short=True),
+        ]
+        for _, row in rows.iterrows()
+    ]
+    names = ["prompt", "gradient", "quantity", "exponent", "interval", "verdict"]
+    console.table(f"Prompt by prompt: {target_label(last)}", names, shown)
 
 
 def _print_aggregators(cv: pd.DataFrame) -> None:

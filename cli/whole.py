@@ -43,6 +43,7 @@ def demo(
 
 def run(
     run: o.RunPath,
+    source: o.Source = None,
     config: o.ConfigFile = None,
     model: o.Model = None,
     revision: o.Revision = None,
@@ -83,7 +84,7 @@ def run(
     """
     options = dict(locals())
     renamed = {"bias": "include_bias", "rule": "rules", "alpha": "alphas"}
-    skipped = ("run", "as_json", "config")
+    skipped = ("run", "source", "as_json", "config")
     settings = o.given(config, **{renamed.get(k, k): v for k, v in options.items() if k not in skipped})
 
     from gradvar.runs import create_run
@@ -93,5 +94,5 @@ def run(
 
     target = create_run(run)
     with target.locked():
-        paths = run_all(target, settings, console.Terminal())
+        paths = run_all(target, settings, console.Terminal(), source=source)
     verdicts.show_results(target, paths, as_json=as_json)

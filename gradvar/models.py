@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from dataclasses import dataclass
@@ -37,13 +38,8 @@ class ModelFolder:
 
     def weights_hash(self) -> str:
         """Return the SHA-256 over the configuration and every weight file: the model's identity in a run."""
-        hasher = hashlib.sha256()
-        for file in [self.path / "config.json", *sorted(self.path.glob("*.safetensors"))]:
-            hasher.update(file.name.encode())
-            with file.open("rb") as handle:
-                while block := handle.read(1 << 22):
-                    hasher.update(block)
-        return hasher.hexdigest()
+        files = [self.path / "config.json", *sorted(self.path.glob("*.safetensors"))]
+        return _hash_files(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
     def max_positions(self, trust_remote_code: bool = False) -> int | None:
         """Return the model's context in tokens, None where its configuration states none."""
@@ -193,6 +189,18 @@ def resolve_dtype(dtype: str, device: str) -> str:
     if dtype != "auto":
         return dtype
     return "bfloat16" if device.startswith("cuda") else "float32"
+
+
+@functools.lru_cache(maxsize=8)
+def _hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Hash names and contents; sizes and times are there so that a changed file is read again."""
+    hasher = hashlib.sha256()
+    for file, _, _ in files:
+        hasher.update(file.name.encode())
+        with file.open("rb") as handle:
+            while block := handle.read(1 << 22):
+                hasher.update(block)
+    return hasher.hexdigest()
 
 
 def _fetch(name: str, revision: str | None) -> Path:

@@ -10,26 +10,29 @@ from gradvar.errors import GradvarError
 from gradvar.estimators import find_rule
 from gradvar.rollouts.engines import check_engine
 from gradvar.rollouts.rewards import choose_reward
-from gradvar.runs import EstimateConfig, MeasureConfig, RewardConfig, Run
+from gradvar.runs import EstimateConfig, MeasureConfig, RewardConfig, Run, SampleConfig
 from gradvar.stages.estimate import cv, fit
 from gradvar.stages.figures import draw_figures
 from gradvar.stages.identity import agreed_config
 from gradvar.stages.listener import Listener, Silent
 from gradvar.stages.measure import disagreement, measure
 from gradvar.stages.reward import reward
-from gradvar.stages.sample import prepare, sample
+from gradvar.stages.sample import IMPORTED, import_rollouts, prepare, sample
 
 DEMO_PROMPTS = 6
 DEMO_MAX_TOKENS = 1024
 
 
-def run_all(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> list[Path]:
+def run_all(
+    run: Run, given: Mapping[str, Any], listener: Listener | None = None, *, source: Path | None = None
+) -> list[Path]:
     """Sample, reward, measure, fit, compare and draw; what is done already stays.
 
     Args:
         run: The run, new or not.
         given: Settings of every section given now.
         listener: Who is told.
+        source: Rollouts made elsewhere, taken instead of sampling; a run that holds such rollouts needs none.
 
     Returns:
         Paths of the figures.
@@ -38,8 +41,12 @@ def run_all(run: Run, given: Mapping[str, Any], listener: Listener | None = None
         GradvarError: Bad input; nothing is sampled before all of it was checked.
     """
     listener = listener or Silent()
-    check(run, given)
-    sample(run, given, listener)
+    check_estimates(run, given)
+    if source is not None:
+        import_rollouts(run, source, given, listener)
+    elif run.stored(SampleConfig).get("engine") != IMPORTED:
+        check_sampling(run, given)
+        sample(run, given, listener)
     reward(run, given, listener)
     measure(run, given, listener)
     line = disagreement(run)
@@ -50,27 +57,36 @@ def run_all(run: Run, given: Mapping[str, Any], listener: Listener | None = None
     return draw_figures(run, listener)
 
 
-def check(run: Run, given: Mapping[str, Any]) -> None:
-    """Check all settings of the whole job against the model, the problems and the run; writes nothing.
+def check_estimates(run: Run, given: Mapping[str, Any]) -> None:
+    """Check what is asked of the Grams before there are any; writes nothing.
 
     Raises:
         GradvarError: The first mistake found.
     """
-    estimates = agreed_config(run, EstimateConfig, given)
-    for rule in estimates.rules:
+    for rule in agreed_config(run, EstimateConfig, given).rules:
         find_rule(rule)
     agreed_config(run, MeasureConfig, given)
-    rewards = agreed_config(run, RewardConfig, given)
+    agreed_config(run, RewardConfig, given)
+
+
+def check_sampling(run: Run, given: Mapping[str, Any]) -> None:
+    """Check prompts, rewards and targets against the model and the run before anything is sampled; writes nothing.
+
+    Raises:
+        GradvarError: The first mistake found.
+    """
     ready = prepare(run, given)
     check_engine(ready.config.engine)
-    if estimates.group_size > ready.config.rollouts:
+    group_size = agreed_config(run, EstimateConfig, given).group_size
+    if 2 * group_size > ready.config.rollouts:
         raise GradvarError(
-            f"--group-size: expected at most the {ready.config.rollouts} rollouts a prompt, "
-            f"received {estimates.group_size}"
+            f"--group-size: expected at most {ready.config.rollouts // 2}, half the {ready.config.rollouts} rollouts a "
+            f"prompt (a CV needs two disjoint groups), received {group_size}"
         )
+    override = agreed_config(run, RewardConfig, given).reward
     for prompt in ready.prompts:
-        if prompt.ground_truth is not None or rewards.reward is not None:
-            choose_reward(prompt.data_source, prompt.ground_truth, rewards.reward)
+        if prompt.ground_truth is not None or override is not None:
+            choose_reward(prompt.data_source, prompt.ground_truth, override)
 
 
 def demo(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> list[Path]:

@@ -145,6 +145,11 @@ def test_runs_that_are_none(refused, tmp_path):
     assert "not empty" in refused("sample", tmp_path, *asked())
 
 
+def test_a_folder_that_cannot_be_written(refused, tmp_path):
+    line = refused("sample", "/proc/gradvar-run", *asked())
+    assert line.startswith("gradvar: cannot write to /proc/gradvar-run")
+
+
 def test_a_newer_format(refused, run):
     info = json.loads((run / "run.json").read_text())
     write(run / "run.json", json.dumps({**info, "format_version": 2}))
