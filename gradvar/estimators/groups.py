@@ -25,7 +25,7 @@ from gradvar.estimators.aggregation import Rule, scope_weights
 
 Array = NDArray[np.float64]
 
-PERMUTATIONS = 256
+PERMUTATIONS = 512
 """Default P."""
 
 
@@ -76,6 +76,9 @@ class GroupMoments:
     """(N,) delete-one replicates of same."""
     cross_without: Array
     """(N,) delete-one replicates of cross; NaN where fewer than two groups are left (B = 2)."""
+    second_order: float
+    """Variance of cross that comes from pairs of responses, 2/(N (N - 1)) mean <z_i, z_j>^2 over i != j, z_i = n
+    (mean coefficient of i) s_i centred: a jackknife counts that part twice."""
 
 
 def group_moments(gram: Array, groups: NDArray[np.intp], coefficients: Array) -> GroupMoments:
@@ -97,7 +100,7 @@ def group_moments(gram: Array, groups: NDArray[np.intp], coefficients: Array) ->
     reach = np.take_along_axis(spread @ gram, rows, axis=1).reshape(groups.shape)
     to_all = (coefficients * reach).sum(axis=-1)
     diagonal = group_self_products(gram, groups, coefficients)
-    return moments_from_products(diagonal, to_all, groups, n)
+    return moments_from_products(diagonal, to_all, groups, n, _second_order(gram, groups, coefficients))
 
 
 def group_self_products(gram: Array, groups: NDArray[np.intp], coefficients: Array) -> Array:
@@ -108,7 +111,22 @@ def group_self_products(gram: Array, groups: NDArray[np.intp], coefficients: Arr
     return products
 
 
-def moments_from_products(diagonal: Array, to_all: Array, groups: NDArray[np.intp], n: int) -> GroupMoments:
+def _second_order(gram: Array, groups: NDArray[np.intp], coefficients: Array) -> float:
+    n = gram.shape[0]
+    members = groups.reshape(-1)
+    times = np.bincount(members, minlength=n)
+    total = np.bincount(members, weights=coefficients.reshape(-1), minlength=n)
+    factor = groups.shape[2] * total / np.maximum(times, 1)
+    products = gram * np.outer(factor, factor)
+    means = products.mean(axis=1)
+    products = products - means[:, None] - means[None, :] + means.mean()
+    np.fill_diagonal(products, 0.0)
+    return float(2.0 * (products**2).sum() / (n * (n - 1.0)) ** 2)
+
+
+def moments_from_products(
+    diagonal: Array, to_all: Array, groups: NDArray[np.intp], n: int, second_order: float
+) -> GroupMoments:
     """Turn self products K_bb (P, B) and products with all groups sum_a K_ab (P, B) into moments and replicates."""
     permutations, count, size = groups.shape
     to_others = to_all - diagonal
@@ -129,6 +147,7 @@ def moments_from_products(diagonal: Array, to_all: Array, groups: NDArray[np.int
         cross=float(cross_total / (permutations * count * (count - 1))),
         same_without=same_without,
         cross_without=cross_without,
+        second_order=second_order,
     )
 
 

@@ -62,7 +62,9 @@ def fit_quasi(
     start: Array,
     dependence: Dependence | None = None,
 ) -> QuasiFit:
-    """Solve the quasi-score by Fisher scoring with step halving.
+    """Solve the quasi-score by Newton steps with halving.
+
+    The curvature is the observed one, kept positive: Fisher scoring oscillates where one observation dominates.
 
     Args:
         y: (n,) observations, at least 0, with a positive sum in every cluster.
@@ -90,7 +92,7 @@ def fit_quasi(
         loss = float(np.mean(np.log(mu) + y / mu))
         converged = False
         for _ in range(MAXIMUM_STEPS):
-            eta_step, shape_step, *_ = _score_step(y, codes, mu, rise, slope, per_cluster)
+            eta_step, shape_step = _newton_step(y, codes, mu, rise, slope, per_cluster)
             length = 1.0
             while length > 1e-10:
                 trial_shape, trial_eta = shape_now + length * shape_step, eta + length * eta_step
@@ -112,22 +114,25 @@ def fit_quasi(
         return _finish(y, codes, mu, rise, slope, shape_now, eta, converged, per_cluster, dependence)
 
 
-def _score_step(
+def _centres(weight: Array, slope: Array, per_cluster: Callable[[Array], Array]) -> Array:
+    """Weighted mean (K, m) of the slope inside each cluster."""
+    columns = [per_cluster(weight * column) for column in slope.T]
+    total = per_cluster(weight)
+    return np.stack(columns, axis=1) / total[:, None] if columns else np.zeros((len(total), 0))
+
+
+def _newton_step(
     y: Array, codes: NDArray[np.intp], mu: Array, rise: Array, slope: Array, per_cluster: Callable[[Array], Array]
-) -> tuple[Array, Array, Array, Array, Array, Array]:
-    """One Fisher step, and the pieces the sandwich is made of: rise is dmu/deta."""
+) -> tuple[Array, Array]:
+    """Steps in eta and s; rise is dmu/deta."""
     w = rise / mu
     r = (y - mu) / mu
-    information = per_cluster(w**2)
-    middle = (
-        np.stack([per_cluster(w**2 * column) for column in slope.T], axis=1) / information[:, None]
-        if (slope.shape[1])
-        else np.zeros((len(information), 0))
-    )
-    z = w[:, None] * (slope - middle[codes])
-    shape_step = _solve(z.T @ z, z.T @ r)
-    eta_step: Array = per_cluster(w * r) / information - middle @ shape_step
-    return eta_step, shape_step, w, r, z, middle
+    curvature = np.maximum(w * ((2.0 * w - 1.0) * y / mu + 1.0 - w), 0.05 * w**2)
+    middle = _centres(curvature, slope, per_cluster)
+    inner = slope - middle[codes]
+    shape_step = _solve(inner.T @ (curvature[:, None] * inner), inner.T @ (w * r))
+    eta_step: Array = per_cluster(w * r) / per_cluster(curvature) - middle @ shape_step
+    return eta_step, shape_step
 
 
 def _solve(information: Array, score: Array) -> Array:
@@ -153,8 +158,10 @@ def _finish(
 ) -> QuasiFit:
     n, m = slope.shape
     count = len(eta)
-    _, _, w, r, z, middle = _score_step(y, codes, mu, rise, slope, per_cluster)
+    w, r = rise / mu, (y - mu) / mu
     information = per_cluster(w**2)
+    middle = _centres(w**2, slope, per_cluster)
+    z = w[:, None] * (slope - middle[codes])
     total = z.T @ z
     # The residual sum of squares of z against the clusters' constants says whether the data determine s at all.
     size = (w[:, None] * slope).T @ (w[:, None] * slope)

@@ -15,7 +15,7 @@ from gradvar.errors import GradvarError
 
 Array = NDArray[np.float64]
 
-NEIGHBOURS = 4
+NEIGHBOURS = 5
 """Default k of the within-length variance."""
 
 

@@ -1,0 +1,118 @@
+"""Slow, literal float64 definitions, written from the formulas of ESTIMATORS.md. They share no code with gradvar."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+
+
+def gram_of(vectors):
+    """S_ij = <s_i, s_j> by a double loop."""
+    n = len(vectors)
+    gram = np.zeros((n, n))
+    for i in range(n):
+        for j in range(n):
+            gram[i, j] = sum(a * b for a, b in zip(vectors[i], vectors[j], strict=True))
+    return gram
+
+
+def advantage(rewards, kind, lengths=None):
+    n = len(rewards)
+    mean = sum(rewards) / n
+    out = []
+    for i, r in enumerate(rewards):
+        if kind == "score":
+            out.append(1.0)
+        elif kind == "raw":
+            out.append(r)
+        elif kind == "mean":
+            out.append(r - mean)
+        elif kind == "rloo":
+            others = [rewards[j] for j in range(n) if j != i]
+            out.append(r - sum(others) / (n - 1))
+        elif kind == "opo":
+            out.append(r - sum(a * b for a, b in zip(lengths, rewards, strict=True)) / sum(lengths))
+        elif kind == "grpo":
+            std = math.sqrt(sum((x - mean) ** 2 for x in rewards) / (n - 1))
+            out.append((r - mean) / (std + 1e-6))
+        else:
+            raise KeyError(kind)
+    return np.array(out)
+
+
+def weights(rule, lengths, *, alpha=None, max_length=None):
+    n = len(lengths)
+    if rule == "grpo":
+        return np.array([1 / (n * length) for length in lengths])
+    if rule == "dapo":
+        return np.array([1 / sum(lengths) for _ in lengths])
+    if rule == "dr_grpo":
+        return np.array([1 / (n * max_length) for _ in lengths])
+    if rule == "vl_norm":
+        powers = [length**-alpha for length in lengths]
+        return np.array([p / (max_length * sum(powers)) for p in powers])
+    if rule == "token_sum":
+        return np.ones(n)
+    if rule == "token_sum_norm":
+        return np.array([1 / max_length for _ in lengths])
+    if rule == "seq_mean_token_sum":
+        return np.array([1 / n for _ in lengths])
+    raise KeyError(rule)
+
+
+def deviation(gradients):
+    """||g_i - mean g||^2 from the vectors themselves."""
+    mean = sum(gradients) / len(gradients)
+    return np.array([sum((a - b) ** 2 for a, b in zip(g, mean, strict=True)) for g in gradients])
+
+
+def within_length(gradients, lengths, k):
+    """k/(k+1) ||g_i - mean of the k nearest in length||^2, for lengths without ties in distance."""
+    out = []
+    for i, g in enumerate(gradients):
+        others = sorted((j for j in range(len(gradients)) if j != i), key=lambda j: abs(lengths[j] - lengths[i]))
+        near = sum(gradients[j] for j in others[:k]) / k
+        out.append(k / (k + 1) * sum((a - b) ** 2 for a, b in zip(g, near, strict=True)))
+    return np.array(out)
+
+
+def update(vectors, rewards, lengths, members, rule, kind, *, alpha=None, max_length=None):
+    """ghat of one group, as a vector."""
+    r, ell = [rewards[i] for i in members], [lengths[i] for i in members]
+    x = weights(rule, ell, alpha=alpha, max_length=max_length)
+    a = advantage(r, kind, ell)
+    return sum(x[m] * a[m] * vectors[i] for m, i in enumerate(members))
+
+
+def moments(vectors, rewards, lengths, permutations, rule, kind, *, alpha=None, max_length=None, without=None):
+    """(same, cross): means of <ghat_b, ghat_b> and <ghat_a, ghat_b> over disjoint groups, groups with `without` left
+    out. `permutations` is a list of lists of groups."""
+    same, cross = [], []
+    for groups in permutations:
+        kept = [
+            update(vectors, rewards, lengths, list(g), rule, kind, alpha=alpha, max_length=max_length)
+            for g in groups
+            if without is None or without not in list(g)
+        ]
+        same += [float(u @ u) for u in kept]
+        cross += [float(u @ v) for u, v in itertools.permutations(kept, 2)]
+    return np.mean(same), np.mean(cross) if cross else math.nan
+
+
+def silent_share(rewards, n):
+    """Share of all groups of n whose rewards are equal, by listing every group."""
+    groups = list(itertools.combinations(range(len(rewards)), n))
+    return sum(len({rewards[i] for i in g}) == 1 for g in groups) / len(groups)
+
+
+def gamma_quasi_score(theta, lengths, y, n_centred, vbar):
+    """sum_i (y_i - mu_i)/mu_i^2 dmu_i/d(log c, beta), mu = (1 - 2/N) c L^beta + vbar/N."""
+    total = np.zeros(2)
+    for length, value in zip(lengths, y, strict=True):
+        v = math.exp(theta[0]) * length ** theta[1]
+        mu = (1 - 2 / n_centred) * v + vbar / n_centred
+        slope = (1 - 2 / n_centred) * v * np.array([1.0, math.log(length)])
+        total += (value - mu) / mu**2 * slope
+    return total
