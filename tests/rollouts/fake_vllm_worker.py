@@ -33,6 +33,10 @@ if __name__ == "__main__":
             if HOW == "error":
                 send({"error": "ValueError: no room for the cache"})
                 sys.exit(1)
+            if HOW == "pointer":
+                print("(EngineCore) ERROR: ValueError: No memory for blocks", flush=True)
+                send({"error": "RuntimeError: Engine core initialization failed. See root cause above."})
+                sys.exit(1)
             if HOW == "hangs":
                 Path(os.environ["FAKE_PID"]).write_text(str(os.getpid()))
                 time.sleep(600)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FAKE = "tests.rollouts.fake_vllm_worker"
 
 
-def run(folder, how, monkeypatch, **options):
+def run(folder, how, monkeypatch, on_prompt=None, **options):
     """Sample two prompts with the stand-in; returns what was handed over."""
     monkeypatch.setattr(vllm_engine, "WORKER_MODULE", FAKE)
     monkeypatch.setenv("FAKE_WORKER", how)
@@ -28,10 +28,9 @@ def run(folder, how, monkeypatch, **options):
     ]
     settings = SamplingSettings(model=find_model(str(folder)), max_tokens=5, **options)
     found, progress = {}, []
+    keep = on_prompt or (lambda one, rollouts: found.update({one.prompt.prompt_id: rollouts}))
     try:
-        vllm_engine.sample_requests(
-            settings, requests, lambda one, rollouts: found.update({one.prompt.prompt_id: rollouts}), progress.append
-        )
+        vllm_engine.sample_requests(settings, requests, keep, progress.append)
     finally:
         run.found = found
     return found, sum(progress)
@@ -76,6 +75,25 @@ def test_a_worker_that_dies_while_it_writes(tiny_folder, monkeypatch, tmp_path):
 def test_a_workers_own_error_is_passed_on(tiny_folder, monkeypatch):
     with pytest.raises(GradvarError, match="--engine vllm: ValueError: no room for the cache"):
         run(tiny_folder, "error", monkeypatch)
+
+
+def test_the_cause_is_looked_up_where_vllm_only_points_at_it(tiny_folder, monkeypatch):
+    with pytest.raises(GradvarError, match=r"See root cause above\.; the cause: ValueError: No memory for blocks"):
+        run(tiny_folder, "pointer", monkeypatch)
+
+
+def test_a_callers_exception_ends_the_worker_at_once(tiny_folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("FAKE_PID", str(tmp_path / "pid"))
+
+    def full_disk(one, rollouts):
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.05)
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left") as caught:
+        run(tiny_folder, "hangs", monkeypatch, on_prompt=full_disk)
+    assert caught.traceback, "the traceback is still held"
+    assert gone(int((tmp_path / "pid").read_text()))
 
 
 def test_a_worker_that_lingers_after_its_work_is_ended(tiny_folder, monkeypatch, tmp_path):

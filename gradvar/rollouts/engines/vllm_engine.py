@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,17 +52,19 @@ def sample_requests(
     tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
     end_ids = end_token_ids(settings.model.path, tokenizer)
     finished = 0
-    for message in _worker_messages(_job(settings, requests, end_ids), settings):
-        if "progress" in message:
-            on_progress(message["progress"])
-            continue
-        request = requests[message["request"]]
-        rollouts = [
-            make_rollout(request.first_rollout_id + index, token_ids, logprobs, end_ids, tokenizer)
-            for index, (token_ids, logprobs) in enumerate(message["responses"])
-        ]
-        on_prompt(request, rollouts)
-        finished += 1
+    # Closed here and not when the garbage is collected: a caller's exception would keep the worker alive meanwhile.
+    with contextlib.closing(_worker_messages(_job(settings, requests, end_ids), settings)) as messages:
+        for message in messages:
+            if "progress" in message:
+                on_progress(message["progress"])
+                continue
+            request = requests[message["request"]]
+            rollouts = [
+                make_rollout(request.first_rollout_id + index, token_ids, logprobs, end_ids, tokenizer)
+                for index, (token_ids, logprobs) in enumerate(message["responses"])
+            ]
+            on_prompt(request, rollouts)
+            finished += 1
     if finished < len(requests):
         raise GradvarError(f"--engine vllm: expected {len(requests)} prompts from vLLM, received {finished}")
 
@@ -89,7 +92,7 @@ def _job(settings: SamplingSettings, requests: Sequence[SamplingRequest], end_id
     }
 
 
-def _worker_messages(job: dict[str, Any], settings: SamplingSettings) -> Iterator[dict[str, Any]]:
+def _worker_messages(job: dict[str, Any], settings: SamplingSettings) -> Generator[dict[str, Any]]:
     """Runs the worker and yields what it sends; kills whatever is left of it in the end, whatever happens."""
     environment = _environment(settings)
     with contextlib.ExitStack() as stack:
@@ -119,7 +122,9 @@ def _worker_messages(job: dict[str, Any], settings: SamplingSettings) -> Iterato
             except json.JSONDecodeError:
                 break  # the worker died while it wrote
             if "error" in message:
-                raise GradvarError(f"--engine vllm: {message['error']}{_where(settings)}")
+                raise GradvarError(
+                    f"--engine vllm: {message['error']}{_cause(message['error'], log_file)}{_where(settings)}"
+                )
             if "done" in message:
                 return
             yield message
@@ -179,6 +184,17 @@ def _tail(log_file: Path, characters: int = 400) -> str:
         text = " | ".join(line.strip() for line in log_file.read_text("utf-8", "replace").splitlines()[-5:] if line)
         return repr(text[-characters:])
     return "''"
+
+
+def _cause(error: str, log_file: Path) -> str:
+    """Returns the root cause from the log where vLLM's error only says that there is one ("See root cause above")."""
+    if "root cause" not in error:
+        return ""
+    with contextlib.suppress(OSError):
+        found = re.findall(r"\b\w+(?:Error|Exception): .+", log_file.read_text("utf-8", "replace"))
+        others = [line for line in found if "root cause" not in line]
+        return f"; the cause: {others[-1][:400]}" if others else ""
+    return ""
 
 
 def _where(settings: SamplingSettings) -> str:

@@ -32,8 +32,7 @@ def main(job_file: str, descriptor: int) -> None:
             import traceback
 
             traceback.print_exc()
-            lines = [line for line in str(error).strip().splitlines() if line.strip()] or [""]
-            _send(messages, {"error": f"{type(error).__name__}: {lines[0][:400]}"})
+            _send(messages, {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"})
 
 
 def _sample(job: dict[str, Any], messages: IO[str]) -> None:
