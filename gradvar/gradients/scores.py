@@ -77,7 +77,9 @@ class _Job:
     plan: Plan
     dtype: torch.dtype
     tied: str | None
-    """Path of the input embedding where it shares the head's weight."""
+    """Path of the input embedding where it shares the chosen head's weight."""
+    tied_scale: float
+    """Its output is this times the weight's rows."""
     tokens: _Tokens
     report: Callable[[int], None]
     done: int = field(default=0)
@@ -123,7 +125,7 @@ def measure_scores(
     dtype = _model_dtype(model)
     with _measuring(model):
         head = Head(model, list(prompt_ids)[-_PROBE_TOKENS:])
-        tied = _check_sharing(model, chosen, head)
+        tied, tied_scale = _check_sharing(model, chosen, head)
         plan = make_plan(
             chosen,
             [len(prompt_ids) + len(response) - 1 for response in responses],
@@ -144,6 +146,7 @@ def measure_scores(
             plan=plan,
             dtype=dtype,
             tied=tied,
+            tied_scale=tied_scale,
             tokens=_Tokens(logprobs=[None] * n, entropy=[None] * n, collision=[None] * n),
             report=on_progress or (lambda done: None),
         )
@@ -293,7 +296,7 @@ def _collector(
         outputs = batch.pack(delta, path)
         if path == job.tied:
             ids = batch.pack(a[..., None], path)[:, 0, 0]
-            gradient = _without_padding_row(job, ids, outputs)
+            gradient = _embedding_gradient(job, ids, outputs)
             for _, store in stores:
                 if isinstance(store, HeadStore):
                     for i, (start, stop) in zip(batch.members, batch.bounds, strict=True):
@@ -311,10 +314,10 @@ def _collector(
     return sink
 
 
-def _without_padding_row(job: _Job, ids: Tensor, outputs: Tensor) -> Tensor:
-    """Return (R, D) gradients at the input embedding, zero where the token is the embedding's padding token."""
+def _embedding_gradient(job: _Job, ids: Tensor, outputs: Tensor) -> Tensor:
+    """Return (R, D) gradients of the rows that the tokens fed take from the input embedding."""
     embedding = job.model.get_submodule(job.tied or "")
-    gradient = outputs[:, 0]
+    gradient = outputs[:, 0].to(compute_dtype(job.dtype)) * job.tied_scale
     skip = getattr(embedding, "padding_idx", None)  # torch gives that row no gradient
     return gradient if skip is None else gradient * (ids != skip)[:, None]
 
@@ -445,22 +448,25 @@ def _positions(model: nn.Module) -> int | None:
     return int(limit * max(1.0, float(factor or 1.0)))
 
 
-def _check_sharing(model: nn.Module, targets: Sequence[Target], head: Head) -> str | None:
-    """Return the path of the input embedding where the chosen head shares its weight; refuse other sharing."""
+def _check_sharing(model: nn.Module, targets: Sequence[Target], head: Head) -> tuple[str | None, float]:
+    """Return the path and scale of the input embedding where the chosen head shares its weight; refuse other sharing.
+
+    Raises:
+        GradvarError: A target's weight is used elsewhere too, where its part of the gradient is not captured.
+    """
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is not None:
             owners.setdefault(id(weight), []).append(path)
-    tied = None
+    tied: tuple[str | None, float] = (None, 1.0)
     for target in targets:
         module = model.get_submodule(target.module)
         others = [path for path in owners[id(module._parameters["weight"])] if path != target.module]
-        embeddings = [path for path in others if type(model.get_submodule(path)) is nn.Embedding]
-        if module is head.module and len(others) == len(embeddings) == 1:
-            embedding = model.get_submodule(embeddings[0])
-            if getattr(embedding, "max_norm", None) is None and not getattr(embedding, "scale_grad_by_freq", False):
-                tied = embeddings[0]
+        if module is head.module and len(others) == 1:
+            scale = _embedding_scale(model.get_submodule(others[0]))
+            if scale is not None:
+                tied = (others[0], scale)
                 continue
         if others:
             raise GradvarError(
@@ -470,3 +476,17 @@ def _check_sharing(model: nn.Module, targets: Sequence[Target], head: Head) -> s
         if isinstance(module, Conv1D) and module is head.module:
             raise GradvarError(f"{target.key}: an output embedding that is a Conv1D is not measured")
     return tied
+
+
+def _embedding_scale(module: nn.Module) -> float | None:
+    """Return s where the module's output is s W[ids] (Gemma scales its embedding), None where it is anything else."""
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None or module.scale_grad_by_freq:
+        return None
+    with torch.no_grad():
+        ids = torch.arange(min(8, module.num_embeddings), device=module.weight.device)
+        rows, output = module.weight[ids].double(), module(ids).double()
+        scale = float((rows * output).sum() / (rows * rows).sum().clamp_min(torch.finfo(torch.float64).tiny))
+        gap = float((output - scale * rows).abs().max())
+        if gap > 8 * torch.finfo(module.weight.dtype).eps * float(output.abs().max()):
+            return None
+    return scale

@@ -5,11 +5,8 @@ Shares no code with the engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 
 def token_log_probs(model, prompt, response, temperature=1.0):
@@ -21,7 +18,7 @@ def token_log_probs(model, prompt, response, temperature=1.0):
     return torch.stack([log_pi[first + t, token] for t, token in enumerate(response)])
 
 
-def full_distribution(model, prompt, response, temperature=1.0):
+def distributions(model, prompt, response, temperature=1.0):
     """(L, V) probabilities each response token was drawn from."""
     ids = torch.tensor([list(prompt) + list(response)])
     with torch.no_grad():
@@ -30,19 +27,18 @@ def full_distribution(model, prompt, response, temperature=1.0):
     return torch.softmax(logits / temperature, dim=-1)[first : first + len(response)].numpy()
 
 
-def score_gradients(
-    model, prompt, responses: Sequence[Sequence[int]], names: Sequence[str], *, masks=None, temperature=1.0
-) -> dict[str, list[torch.Tensor]]:
+def score_gradients(model, prompt, responses, names, *, masks=None, temperature=1.0):
     """Per parameter name, the gradient of sum_t m_t log pi(o_t) for each response."""
     named = dict(model.named_parameters(remove_duplicate=False))
     parameters = [named[name] for name in names]
     before = [(p, p.requires_grad) for p in model.parameters()]
+    training = model.training
     model.eval()
     for p, _ in before:
         p.requires_grad_(False)
     for p in parameters:
         p.requires_grad_(True)
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    found = {name: [] for name in names}
     for i, response in enumerate(responses):
         mask = torch.ones(len(response)) if masks is None or masks[i] is None else torch.tensor(masks[i])
         total = (token_log_probs(model, prompt, response, temperature) * mask.double()).sum()
@@ -50,27 +46,40 @@ def score_gradients(
             found[name].append(gradient.detach().double().clone())
     for p, was in before:
         p.requires_grad_(was)
+    model.train(training)
     return found
 
 
-def gram_of(gradients: Sequence[torch.Tensor]) -> NDArray[np.float64]:
-    """(N, N) inner products, one by one."""
-    n = len(gradients)
-    gram = np.zeros((n, n))
-    for i in range(n):
-        for j in range(n):
-            gram[i, j] = float((gradients[i] * gradients[j]).sum())
-    return gram
-
-
-def target_gram(model, target, prompt, responses, *, include_bias=True, masks=None, temperature=1.0):
-    """The literal Gram of one target: its module's weight (and bias), cut to its rows."""
-    names = [f"{target.module}.weight"] + ([f"{target.module}.bias"] if include_bias and target.has_bias else [])
+def flat_scores(model, targets, prompt, responses, *, include_bias=True, masks=None, temperature=1.0):
+    """Per target key, the (N, P) float64 scores over its parameters: weight rows, then bias rows."""
+    names = []
+    for target in targets:
+        names += [f"{target.module}.weight"]
+        names += [f"{target.module}.bias"] if include_bias and target.has_bias else []
+    names = list(dict.fromkeys(names))
     gradients = score_gradients(model, prompt, responses, names, masks=masks, temperature=temperature)
-    conv = type(model.get_submodule(target.module)).__name__ == "Conv1D"
-    start, stop = target.rows or (0, target.out_features)
-    pieces = [(g.T if conv else g)[start:stop] for g in gradients[names[0]]]
-    gram = gram_of(pieces)
-    if len(names) == 2:
-        gram = gram + gram_of([g[start:stop] for g in gradients[names[1]]])
-    return gram
+    scores = {}
+    for target in targets:
+        transposed = type(model.get_submodule(target.module)).__name__ == "Conv1D"
+        rows = slice(*target.rows) if target.rows else slice(None)
+        flat = []
+        for i in range(len(responses)):
+            weight = gradients[f"{target.module}.weight"][i]
+            parts = [(weight.T if transposed else weight)[rows].flatten()]
+            if include_bias and target.has_bias:
+                parts.append(gradients[f"{target.module}.bias"][i][rows])
+            flat.append(torch.cat(parts).numpy())
+        scores[target.key] = np.stack(flat)
+    return scores
+
+
+def gram_of(scores):
+    """(N, N) inner products, one by one."""
+    return np.array([[float(np.dot(x, y)) for y in scores] for x in scores])
+
+
+def error(gram, reference):
+    """Largest error of an entry relative to ||s_i|| ||s_j||; rows that are zero in theory are measured against all."""
+    norms = np.sqrt(np.diag(reference))
+    norms = np.maximum(norms, 1e-12 * norms.max())
+    return float((np.abs(gram - reference) / np.outer(norms, norms)).max())
