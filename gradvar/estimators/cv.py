@@ -6,7 +6,8 @@ rho is estimated by the ratio of two unbiased inner products over disjoint group
 delete-one jackknife on the scale of log(1 - rho), the logarithm of the noise's share, which keeps rho below 1 and
 leaves it free to be negative. A jackknife counts the variance that comes from pairs of responses twice: at weak
 signals it is then too wide (98 to 99% coverage), and taking out the whole surplus is too narrow (90 to 93%) because
-the estimate is skewed; half of the surplus is taken out, which the calibration supports. CV's interval is the image.
+the estimate is skewed; half of the surplus is taken out, which the calibration supports. The t quantile's degrees
+of freedom follow from how unevenly the responses contribute. CV's interval is the image.
 Nothing is clamped: where rho's lower end is not positive the signal is not told apart from none, CV is NaN
 ("unresolved"), its upper end inf, its lower end still a valid bound.
 Shape letters: N responses, n of a group, K prompts.
@@ -31,6 +32,7 @@ from gradvar.estimators.intervals import (
     PROMPTS_LIKE_THESE,
     THESE_PROMPTS,
     check_level,
+    effective_degrees,
     jackknife_variance,
     t_quantile,
 )
@@ -178,14 +180,19 @@ def _interval(
     pair_weight = (1.0 - value * (group_size - 1) / group_size) ** 2 / same**2
     variance = 0.0
     for moments, without in zip(prompts, replicates, strict=True):
-        full = float(jackknife_variance(without))
-        variance += max(full - 0.5 * pair_weight * moments.second_order, 0.5 * full)
-    half = t_quantile(none.level, none.n - none.clusters) * math.sqrt(variance)
+        pairs = 0.5 * pair_weight * moments.second_order
+        variance += max(float(jackknife_variance(without)) - pairs, pairs)
+    half = _quantile(none, replicates) * math.sqrt(variance)
     noise = 1.0 - value
     if noise <= 0.0:
         return replace(none, value=value, low=value - half, high=value + half)
     stretch = math.exp(min(half / noise, 700.0))
     return replace(none, value=value, low=1.0 - noise * stretch, high=1.0 - noise / stretch)
+
+
+def _quantile(none: Estimate, replicates: Sequence[Array]) -> float:
+    influence = np.concatenate([without - without.mean() for without in replicates])
+    return t_quantile(none.level, effective_degrees(influence, none.n - none.clusters))
 
 
 def cv_from_rho(rho: Estimate) -> Estimate:
@@ -263,7 +270,7 @@ def _ratio_estimate(none: Estimate, value: float, replicates: list[Array], enoug
     if not all(np.isfinite(r).all() for r in replicates):
         return replace(none, high=math.inf, low=0.0, method=f"{none.method}; unresolved")
     variance = sum(float(jackknife_variance(r)) for r in replicates)
-    half = t_quantile(none.level, none.n - none.clusters) * math.sqrt(variance)
+    half = _quantile(none, replicates) * math.sqrt(variance)
     return replace(none, value=math.exp(value), low=math.exp(value - half), high=math.exp(min(value + half, 700.0)))
 
 

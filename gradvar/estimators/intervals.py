@@ -45,6 +45,20 @@ def jackknife_variance(replicates: Array) -> Any:
     return (n - 1) / n * (centred**2).sum(axis=0)
 
 
+def effective_degrees(influence: Array, most: float) -> float:
+    """Degrees of freedom of a variance sum u_i^2, from how unevenly the u_i contribute, at most `most`.
+
+    A sum of squares estimates its expectation with variance about sum u^4 - (sum u^2)^2 / n; matched to a chi-square
+    (Satterthwaite) that is 2 (sum u^2)^2 / variance degrees: n for normal u, few where some responses carry most.
+    """
+    squares = influence**2
+    total = float(squares.sum())
+    if total <= 0.0 or len(squares) < 2:
+        return most
+    variance = float((squares**2).sum()) - total**2 / len(squares)
+    return float(min(most, max(1.0, 2.0 * total**2 / variance))) if variance > 0 else most
+
+
 def decide_from_margin(value: float, low: float, high: float, margin_low: float, margin_high: float) -> int:
     """Say where an interval lies: 1 inside the margin, -1 wholly outside, 0 across an edge or without interval."""
     if not (math.isfinite(value) and math.isfinite(low) and math.isfinite(high)):
@@ -73,4 +87,4 @@ def n_to_decide(n: int, value: float, low: float, high: float, margin_low: float
     nearer_below = abs(value - margin_low) < abs(value - margin_high)
     inside = margin_low <= value <= margin_high
     half_width = (value - low) if nearer_below == inside else (high - value)
-    return float(math.ceil(n * max(1.0, (half_width / distance) ** 2)))
+    return float(math.ceil(n * max(1.0, (half_width / distance) ** 2) - 1e-9 * n))

@@ -30,6 +30,7 @@ from gradvar.estimators.intervals import (
     THESE_PROMPTS,
     check_level,
     decide_from_margin,
+    effective_degrees,
     n_to_decide,
     t_quantile,
 )
@@ -327,12 +328,17 @@ def _estimate(value: float, half: float, level: float, method: str, n: int, clus
     )
 
 
+def _half_width(influence: Array, fit: QuasiFit, level: float) -> float:
+    quantile = t_quantile(level, effective_degrees(influence, fit.degrees))
+    return quantile * float(np.linalg.norm(influence))
+
+
 def _exponent(fit: QuasiFit, level: float) -> Estimate:
     n, clusters = len(fit.shape_influence), len(fit.constants)
     method = f"Gamma quasi-likelihood, HC3 sandwich, t; {THESE_PROMPTS}"
     if not fit.converged:
         return _estimate(math.nan, math.nan, level, method + "; did not converge", n, clusters)
-    half = t_quantile(level, fit.degrees) * float(np.linalg.norm(fit.shape_influence[:, 0]))
+    half = _half_width(fit.shape_influence[:, 0], fit, level)
     if n < MINIMUM_RESPONSES:
         half, method = math.nan, method + f"; no interval below {MINIMUM_RESPONSES} responses"
     return _estimate(float(fit.shape[0]), half, level, method, n, clusters)
@@ -364,9 +370,12 @@ def _scales(fit: QuasiFit, centre: float, level: float) -> tuple[Estimate, Estim
     spread = float(slope_influence @ slope_influence)
     pivot = -float(constant_influence @ slope_influence) / spread if spread > 0 else 0.0
 
+    # The exponent's degrees of freedom serve the whole band, so that its pieces fit together.
+    quantile = t_quantile(level, effective_degrees(slope_influence, fit.degrees))
+
     def at(log_length: float) -> Estimate:
         log_value = float(fit.constants.mean()) + float(fit.shape[0]) * log_length
-        half = t_quantile(level, fit.degrees) * float(np.linalg.norm(constant_influence + log_length * slope_influence))
+        half = quantile * float(np.linalg.norm(constant_influence + log_length * slope_influence))
         if n < MINIMUM_RESPONSES:
             half = math.nan
         with np.errstate(over="ignore"):
@@ -381,7 +390,7 @@ def _curvature(fit: QuasiFit, level: float) -> Estimate:
     method = "Gamma quasi-likelihood, HC3 sandwich, t; coefficient of log(L)^2"
     if not fit.converged or n < MINIMUM_RESPONSES:
         return _estimate(math.nan, math.nan, level, method + "; not determined", n, clusters)
-    half = t_quantile(level, fit.degrees) * float(np.linalg.norm(fit.shape_influence[:, 1]))
+    half = _half_width(fit.shape_influence[:, 1], fit, level)
     return _estimate(float(fit.shape[1]), half, level, method, n, clusters)
 
 

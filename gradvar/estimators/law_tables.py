@@ -18,7 +18,13 @@ from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import advantages, check_advantage
 from gradvar.estimators.cv import SILENT
 from gradvar.estimators.inputs import arrange, generator, is_silent
-from gradvar.estimators.intervals import PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level, t_quantile
+from gradvar.estimators.intervals import (
+    PROMPTS_LIKE_THESE,
+    THESE_PROMPTS,
+    check_level,
+    effective_degrees,
+    t_quantile,
+)
 from gradvar.estimators.law import (
     MINIMUM_RESPONSES,
     UNDETERMINED,
@@ -401,7 +407,8 @@ def _law_rows(writer: _Writer, what: str, law: ExponentFit, common: dict[str, An
 def _difference(deviation: ExponentFit, within: ExponentFit, level: float) -> Estimate:
     value = deviation.exponent.value - within.exponent.value
     degrees = len(deviation.influence) - deviation.exponent.clusters - 1
-    half = t_quantile(level, degrees) * float(np.linalg.norm(deviation.influence - within.influence))
+    influence = deviation.influence - within.influence
+    half = t_quantile(level, effective_degrees(influence, degrees)) * float(np.linalg.norm(influence))
     if math.isnan(deviation.exponent.low) or math.isnan(within.exponent.low):
         half = math.nan
     return replace(

@@ -18,7 +18,7 @@ def test_matches_the_definition_alone_and_stacked(kind):
 
 
 def test_grpo_is_verls_formula():
-    """verl compute_grpo_outcome_advantage, commit b178a3c: (score - mean) / (torch.std + 1e-6), torch.std with n - 1."""
+    """verl compute_grpo_outcome_advantage, commit b178a3c: (score - mean) / (torch.std + 1e-6)."""
     torch = pytest.importorskip("torch")
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0], dtype=torch.float64)
     expected = (rewards - rewards.mean()) / (rewards.std() + 1e-6)

@@ -1,0 +1,61 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from gradvar.estimators.intervals import (
+    decide_from_margin,
+    effective_degrees,
+    jackknife_variance,
+    n_to_decide,
+    t_quantile,
+)
+
+
+def test_jackknife_of_a_mean_is_its_squared_standard_error():
+    x = np.random.default_rng(0).normal(size=20)
+    replicates = np.array([np.delete(x, i).mean() for i in range(20)])
+    assert jackknife_variance(replicates) == pytest.approx(x.var(ddof=1) / 20, rel=1e-12)
+
+
+def test_t_quantile():
+    assert t_quantile(0.95, 10) == pytest.approx(stats.t.ppf(0.975, 10))
+    assert math.isnan(t_quantile(0.95, 0))
+
+
+def test_effective_degrees():
+    normal = np.random.default_rng(0).normal(size=200_000)
+    assert effective_degrees(normal, 1e9) == pytest.approx(200_000, rel=0.02)
+    assert effective_degrees(normal, 50) == 50
+    # One response carries everything: 2 t^2 / (t^2 (1 - 1/n)) is a little over 2.
+    assert effective_degrees(np.array([9.0, *np.zeros(99)]), 98) == pytest.approx(2 / 0.99)
+    assert effective_degrees(np.ones(10), 9) == 9
+    assert effective_degrees(np.zeros(10), 9) == 9
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "side"),
+    [
+        (1.0, 0.8, 1.2, 1),
+        (1.0, 0.75, 1.25, 1),
+        (2.0, 1.3, 2.7, -1),
+        (0.2, 0.0, 0.7, -1),
+        (1.0, 0.5, 1.5, 0),
+        (1.3, 1.2, 1.4, 0),
+        (1.0, math.nan, math.nan, 0),
+    ],
+)
+def test_decide_from_margin(value, low, high, side):
+    assert decide_from_margin(value, low, high, 0.75, 1.25) == side
+
+
+def test_n_to_decide():
+    """N (half-width / distance to the nearer margin)^2."""
+    assert n_to_decide(100, 1.05, 0.65, 1.45, 0.75, 1.25) == math.ceil(100 * (0.4 / 0.2) ** 2)
+    assert n_to_decide(100, 1.5, 1.0, 2.0, 0.75, 1.25) == 400
+    assert n_to_decide(100, 0.5, 0.0, 1.0, 0.75, 1.25) == 400
+    assert n_to_decide(100, 1.0, 0.9, 1.1, 0.75, 1.25) == 100
+    assert n_to_decide(100, 0.05, 0.0, 0.2, -math.inf, 0.1) == math.ceil(100 * (0.15 / 0.05) ** 2)
+    assert n_to_decide(100, 1.25, 1.0, 1.5, 0.75, 1.25) == math.inf
+    assert math.isnan(n_to_decide(100, 1.0, math.nan, math.nan, 0.75, 1.25))
