@@ -234,7 +234,7 @@ def n_to_resolve(rho: Estimate, group_size: int) -> float:
     if rho.low > 0.0:
         return float(math.ceil(per_prompt))
     hopeful = rho.value if rho.value > 0 else rho.high
-    if hopeful <= 0.0 or rho.value >= 1.0:
+    if not 0.0 < hopeful < 1.0:
         return math.inf
     half = math.log1p(-rho.low) - math.log1p(-rho.value)
     return float(math.ceil(per_prompt * (half / math.log1p(-hopeful)) ** 2))
