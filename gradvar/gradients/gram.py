@@ -43,6 +43,10 @@ class GradientStore(ABC):
     def fill(self, response: int, start: int, stop: int, out: Tensor) -> None:
         """Write rows [start, stop) of a response's gradient to `out` (stop - start, I)."""
 
+    def bias_gradient(self, response: int) -> Tensor:
+        """Return a response's (O,) float64 sum_t delta_t."""
+        return self._bias[response]
+
     def is_finite(self, response: int) -> bool:
         """Return whether the response's output gradients, as far as they were added, are finite."""
         return bool(self._bias[response].isfinite().all())

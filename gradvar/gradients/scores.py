@@ -64,10 +64,11 @@ class _Tokens:
 
 
 @dataclass(kw_only=True, eq=False)
-class _Job:
-    """One checked request."""
+class Job:
+    """One checked request on a model held ready."""
 
     model: nn.Module
+    targets: list[Target]
     prompt: list[int]
     responses: list[list[int]]
     masks: list[list[int]]
@@ -119,44 +120,26 @@ def measure_scores(
     Raises:
         GradvarError: The request does not fit the model, or a response's gradient is not finite.
     """
-    ids = tuple(range(len(responses))) if rollout_ids is None else tuple(rollout_ids)
-    masks = _check_request(model, prompt_ids, responses, loss_masks, temperature, ids)
-    chosen = resolve_targets(model, targets)
-    dtype = _model_dtype(model)
-    with _measuring(model):
-        head = Head(model, list(prompt_ids)[-_PROBE_TOKENS:])
-        tied, tied_scale = _check_sharing(model, chosen, head)
-        plan = make_plan(
-            chosen,
-            [len(prompt_ids) + len(response) - 1 for response in responses],
-            dtype=dtype,
-            device=next(model.parameters()).device,
-            token_budget=token_budget,
-            memory_budget=memory_budget,
-        )
-        n = len(responses)
-        job = _Job(
-            model=model,
-            prompt=list(prompt_ids),
-            responses=[list(response) for response in responses],
-            masks=masks,
-            ids=ids,
-            temperature=temperature,
-            head=head,
-            plan=plan,
-            dtype=dtype,
-            tied=tied,
-            tied_scale=tied_scale,
-            tokens=_Tokens(logprobs=[None] * n, entropy=[None] * n, collision=[None] * n),
-            report=on_progress or (lambda done: None),
-        )
-        sums = {target.key: torch.zeros((n, n), dtype=torch.float64) for target in chosen}
+    with prepared(
+        model,
+        prompt_ids,
+        responses,
+        targets,
+        loss_masks=loss_masks,
+        temperature=temperature,
+        token_budget=token_budget,
+        memory_budget=memory_budget,
+        rollout_ids=rollout_ids,
+        on_progress=on_progress,
+    ) as job:
+        n, ids, plan = len(responses), job.ids, job.plan
+        sums = {target.key: torch.zeros((n, n), dtype=torch.float64) for target in job.targets}
         for blocks in plan.passes:
-            for block, store in _run_pass(job, blocks):
+            for block, store in run_pass(job, blocks):
                 sums[block.target.key] += store.gram(include_bias and block.target.has_bias, plan.tile_bytes)
     for key, total in sums.items():
         _require_finite(ids, [bool(x) for x in total.diagonal().isfinite()], f"the gradient over {key}")
-    name = str(dtype).removeprefix("torch.")
+    name = str(job.dtype).removeprefix("torch.")
     grams = {
         key: ScoreGram(
             target=key,
@@ -175,7 +158,7 @@ def measure_scores(
         collision=_whole(job.tokens.collision),
         dtype=name,
         attention=str(getattr(getattr(model, "config", None), "_attn_implementation", "unknown")),
-        head=head.description,
+        head=job.head.description,
         plan=plan,
     )
 
@@ -222,13 +205,58 @@ def score_grams(
 
 
 @contextmanager
-def _measuring(model: nn.Module) -> Iterator[None]:
-    """Eval mode, parameters frozen, gradients on, true float32 products; all as before on leaving."""
+def prepared(
+    model: nn.Module,
+    prompt_ids: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    targets: str | Sequence[str],
+    *,
+    loss_masks: Sequence[Sequence[int] | None] | None = None,
+    temperature: float = 1.0,
+    token_budget: int | None = None,
+    memory_budget: int | None = None,
+    rollout_ids: Sequence[int] | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Iterator[Job]:
+    """Check a request and hold the model ready for `run_pass`; arguments as in `measure_scores`.
+
+    Inside, the model is in eval mode with its parameters frozen, gradients are on, float32 products are float32
+    products and autocast is as the caller set it; all is as before on leaving.
+    """
+    ids = tuple(range(len(responses))) if rollout_ids is None else tuple(rollout_ids)
+    masks = _check_request(model, prompt_ids, responses, loss_masks, temperature, ids)
+    chosen = resolve_targets(model, targets)
     with torch.inference_mode(False), torch.enable_grad(), frozen(model), full_precision():
-        yield
+        head = Head(model, list(prompt_ids)[-_PROBE_TOKENS:])
+        tied, tied_scale = _check_sharing(model, chosen, head)
+        dtype = _model_dtype(model)
+        n = len(responses)
+        yield Job(
+            model=model,
+            targets=chosen,
+            prompt=list(prompt_ids),
+            responses=[list(response) for response in responses],
+            masks=masks,
+            ids=ids,
+            temperature=temperature,
+            head=head,
+            plan=make_plan(
+                chosen,
+                [len(prompt_ids) + len(response) - 1 for response in responses],
+                dtype=dtype,
+                device=next(model.parameters()).device,
+                token_budget=token_budget,
+                memory_budget=memory_budget,
+            ),
+            dtype=dtype,
+            tied=tied,
+            tied_scale=tied_scale,
+            tokens=_Tokens(logprobs=[None] * n, entropy=[None] * n, collision=[None] * n),
+            report=on_progress or (lambda done: None),
+        )
 
 
-def _run_pass(job: _Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientStore]]:
+def run_pass(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientStore]]:
     """Run all responses through the model once and keep the gradients of the pass's blocks."""
     device = next(job.model.parameters()).device
     stores = [(block, _new_store(job, block)) for block in blocks]
@@ -266,7 +294,7 @@ def _run_pass(job: _Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientS
     return stores
 
 
-def _new_store(job: _Job, block: Block) -> GradientStore:
+def _new_store(job: Job, block: Block) -> GradientStore:
     rows, n = block.stop - block.start, len(job.responses)
     kind = compute_dtype(job.dtype)
     if block.target.kind == "head":
@@ -282,7 +310,7 @@ def _new_store(job: _Job, block: Block) -> GradientStore:
 
 
 def _collector(
-    job: _Job, batch: Batch, stores: Sequence[tuple[Block, GradientStore]]
+    job: Job, batch: Batch, stores: Sequence[tuple[Block, GradientStore]]
 ) -> Callable[[str, Tensor, Tensor], None]:
     """Return the sink that sorts a batch's factors into the stores, response by response."""
     packed: dict[int, tuple[Tensor, Tensor]] = {}  # q, k and v get the same tensor: it is packed and kept once
@@ -314,7 +342,7 @@ def _collector(
     return sink
 
 
-def _embedding_gradient(job: _Job, ids: Tensor, outputs: Tensor) -> Tensor:
+def _embedding_gradient(job: Job, ids: Tensor, outputs: Tensor) -> Tensor:
     """Return (R, D) gradients of the rows that the tokens fed take from the input embedding."""
     embedding = job.model.get_submodule(job.tied or "")
     gradient = outputs[:, 0].to(compute_dtype(job.dtype)) * job.tied_scale
@@ -322,7 +350,7 @@ def _embedding_gradient(job: _Job, ids: Tensor, outputs: Tensor) -> Tensor:
     return gradient if skip is None else gradient * (ids != skip)[:, None]
 
 
-def _predictions(job: _Job, batch: Batch) -> tuple[Tensor, Tensor, Tensor, list[slice]]:
+def _predictions(job: Job, batch: Batch) -> tuple[Tensor, Tensor, Tensor, list[slice]]:
     """Return flat positions that predict response tokens, those tokens, their weights, and each response's span."""
     length = batch.input_ids.shape[1]
     first = len(job.prompt) - 1
@@ -345,7 +373,7 @@ def _predictions(job: _Job, batch: Batch) -> tuple[Tensor, Tensor, Tensor, list[
     )
 
 
-def _keep_tokens(job: _Job, batch: Batch, scores: TokenScores, spans: Sequence[slice]) -> None:
+def _keep_tokens(job: Job, batch: Batch, scores: TokenScores, spans: Sequence[slice]) -> None:
     columns = [x.double().cpu().numpy() for x in (scores.logprobs, scores.entropy, scores.collision)]
     names = [job.ids[i] for i in batch.members]
     _require_finite(names, [bool(np.isfinite(columns[0][span]).all()) for span in spans], "a log-probability")

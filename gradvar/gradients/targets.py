@@ -221,14 +221,11 @@ class TargetCatalogue:
                 outer, layer = self.layers[index]
                 kind = _kind(layer, path[len(outer) + 1 :])
             self.whole[path] = _whole(path, module, kind, index)
-        for path in [p for p in self.whole if p.endswith(".base_layer")]:
-            # where an adapter is trained, its own weights are the policy's parameters
-            self.refused[path] = "is the frozen weight under an adapter; the adapter's own matrices are measured"
-            del self.whole[path]
+        self.has_adapters = any(_LORA.search(path) for path in self.whole)
 
     def _refuse_expert_tensors(self, path: str, module: nn.Module) -> None:
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3:
+            if parameter.ndim >= 2 and "expert" in f"{path}.{name}".lower():
                 self.refused[f"{path}.{name}"] = "is a fused expert tensor"
 
     def parts(self, target: Target) -> list[Target]:
@@ -342,6 +339,8 @@ def _resolve_one(catalogue: TargetCatalogue, spec: str) -> list[Target]:
     for target in catalogue.whole.values():
         if target.layer in layers:
             # a fused matrix is cut up before its kind is asked for, so that `v` finds the rows of a c_attn
+            if catalogue.has_adapters and not _LORA.search(target.module):
+                continue  # an adapted policy trains its adapters alone; its frozen matrices are had by a glob
             parts = catalogue.parts(target)
             found += [part for part in parts if part.kind in wanted]
     if not found:

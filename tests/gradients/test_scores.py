@@ -63,7 +63,7 @@ def test_the_head_in_several_passes():
     model = make_model("qwen2_tied")
     prompt, responses = make_prompt_and_responses()
     once = grams(model, prompt, responses, "lm_head")
-    measured = measure_scores(model, prompt, responses, "lm_head", memory_budget=29_000)
+    measured = measure_scores(model, prompt, responses, "lm_head", memory_budget=27_200)
     assert len(measured.plan.passes) > 1
     assert references.error(measured.grams["lm_head"].gram(), once["lm_head"]) < 1e-12
 
