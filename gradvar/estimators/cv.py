@@ -34,6 +34,7 @@ from gradvar.estimators.intervals import (
     check_level,
     effective_degrees,
     jackknife_variance,
+    skew_corrected,
     t_quantile,
 )
 from gradvar.estimators.spread import weighted_gram
@@ -191,8 +192,12 @@ def _interval(
 
 
 def _quantile(none: Estimate, replicates: Sequence[Array]) -> float:
-    influence = np.concatenate([without - without.mean() for without in replicates])
-    return t_quantile(none.level, effective_degrees(influence, none.n - none.clusters))
+    return t_quantile(none.level, effective_degrees(_influence(replicates), none.n - none.clusters))
+
+
+def _influence(replicates: Sequence[Array]) -> Array:
+    """What each response adds to the estimate, from the delete-one replicates of its prompt."""
+    return np.concatenate([without.mean() - without for without in replicates])
 
 
 def cv_from_rho(rho: Estimate) -> Estimate:
@@ -246,7 +251,7 @@ def cv_ratio(moments: GroupMoments, reference: GroupMoments, *, group_size: int,
     NaN where either squared signal or either variance is not positive, in the estimate or in a replicate.
     """
     n = len(moments.same_without)
-    method = "ratio of CVs on the same permutation groups, delete-one jackknife of the log, t"
+    method = "ratio of CVs on the same permutation groups, delete-one jackknife of the log, t with skewness correction"
     none = Estimate(value=math.nan, low=math.nan, high=math.nan, level=level, method=method, n=n, clusters=1, seed=None)
     with np.errstate(all="ignore"):
         value = _log_ratio(moments.same, moments.cross, reference.same, reference.cross)
@@ -269,9 +274,9 @@ def _ratio_estimate(none: Estimate, value: float, replicates: list[Array], enoug
         return replace(none, method=f"{none.method}; no interval below 3 groups")
     if not all(np.isfinite(r).all() for r in replicates):
         return replace(none, high=math.inf, low=0.0, method=f"{none.method}; unresolved")
-    variance = sum(float(jackknife_variance(r)) for r in replicates)
-    half = _quantile(none, replicates) * math.sqrt(variance)
-    return replace(none, value=math.exp(value), low=math.exp(value - half), high=math.exp(min(value + half, 700.0)))
+    error = math.sqrt(sum(float(jackknife_variance(r)) for r in replicates))
+    low, high = skew_corrected(value, _influence(replicates), error, _quantile(none, replicates))
+    return replace(none, value=math.exp(value), low=math.exp(low), high=math.exp(min(high, 700.0)))
 
 
 def pooled_rho(prompts: Sequence[GroupMoments], *, group_size: int, level: float) -> tuple[Estimate, Estimate]:
@@ -332,7 +337,7 @@ def pooled_cv_ratio(
         low=math.nan,
         high=math.nan,
         level=level,
-        method=f"ratio of pooled CVs, same permutation groups, delete-one jackknife of the log, t; {THESE_PROMPTS}",
+        method=f"pooled CV ratio, permutation groups, jackknife of the log, t with skewness correction; {THESE_PROMPTS}",
         n=n,
         clusters=clusters,
         seed=None,
