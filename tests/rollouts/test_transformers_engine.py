@@ -21,15 +21,6 @@ from tests.rollouts.tiny import (
 PROMPT = (2, 3, 4)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Spinning threads take each other's core where other processes run: thirty times slower on two cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model(tiny_folder):
     return AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
