@@ -14,6 +14,10 @@ from torch import Tensor
 from gradvar.errors import GradvarError
 
 
+class UnalignedTokensError(GradvarError):
+    """A module's tokens cannot be told apart by response in a batch; one response at a time they can."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
     """Some responses behind their common prompt, padded on the right.
@@ -32,23 +36,30 @@ class Batch:
     bounds: tuple[tuple[int, int], ...]
     """[start, stop) of each row's tokens among the R real ones."""
 
-    def pack(self, values: Tensor, what: str) -> Tensor:
-        """Return the real tokens' vectors, (R, K, D), K vectors a token, of a (B, T, ..., D) or flattened tensor.
+    def split(self, values: Tensor, what: str) -> list[Tensor]:
+        """Return each member's vectors, (its tokens times K, D), of a tensor with K vectors a token, D last.
+
+        Accepted are (B, T, ..., D) with T at any place in the middle, and tokens flattened to (B T, D). A batch of one
+        takes any shape: every vector is its.
 
         Raises:
-            GradvarError: The tensor does not hold every token of the batch in order.
+            UnalignedTokensError: The tensor's tokens cannot be told apart by response.
         """
         rows, length = self.input_ids.shape
-        tokens = rows * length
-        leading = values.shape[:-1].numel()
-        aligned = values.shape[:2] == (rows, length) if values.ndim >= 3 else leading == tokens
-        if not aligned and not (rows == 1 and leading % tokens == 0):
-            raise GradvarError(
+        if rows == 1:
+            return [values.reshape(-1, values.shape[-1])]
+        axes = [axis for axis in range(1, values.ndim - 1) if values.shape[axis] == length]
+        if values.ndim == 2 and values.shape[0] == rows * length:
+            flat = values[:, None]
+        elif values.ndim >= 3 and values.shape[0] == rows and (len(axes) == 1 or (axes and length == 1)):
+            flat = values.movedim(axes[0], 1).reshape(rows * length, -1, values.shape[-1])
+        else:
+            raise UnalignedTokensError(
                 f"{what} sees a tensor of shape {tuple(values.shape)} for {rows} sequences of {length} tokens, so its "
-                "tokens cannot be told apart by response (routed tokens?): leave this target out"
+                "tokens cannot be told apart by response: leave this target out"
             )
-        flat = values.reshape(tokens, leading // tokens, values.shape[-1])
-        return flat if self.real is None else flat.index_select(0, self.real)
+        packed = flat if self.real is None else flat.index_select(0, self.real)
+        return [packed[start:stop].flatten(0, 1) for start, stop in self.bounds]
 
 
 def make_batches(
@@ -63,6 +74,9 @@ def make_batches(
             groups[-1].append(i)
         else:
             groups.append([i])
+    # as many rows as tokens would make (T, B, D) look like (B, T, D)
+    square = [g for g in groups if len(g) > 1 and len(g) == len(prompt_ids) + len(responses[g[0]]) - 1]
+    groups += [[group.pop()] for group in square]
     return [_pad(prompt_ids, responses, members, device) for members in groups]
 
 

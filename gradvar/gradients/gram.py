@@ -82,7 +82,8 @@ class FactorStore(GradientStore):
         self._factors: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(responses)]
 
     def _keep(self, response: int, a: Tensor, delta: Tensor) -> None:
-        self._factors[response].append((a, delta))
+        # rows of a fused matrix are copied: a view would hold the other rows in memory
+        self._factors[response].append((a, delta.contiguous()))
 
     def fill(self, response: int, start: int, stop: int, out: Tensor) -> None:
         """Write rows [start, stop) of a response's gradient to `out`."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradvar.errors import GradvarError
+from gradvar.gradients.states import Autocast
 from gradvar.gradients.targets import output_embeddings
 
 _CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
@@ -62,6 +63,7 @@ class Head:
 
     def __init__(self, model: nn.Module, probe_ids: list[int]) -> None:
         self._model = model
+        self._autocast = Autocast.current(next(model.parameters()).device)
         self.module = output_embeddings(model)
         ids = torch.tensor([probe_ids], device=next(model.parameters()).device)
         with torch.no_grad():
@@ -102,7 +104,7 @@ class Head:
         """Return the (C, V) logits that the model's own code makes of (C, D) hidden states."""
         output = type(self._template)(**{**self._template, "last_hidden_state": hidden[None]})
         ids = self._ids.expand(1, hidden.shape[0])
-        with _replaced(self.base, output, []):
+        with _replaced(self.base, output, []), self._autocast.on():
             logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
         return logits[0]
 

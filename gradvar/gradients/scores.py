@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gradvar.errors import GradvarError
-from gradvar.gradients.batches import Batch, make_batches
+from gradvar.gradients.batches import Batch, UnalignedTokensError, make_batches
 from gradvar.gradients.capture import Taps
 from gradvar.gradients.gram import FactorStore, GradientStore, HeadStore, MatrixStore
 from gradvar.gradients.logprobs import Head, TokenScores, compute_dtype
 from gradvar.gradients.plan import Block, Plan, make_plan
-from gradvar.gradients.states import frozen, full_precision
+from gradvar.gradients.states import Autocast, frozen, full_precision
 from gradvar.gradients.targets import Target, resolve_targets
 from gradvar.runs.records import ScoreGram
 
@@ -75,6 +75,7 @@ class Job:
     ids: tuple[int, ...]
     temperature: float
     head: Head
+    autocast: Autocast
     plan: Plan
     dtype: torch.dtype
     tied: str | None
@@ -132,14 +133,17 @@ def measure_scores(
         rollout_ids=rollout_ids,
         on_progress=on_progress,
     ) as job:
-        n, ids, plan = len(responses), job.ids, job.plan
+        n, ids, tile = len(responses), job.ids, job.plan.tile_bytes
         sums = {target.key: torch.zeros((n, n), dtype=torch.float64) for target in job.targets}
-        for blocks in plan.passes:
+        for blocks in job.plan.passes:
             for block, store in run_pass(job, blocks):
-                sums[block.target.key] += store.gram(include_bias and block.target.has_bias, plan.tile_bytes)
+                with job.autocast.off():
+                    sums[block.target.key] += store.gram(include_bias and block.target.has_bias, tile)
     for key, total in sums.items():
         _require_finite(ids, [bool(x) for x in total.diagonal().isfinite()], f"the gradient over {key}")
     name = str(job.dtype).removeprefix("torch.")
+    if job.autocast.dtype is not None:
+        name += f" autocast {str(job.autocast.dtype).removeprefix('torch.')}"
     grams = {
         key: ScoreGram(
             target=key,
@@ -159,7 +163,7 @@ def measure_scores(
         dtype=name,
         attention=str(getattr(getattr(model, "config", None), "_attn_implementation", "unknown")),
         head=job.head.description,
-        plan=plan,
+        plan=job.plan,
     )
 
 
@@ -240,6 +244,7 @@ def prepared(
             ids=ids,
             temperature=temperature,
             head=head,
+            autocast=Autocast.current(next(model.parameters()).device),
             plan=make_plan(
                 chosen,
                 [len(prompt_ids) + len(response) - 1 for response in responses],
@@ -257,7 +262,22 @@ def prepared(
 
 
 def run_pass(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientStore]]:
-    """Run all responses through the model once and keep the gradients of the pass's blocks."""
+    """Run all responses through the model once and keep the gradients of the pass's blocks.
+
+    Where a target's tokens cannot be told apart by response in a batch, each response goes alone.
+    """
+    done = job.done
+    try:
+        with job.autocast.off():
+            return _run_batches(job, blocks)
+    except UnalignedTokensError:
+        job.done = done
+        job.plan = replace(job.plan, token_budget=1)
+        with job.autocast.off():
+            return _run_batches(job, blocks)
+
+
+def _run_batches(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientStore]]:
     device = next(job.model.parameters()).device
     stores = [(block, _new_store(job, block)) for block in blocks]
     heads = [store for _, store in stores if isinstance(store, HeadStore)]
@@ -270,7 +290,8 @@ def run_pass(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientSto
         for batch in batches:
             taps.listen(_collector(job, batch, stores))
             mask = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
-            hidden: Tensor = job.head.base(input_ids=batch.input_ids, use_cache=False, **mask).last_hidden_state
+            with job.autocast.on():
+                hidden: Tensor = job.head.base(input_ids=batch.input_ids, use_cache=False, **mask).last_hidden_state
             where, tokens, weights, spans = _predictions(job, batch)
             flat = hidden.detach().reshape(-1, hidden.shape[-1]).index_select(0, where.to(hidden.device))
             scores = job.head.token_scores(flat, tokens, weights, job.temperature)
@@ -313,39 +334,31 @@ def _collector(
     job: Job, batch: Batch, stores: Sequence[tuple[Block, GradientStore]]
 ) -> Callable[[str, Tensor, Tensor], None]:
     """Return the sink that sorts a batch's factors into the stores, response by response."""
-    packed: dict[int, tuple[Tensor, Tensor]] = {}  # q, k and v get the same tensor: it is packed and kept once
-
-    def inputs(path: str, a: Tensor) -> Tensor:
-        if id(a) not in packed:
-            packed[id(a)] = (a, batch.pack(a, path))
-        return packed[id(a)][1]
+    shared: dict[int, tuple[Tensor, list[Tensor]]] = {}  # q, k and v get the same tensor: it is packed and kept once
 
     def sink(path: str, a: Tensor, delta: Tensor) -> None:
-        outputs = batch.pack(delta, path)
+        outputs = batch.split(delta, path)
         if path == job.tied:
-            ids = batch.pack(a[..., None], path)[:, 0, 0]
-            gradient = _embedding_gradient(job, ids, outputs)
+            ids = batch.split(a[..., None], path)
             for _, store in stores:
                 if isinstance(store, HeadStore):
-                    for i, (start, stop) in zip(batch.members, batch.bounds, strict=True):
-                        store.add_input(i, ids[start:stop], gradient[start:stop])
+                    for i, ids_i, delta_i in zip(batch.members, ids, outputs, strict=True):
+                        store.add_input(i, ids_i[:, 0], _embedding_gradient(job, ids_i[:, 0], delta_i))
             return
-        values = inputs(path, a)
+        if id(a) not in shared:
+            shared[id(a)] = (a, batch.split(a, path))
         for block, store in stores:
-            if block.target.module != path:
-                continue
-            rows = outputs if block.stop - block.start == outputs.shape[-1] else outputs[..., block.start : block.stop]
-            rows = rows.contiguous()
-            for i, (start, stop) in zip(batch.members, batch.bounds, strict=True):
-                store.add(i, values[start:stop].flatten(0, 1), rows[start:stop].flatten(0, 1))
+            if block.target.module == path:
+                for i, a_i, delta_i in zip(batch.members, shared[id(a)][1], outputs, strict=True):
+                    store.add(i, a_i, delta_i[:, block.start : block.stop])
 
     return sink
 
 
 def _embedding_gradient(job: Job, ids: Tensor, outputs: Tensor) -> Tensor:
-    """Return (R, D) gradients of the rows that the tokens fed take from the input embedding."""
+    """Return (T, D) gradients of the rows that the tokens fed take from the input embedding."""
     embedding = job.model.get_submodule(job.tied or "")
-    gradient = outputs[:, 0].to(compute_dtype(job.dtype)) * job.tied_scale
+    gradient = outputs.to(compute_dtype(job.dtype)) * job.tied_scale
     skip = getattr(embedding, "padding_idx", None)  # torch gives that row no gradient
     return gradient if skip is None else gradient * (ids != skip)[:, None]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import nn
@@ -25,6 +27,29 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = was
         for parameter, was in trainable:
             parameter.requires_grad_(was)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Autocast:
+    """The autocast that the caller measures under; it is for the model's own code, never for the Gram's sums."""
+
+    device: str
+    dtype: torch.dtype | None
+    """None where autocast is off."""
+
+    @classmethod
+    def current(cls, device: torch.device) -> Self:
+        """Return the state in force."""
+        on = torch.is_autocast_enabled(device.type)
+        return cls(device=device.type, dtype=torch.get_autocast_dtype(device.type) if on else None)
+
+    def on(self) -> AbstractContextManager[object]:
+        """Return a context for the model's own code."""
+        return nullcontext() if self.dtype is None else torch.autocast(self.device, dtype=self.dtype)
+
+    def off(self) -> AbstractContextManager[object]:
+        """Return a context for the measurement's own sums."""
+        return nullcontext() if self.dtype is None else torch.autocast(self.device, enabled=False)
 
 
 @contextmanager

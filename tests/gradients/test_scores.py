@@ -7,6 +7,7 @@ from torch import nn
 
 from gradvar.errors import GradvarError
 from gradvar.gradients import list_targets, measure_scores, resolve_targets, score_grams
+from gradvar.gradients.batches import make_batches
 from tests.gradients import references
 from tests.gradients.models import VOCABULARY, make_model, make_prompt_and_responses
 
@@ -319,6 +320,56 @@ def test_a_module_that_changes_its_projection_in_place():
     expected = references.flat_scores(model, targets, prompt, responses)
     for key, gram in measured.grams.items():
         assert references.error(gram.gram(), references.gram_of(expected[key])) < 1e-10
+
+
+class TimeFirst(nn.Module):
+    """An MLP whose projections see (T, B, D), as some models have it."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.inner = mlp
+
+    def forward(self, x):
+        return self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_tokens_in_an_unknown_order_go_one_response_at_a_time():
+    model = make_model("llama")
+    model.model.layers[1].mlp = TimeFirst(model.model.layers[1].mlp)
+    prompt, responses = make_prompt_and_responses((17, 30, 30, 2, *[4] * 9))  # 8 tokens: nine would be one too many
+    targets = resolve_targets(model, "last:mlp")
+    expected = references.flat_scores(model, targets, prompt, responses)
+    for budget in (1, 64, 10_000):
+        seen = []
+        measured = measure_scores(model, prompt, responses, "last:mlp,q", token_budget=budget, on_progress=seen.append)
+        assert measured.plan.token_budget == 1
+        assert seen[-1] == len(responses)
+        for target in targets:
+            gap = references.error(measured.grams[target.key].gram(), references.gram_of(expected[target.key]))
+            assert gap < 1e-10
+
+
+def test_no_batch_has_as_many_rows_as_tokens():
+    prompt, responses = [3, 4], [[5] * 5 for _ in range(20)]
+    for budget in range(1, 120):
+        batches = make_batches(prompt, responses, budget, torch.device("cpu"))
+        shapes = [tuple(batch.input_ids.shape) for batch in batches]
+        assert (6, 6) not in shapes
+        assert sorted(i for batch in batches for i in batch.members) == list(range(20))
+        assert all(rows * length <= max(budget, length) for rows, length in shapes)
+
+
+def test_autocast_reaches_the_model_and_not_the_sums():
+    model = make_model("qwen2", torch.float32)
+    prompt, responses = make_prompt_and_responses()
+    exact = measure_scores(model, prompt, responses, "last:qkv")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        measured = measure_scores(model, prompt, responses, "last:qkv")
+        assert torch.is_autocast_enabled("cpu")
+    for key, gram in measured.grams.items():
+        assert gram.dtype == "float32 autocast bfloat16"
+        gap = references.error(gram.gram(), exact.grams[key].gram())
+        assert 1e-4 < gap < 0.1, "autocast had no effect, or too much"
 
 
 # -- refusals
