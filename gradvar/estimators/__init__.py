@@ -2,6 +2,7 @@
 
 from gradvar.estimators.advantages import ADVANTAGES, advantages
 from gradvar.estimators.aggregation import RULES, Rule, aggregation_weights, find_rule
+from gradvar.estimators.alpha_tables import alpha_table, recommendation
 from gradvar.estimators.cv import aggregator_cv, aggregator_rho, cv_from_rho, cv_ratio
 from gradvar.estimators.identity import IdentityCheck, score_identity
 from gradvar.estimators.law import FamilyFit, VarianceLaw, fit_variance_law
@@ -33,7 +34,9 @@ __all__ = [
     "IdentityCheck",
     "score_identity",
     # tables
+    "alpha_table",
     "cv_table",
     "identity_table",
     "law_table",
+    "recommendation",
 ]

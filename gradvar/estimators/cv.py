@@ -337,7 +337,7 @@ def pooled_cv_ratio(
         low=math.nan,
         high=math.nan,
         level=level,
-        method=f"pooled CV ratio, permutation groups, jackknife of the log, t with skewness correction; {THESE_PROMPTS}",
+        method=f"pooled CV ratio, permutation groups, log jackknife, t with skewness correction; {THESE_PROMPTS}",
         n=n,
         clusters=clusters,
         seed=None,

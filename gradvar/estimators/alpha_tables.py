@@ -1,0 +1,256 @@
+"""Which alpha: efficiency, bias and pressure of every rule, curves over alpha, and one sentence of advice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from gradvar.errors import GradvarError
+from gradvar.estimators.advantages import check_advantage
+from gradvar.estimators.aggregation import find_rule
+from gradvar.estimators.bias import (
+    Products,
+    best_of_grid,
+    cosine,
+    entropy_direction,
+    estimate_of,
+    eta_estimate,
+    jackknifed,
+    length_direction,
+    log_efficiency,
+    log_noise,
+    log_rho,
+    pressure,
+    products,
+    reward_direction,
+    scale,
+)
+from gradvar.estimators.cv import SILENT, UNRESOLVED
+from gradvar.estimators.groups import PERMUTATIONS, draw_groups, group_coefficients
+from gradvar.estimators.inputs import arrange, generator, is_silent
+from gradvar.estimators.intervals import THESE_PROMPTS, check_level
+from gradvar.estimators.tables import expand_rules
+from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
+
+ALPHA_GRID = tuple(np.arange(13) * 0.25)
+"""0 to 3 by quarters."""
+
+_JACKKNIFE = "permutation groups, delete-one jackknife, t"
+
+
+def alpha_table(
+    groups: Sequence[PromptScores],
+    *,
+    rules: Sequence[str] = ("grpo", "dapo", "dr_grpo"),
+    grid: Sequence[float] = ALPHA_GRID,
+    group_size: int = 8,
+    advantage: str = "grpo",
+    level: float = 0.95,
+    permutations: int = PERMUTATIONS,
+    seed: int,
+) -> pd.DataFrame:
+    """Efficiency, bias and pressure of rules and of VL Norm over a grid of alpha, per prompt and pooled.
+
+    Quantities, for every target; pooled rows sum the inner products over prompts (an equal-prompt summary):
+        "eta"                  efficiency cos^2 rho; 1 - eta is the least relative squared error of one update
+        "cosine", "scale"      of E ghat against grad J (rloo, unbiased)
+        "length_pressure"      tokens of E[L] gained for one unit of expected reward along E ghat; verdict "up", "down"
+        "entropy_pressure"     nats of entropy likewise, where log-probabilities were measured
+        "alpha_star_eta"       argmax of eta over the grid, low and high the alphas not told apart from it
+        "alpha_star_cv"        argmin of the CV likewise
+
+    Args:
+        groups: Prompts by targets; several targets get their sum as well.
+        rules: Rules beside VL Norm.
+        grid: Alphas of VL Norm, ascending.
+        group_size: n, responses of one update.
+        advantage: Kind of `advantages`, computed inside each group.
+        level: Nominal coverage.
+        permutations: Random permutations a prompt; the same as `cv_table`'s at the same seed.
+        seed: Of the permutations.
+
+    Returns:
+        The table. Prompts with equal rewards, or with fewer than 3 group_size verified responses, are left out of the
+        pooled rows and get one "eta" row that says why.
+
+    Raises:
+        GradvarError: Unknown rule or advantage, fewer than two alphas, or every prompt too small.
+    """
+    check_level(level)
+    check_advantage(advantage)
+    if len(grid) < 2 or sorted(set(grid)) != list(grid):
+        raise GradvarError(f"grid must hold at least two ascending alphas, received {list(grid)}")
+    variants = [*expand_rules(rules, grid), *expand_rules(("vl_norm",), grid)]
+    targets = arrange(groups)
+    everyone = {name: scores for prompts in targets.values() for name, scores in prompts.items()}
+    rows: list[TableRow] = []
+    drawn: dict[str, NDArray[np.intp]] = {}
+    updates: dict[str, NDArray[np.float64]] = {}
+    directions: dict[str, NDArray[np.float64]] = {}
+    reasons: dict[str, str] = {}
+    for name, raw in everyone.items():
+        scores = raw.verified()
+        n = len(scores.lengths)
+        if is_silent(raw):
+            reasons[name] = SILENT
+        elif n < 3 * group_size:
+            reasons[name] = f"{UNRESOLVED}: fewer than {3 * group_size} verified responses"
+        else:
+            chosen = draw_groups(n, group_size, permutations, rng=generator(seed, name, "groups"))
+            limit = float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max())
+            updates[name] = np.stack(
+                [
+                    group_coefficients(
+                        chosen, scores.rewards, scores.lengths, rule, advantage=advantage, alpha=alpha, max_length=limit
+                    )
+                    for rule, alpha in variants
+                ]
+            )
+            aims = [reward_direction(scores.rewards, chosen), length_direction(scores.lengths, chosen)]
+            if scores.log_probs is not None:
+                aims.append(entropy_direction(scores.log_probs, chosen))
+            drawn[name], directions[name] = chosen, np.stack(aims)
+    if not drawn and not any(reason == SILENT for reason in reasons.values()):
+        raise GradvarError(
+            f"group size {group_size} needs at least {3 * group_size} verified responses to a prompt: "
+            "sample more, or ask for a smaller group"
+        )
+    for target, prompts in targets.items():
+        found: dict[str, Products] = {}
+        for name, scores in prompts.items():
+            if name in reasons:
+                estimate = Estimate(
+                    value=math.nan,
+                    low=math.nan,
+                    high=math.nan,
+                    level=level,
+                    method=f"not estimated; {reasons[name]}",
+                    n=len(scores.verified().lengths),
+                    clusters=1,
+                    seed=seed,
+                )
+                rows.append(
+                    TableRow(
+                        quantity="eta",
+                        estimate=estimate,
+                        target=target,
+                        prompt_id=name,
+                        advantage=advantage,
+                        group_size=group_size,
+                        verdict=reasons[name].split(":")[0] if reasons[name] != SILENT else SILENT,
+                    )
+                )
+                continue
+            found[name] = products(scores.verified().gram, drawn[name], updates[name], directions[name])
+        pools = [(name, [own]) for name, own in found.items()]
+        if len(found) > 1:
+            pools.append((None, list(found.values())))  # type: ignore[arg-type]
+        for name_or_none, pool in pools:
+            made = _rows_of_pool(pool, variants, grid, level=level)
+            rows += [
+                replace(
+                    row,
+                    estimate=replace(row.estimate, seed=seed),
+                    target=target,
+                    prompt_id=name_or_none,
+                    advantage=advantage,
+                    scope="prompt group",
+                    group_size=group_size,
+                    extra={"estimand": THESE_PROMPTS},
+                )
+                for row in made
+            ]
+    return estimate_table(rows)
+
+
+def _rows_of_pool(
+    pool: Sequence[Products],
+    variants: Sequence[tuple[object, float | None]],
+    grid: Sequence[float],
+    *,
+    level: float,
+) -> list[TableRow]:
+    with_entropy = all(p.direction.shape[1] > 2 for p in pool)
+    pool = pool if with_entropy else [_without_entropy(p) for p in pool]
+    noise, angle = jackknifed(pool, log_noise), jackknifed(pool, cosine)
+    along, longer = jackknifed(pool, scale), jackknifed(pool, pressure(1))
+    wider = jackknifed(pool, pressure(2)) if with_entropy else None
+    rows = []
+    for k, (rule, alpha) in enumerate(variants):
+        labels = {"target": "", "rule": rule.name, "alpha": alpha}  # type: ignore[attr-defined]
+        eta = eta_estimate(pool, noise, k, level=level, method=f"{_JACKKNIFE} of log(1 - eta)")
+        verdict = UNRESOLVED if math.isnan(eta.value) else "resolved"
+        rows.append(TableRow(quantity="eta", estimate=eta, verdict=verdict, **labels))
+        for name, result in (("cosine", angle), ("scale", along)):
+            rows.append(
+                TableRow(quantity=name, estimate=estimate_of(result, k, level=level, method=_JACKKNIFE), **labels)
+            )
+        for name, pushed in (("length_pressure", longer), ("entropy_pressure", wider)):
+            if pushed is None:
+                continue
+            estimate = estimate_of(pushed, k, level=level, method=_JACKKNIFE)
+            side = "up" if estimate.low > 0 else "down" if estimate.high < 0 else "undetermined"
+            rows.append(TableRow(quantity=name, estimate=estimate, verdict=side, **labels))
+    columns = slice(len(variants) - len(grid), len(variants))
+    for name, statistic in (("alpha_star_eta", log_efficiency), ("alpha_star_cv", log_rho)):
+        whole = jackknifed(pool, statistic)
+        curve = replace(whole, value=whole.value[columns], replicates=[r[:, columns] for r in whole.replicates])
+        star = best_of_grid(curve, grid, level=level, method="grid argmax, paired delete-one jackknife, t")
+        verdict = UNRESOLVED if math.isnan(star.value) else "resolved"
+        rows.append(TableRow(quantity=name, estimate=star, target="", rule=find_rule("vl_norm").name, verdict=verdict))
+    return rows
+
+
+def _without_entropy(p: Products) -> Products:
+    return replace(p, mixed=p.mixed[..., :2], direction=p.direction[..., :2])
+
+
+def recommendation(table: pd.DataFrame, law: pd.DataFrame, *, target: str) -> str:
+    """One sentence: the alpha to use, what it rests on, or that the data cannot tell.
+
+    Args:
+        table: From `alpha_table`.
+        law: From `law_table`, for the fitted exponent beside it.
+        target: Target to speak of, "sum" for all together.
+
+    Returns:
+        A sentence for people.
+    """
+    mine = table[table["target"] == target]
+    mine = mine[mine["prompt_id"].isna()] if mine["prompt_id"].isna().any() else mine
+    star = mine[mine["quantity"] == "alpha_star_eta"]
+    row = law[
+        (law["target"] == target)
+        & (law["quantity"] == "within_exponent")
+        & (law["advantage"] != "score")
+        & (law["scope"] == "all responses")
+        & (law["estimand"] == THESE_PROMPTS)
+    ]
+    row = row[row["prompt_id"].isna()] if row["prompt_id"].isna().any() else row
+    fitted = ""
+    if len(row) and math.isfinite(row.iloc[0]["value"]):
+        beta = row.iloc[0]
+        fitted = f"; least-variance weights by the fitted law would be L^-{beta['value']:.2f}"
+        if math.isfinite(beta["low"]):
+            fitted += f" ({beta['low']:.2f} to {beta['high']:.2f})"
+    if star.empty or not math.isfinite(star.iloc[0]["value"]):
+        return f"The data cannot tell which alpha is best for {target}: no signal above the noise{fitted}."
+    best = star.iloc[0]
+    span = f"{best['low']:g} to {best['high']:g}"
+    inside = [a for a in (0.75, 1.0) if best["low"] <= a <= best["high"]]
+    paper = (
+        f"the paper's {' and '.join(f'{a:g}' for a in inside)} cannot be told apart from it"
+        if inside
+        else "the paper's 0.75 and 1 are measurably worse"
+    )
+    all_alphas = mine[(mine["quantity"] == "eta") & (mine["rule"] == "vl_norm")]["alpha"]
+    if best["low"] <= all_alphas.min() and best["high"] >= all_alphas.max():
+        return f"The data cannot tell one alpha from another for {target} ({span} all fit){fitted}."
+    resting = f"efficiency on {int(best['clusters'])} prompt(s), {int(best['n'])} responses"
+    advice = f"Use vl_norm with alpha = {best['value']:g} ({span} fit as well) for {target}"
+    return f"{advice}: {paper}; rests on {resting}{fitted}."

@@ -1,0 +1,269 @@
+"""Bias, scale and efficiency of an aggregated update, and which way it pushes length and entropy.
+
+Reference: grad J = E[A s] with the rloo advantage, unbiased. Over pairs of disjoint groups of one permutation the
+mean of <ghat_a, h_b> estimates <E ghat, E h> without bias, for any second kind of update h:
+
+    h = grad J        (1/n) sum_i rloo(r)_i s_i
+    h = grad E[L]     (1/n) sum_i rloo(L)_i s_i                          E[(L - Lbar) s]
+    h = grad H        -(1/n) sum_i rloo(sum_t log pi)_i s_i              H = -E sum_t log pi
+
+    eta = <E ghat, grad J>^2 / (||grad J||^2 E||ghat||^2) = cos^2 rho
+
+is what no learning rate can change: 1 - eta is the least relative squared error of one update over all step sizes.
+Shape letters: N responses, n of a group, B groups, P permutations, R kinds of update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradvar.estimators.advantages import advantages
+from gradvar.estimators.intervals import effective_degrees, jackknife_variance, t_quantile
+from gradvar.runs.records import Estimate
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Products:
+    """Unbiased inner products of R kinds of update with themselves and with H directions.
+
+    First axis: the estimate, then N delete-one replicates.
+    """
+
+    same: Array
+    """(1 + N, R): E||ghat||^2."""
+    cross: Array
+    """(1 + N, R): ||E ghat||^2."""
+    mixed: Array
+    """(1 + N, R, H): <E ghat, E h>."""
+    direction: Array
+    """(1 + N, H): ||E h||^2."""
+
+    @property
+    def responses(self) -> int:
+        """N."""
+        return int(self.same.shape[0]) - 1
+
+
+def products(gram: Array, groups: NDArray[np.intp], updates: Array, directions: Array) -> Products:
+    """Compute all inner products at once.
+
+    Args:
+        gram: (N, N) score Gram.
+        groups: (P, B, n) disjoint groups.
+        updates: (R, P, B, n) coefficients of the kinds of update.
+        directions: (H, P, B, n) coefficients of the directions.
+
+    Returns:
+        The products with their delete-one replicates: the same permutations without the groups that hold a response.
+    """
+    permutations, count, size = groups.shape
+    n = gram.shape[0]
+    rows = groups.reshape(permutations, -1)
+    kinds = np.concatenate([updates, directions])
+    spread = np.zeros((len(kinds), permutations, n))
+    np.put_along_axis(spread, rows[None], kinds.reshape(len(kinds), permutations, -1), axis=2)
+    reach = np.take_along_axis(spread @ gram, rows[None], axis=2).reshape(kinds.shape)
+    blocks = gram[groups[..., :, None], groups[..., None, :]]
+    inside = np.moveaxis(blocks @ np.moveaxis(kinds, 0, -1), -1, 0)
+    members = groups.reshape(-1)
+    times = np.bincount(members, minlength=n).astype(np.float64)
+
+    def means(values: Array, total: float, count_all: float, lost: Array) -> Array:
+        """Mean over all terms, then without each response: `values` (P, B) go with the group that holds it."""
+        gone = np.bincount(members, weights=np.repeat(values.reshape(-1), size), minlength=n)
+        left = count_all - lost
+        with np.errstate(divide="ignore", invalid="ignore"):
+            without = (total - gone) / np.where(left > 0, left, np.nan)
+        return np.concatenate([[total / count_all], without])
+
+    def same(k: int) -> Array:
+        values = (kinds[k] * inside[k]).sum(axis=-1)
+        return means(values, float(values.sum()), float(groups.shape[0] * count), times)
+
+    def pairs(one: int, two: int) -> Array:
+        """<one_a, two_b> over a != b: a response takes its group's pairs with it, as first and as second."""
+        own = (kinds[one] * inside[two]).sum(axis=-1)
+        first = (kinds[one] * reach[two]).sum(axis=-1) - own
+        second = first if one == two else (kinds[two] * reach[one]).sum(axis=-1) - own
+        all_pairs = float(permutations * count * (count - 1))
+        return means(first + second, float(first.sum()), all_pairs, 2.0 * times * (count - 1))
+
+    r, h = len(updates), len(directions)
+    return Products(
+        same=np.stack([same(k) for k in range(r)], axis=1),
+        cross=np.stack([pairs(k, k) for k in range(r)], axis=1),
+        mixed=np.stack([np.stack([pairs(k, r + j) for j in range(h)], axis=1) for k in range(r)], axis=1),
+        direction=np.stack([pairs(r + j, r + j) for j in range(h)], axis=1),
+    )
+
+
+def reward_direction(rewards: Array, groups: NDArray[np.intp]) -> Array:
+    """Coefficients (P, B, n) of grad J."""
+    return np.asarray(advantages(rewards[groups], "rloo") / groups.shape[2])
+
+
+def length_direction(lengths: Array, groups: NDArray[np.intp]) -> Array:
+    """Coefficients (P, B, n) of grad E[L], in tokens."""
+    return np.asarray(advantages(lengths[groups], "rloo") / groups.shape[2])
+
+
+def entropy_direction(log_probs: Array, groups: NDArray[np.intp]) -> Array:
+    """Coefficients (P, B, n) of grad H, H = -E sum_t log pi in nats."""
+    return np.asarray(-advantages(log_probs[groups], "rloo") / groups.shape[2])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Jackknifed:
+    """R statistics with their delete-one replicates, a block a prompt."""
+
+    value: Array
+    """(R,)."""
+    replicates: list[Array]
+    """One (N_q, R) a prompt."""
+    n: int
+    clusters: int
+
+    def error(self) -> Array:
+        """(R,) standard errors, responses drawn again inside prompts."""
+        return np.asarray(np.sqrt(sum(jackknife_variance(r) for r in self.replicates)))
+
+    def quantile(self, k: int, level: float) -> float:
+        """Student quantile with the degrees of freedom of statistic k."""
+        influence = np.concatenate([r[:, k].mean() - r[:, k] for r in self.replicates])
+        return t_quantile(level, effective_degrees(influence, self.n - self.clusters))
+
+    def against(self, k: int) -> Jackknifed:
+        """Statistic k minus every statistic."""
+        return replace(
+            self,
+            value=self.value[k] - self.value,
+            replicates=[r[:, [k]] - r for r in self.replicates],
+        )
+
+
+Statistic = Callable[[Array, Array, Array, Array], Array]
+"""(same (..., R), cross (..., R), mixed (..., R, H), direction (..., H)) to (..., R)."""
+
+
+def jackknifed(prompts: Sequence[Products], statistic: Statistic) -> Jackknifed:
+    """Evaluate a statistic of products summed over prompts, with each prompt's replicates."""
+    fields = [(p.same, p.cross, p.mixed, p.direction) for p in prompts]
+    totals = [np.sum([f[m][0] for f in fields], axis=0) for m in range(4)]
+    with np.errstate(all="ignore"):
+        value = statistic(*totals)
+        replicates = [
+            statistic(*[total[None] - own[:1] + own[1:] for total, own in zip(totals, f, strict=True)]) for f in fields
+        ]
+    return Jackknifed(value=value, replicates=replicates, n=sum(p.responses for p in prompts), clusters=len(prompts))
+
+
+def log_noise(same: Array, cross: Array, mixed: Array, direction: Array) -> Array:
+    """log(1 - eta)."""
+    return np.asarray(np.log(1.0 - mixed[..., 0] ** 2 / (direction[..., :1] * same)))
+
+
+def log_efficiency(same: Array, cross: Array, mixed: Array, direction: Array) -> Array:
+    """Log eta up to ||grad J||^2, which no rule changes; NaN where an update goes against grad J."""
+    return np.asarray(2.0 * np.log(mixed[..., 0]) - np.log(same))
+
+
+def log_rho(same: Array, cross: Array, mixed: Array, direction: Array) -> Array:
+    """Log rho."""
+    return np.asarray(np.log(cross) - np.log(same))
+
+
+def cosine(same: Array, cross: Array, mixed: Array, direction: Array) -> Array:
+    """cos(E ghat, grad J); not held below 1 where it is noise."""
+    return np.asarray(mixed[..., 0] / np.sqrt(cross * direction[..., :1]))
+
+
+def scale(same: Array, cross: Array, mixed: Array, direction: Array) -> Array:
+    """<E ghat, grad J> / ||grad J||^2: how long the update is along grad J, in units of grad J."""
+    return np.asarray(mixed[..., 0] / direction[..., :1])
+
+
+def pressure(which: int) -> Statistic:
+    """<E ghat, E h> / <E ghat, grad J> for direction `which`.
+
+    The change of E[L] (tokens) or H (nats) for one unit of expected reward gained by small steps along E ghat.
+    """
+
+    def statistic(same: Array, cross: Array, mixed: Array, direction: Array) -> Array:
+        return np.asarray(mixed[..., which] / mixed[..., 0])
+
+    return statistic
+
+
+def estimate_of(result: Jackknifed, k: int, *, level: float, method: str) -> Estimate:
+    """Statistic k with its t interval; value NaN with an unbounded interval where it is undefined."""
+    error = float(result.error()[k])
+    value = float(result.value[k])
+    low, high = -math.inf, math.inf
+    if math.isfinite(value) and math.isfinite(error):
+        half = result.quantile(k, level) * error
+        low, high = value - half, value + half
+    else:
+        value, method = math.nan, f"{method}; unresolved"
+    return Estimate(
+        value=value,
+        low=low,
+        high=high,
+        level=level,
+        method=method,
+        n=result.n,
+        clusters=result.clusters,
+        seed=None,
+    )
+
+
+def eta_estimate(prompts: Sequence[Products], result: Jackknifed, k: int, *, level: float, method: str) -> Estimate:
+    """Efficiency eta of update k from `jackknifed(prompts, log_noise)`.
+
+    NaN, "unresolved", where ||grad J||^2 is not told apart from 0: then nothing is known of the direction either.
+    """
+    noise = estimate_of(result, k, level=level, method=method)
+    reference = estimate_of(
+        jackknifed(prompts, lambda same, cross, mixed, direction: direction[..., :1]), 0, level=level, method=method
+    )
+    if not reference.low > 0.0 or math.isnan(noise.value):
+        return replace(noise, value=math.nan, low=math.nan, high=math.nan, method=f"{method}; unresolved")
+    return replace(
+        noise,
+        value=1.0 - math.exp(noise.value),
+        low=1.0 - math.exp(min(noise.high, 700.0)),
+        high=1.0 - math.exp(noise.low),
+    )
+
+
+def best_of_grid(result: Jackknifed, grid: Sequence[float], *, level: float, method: str) -> Estimate:
+    """Argmax of a statistic over a grid, with the set of grid points that the data do not tell apart from it.
+
+    A point is in the set where the paired difference to the best is within t standard errors; low and high are the
+    set's ends. NaN where the statistic is undefined somewhere on the grid.
+    """
+    none = Estimate(
+        value=math.nan,
+        low=math.nan,
+        high=math.nan,
+        level=level,
+        method=method,
+        n=result.n,
+        clusters=result.clusters,
+        seed=None,
+    )
+    if not np.isfinite(result.value).all() or not all(np.isfinite(r).all() for r in result.replicates):
+        return replace(none, method=f"{method}; unresolved")
+    best = int(np.argmax(result.value))
+    behind = result.against(best)
+    error = behind.error()
+    inside = [
+        point for k, point in enumerate(grid) if k == best or behind.value[k] <= behind.quantile(k, level) * error[k]
+    ]
+    return replace(none, value=float(grid[best]), low=float(min(inside)), high=float(max(inside)))

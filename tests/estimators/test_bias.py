@@ -1,0 +1,228 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from gradvar.errors import GradvarError
+from gradvar.estimators import aggregator_rho, alpha_table, find_rule, law_table, recommendation
+from gradvar.estimators.bias import (
+    best_of_grid,
+    cosine,
+    entropy_direction,
+    eta_estimate,
+    jackknifed,
+    length_direction,
+    log_efficiency,
+    log_noise,
+    pressure,
+    products,
+    reward_direction,
+    scale,
+)
+from gradvar.estimators.groups import draw_groups, group_coefficients
+from gradvar.estimators.inputs import generator
+from tests.estimators import references, simulator
+from tests.estimators.test_tables import only, pick, prompts
+
+
+def parts(scores, rewards, lengths, groups, rules, log_probs=None):
+    updates = np.stack(
+        [
+            group_coefficients(groups, rewards, lengths, find_rule(r), advantage="grpo", alpha=alpha, max_length=3000.0)
+            for r, alpha in rules
+        ]
+    )
+    aims = [reward_direction(rewards, groups), length_direction(lengths, groups)]
+    if log_probs is not None:
+        aims.append(entropy_direction(log_probs, groups))
+    return products(scores @ scores.T, groups, updates, np.stack(aims))
+
+
+def test_products_and_replicates_by_definition():
+    rng = np.random.default_rng(0)
+    scores, rewards, lengths = simulator.draw(11, rng=rng, signal=1.0)
+    log_probs = -lengths * rng.random(11)
+    groups = draw_groups(11, 3, 5, rng=rng)
+    rules = [("grpo", None), ("vl_norm", 0.75)]
+    got = parts(scores, rewards, lengths, groups, rules, log_probs)
+
+    def vectors(members, kind):
+        m = list(map(int, members))
+        if kind in rules:
+            return references.update(scores, rewards, lengths, m, kind[0], "grpo", alpha=kind[1], max_length=3000.0)
+        values = {"J": rewards, "L": lengths, "H": -log_probs}[kind][m]
+        a = references.advantage(list(values), "rloo")
+        return sum(x * scores[i] for x, i in zip(a, m, strict=True)) / 3
+
+    def mean(one, two, without):
+        terms = []
+        for p in groups:
+            kept = [g for g in p if without not in g]
+            if one == two == "same":
+                continue
+            terms += [vectors(a, one) @ vectors(b, two) for a, b in itertools.permutations(kept, 2)]
+        return np.mean(terms)
+
+    for row, without in [(0, None), (1, 0), (6, 5), (11, 10)]:
+        for k, rule in enumerate(rules):
+            own = [vectors(g, rule) @ vectors(g, rule) for p in groups for g in p if without not in g]
+            assert got.same[row, k] == pytest.approx(np.mean(own), rel=1e-9)
+            assert got.cross[row, k] == pytest.approx(mean(rule, rule, without), rel=1e-8)
+            for j, aim in enumerate("JLH"):
+                assert got.mixed[row, k, j] == pytest.approx(mean(rule, aim, without), rel=1e-8, abs=1e-12)
+        for j, aim in enumerate("JLH"):
+            assert got.direction[row, j] == pytest.approx(mean(aim, aim, without), rel=1e-8)
+
+
+def test_statistics_are_the_formulas_and_pool_by_sums():
+    made = []
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        scores, rewards, lengths = simulator.draw(40, rng=rng, signal=3.0)
+        made.append(parts(scores, rewards, lengths, draw_groups(40, 8, 64, rng=rng), [("grpo", None), ("dapo", None)]))
+    same, cross = (sum(getattr(m, f)[0] for m in made) for f in ("same", "cross"))
+    mixed, direction = sum(m.mixed[0] for m in made), sum(m.direction[0] for m in made)
+    noise = jackknifed(made, log_noise)
+    np.testing.assert_allclose(1 - np.exp(noise.value), mixed[:, 0] ** 2 / (direction[0] * same))
+    np.testing.assert_allclose(jackknifed(made, cosine).value, mixed[:, 0] / np.sqrt(cross * direction[0]))
+    np.testing.assert_allclose(jackknifed(made, scale).value, mixed[:, 0] / direction[0])
+    np.testing.assert_allclose(jackknifed(made, pressure(1)).value, mixed[:, 1] / mixed[:, 0])
+    # cos^2 rho
+    np.testing.assert_allclose(1 - np.exp(noise.value), jackknifed(made, cosine).value ** 2 * cross / same, rtol=1e-12)
+    eta = eta_estimate(made, noise, 0, level=0.95, method="m")
+    assert eta.low < eta.value < eta.high < 1
+    # The replicates hold the other prompt fixed.
+    one = made[0]
+    expected = (one.mixed[5, 0, 0] + made[1].mixed[0, 0, 0]) / (one.direction[5, 0] + made[1].direction[0, 0])
+    assert jackknifed(made, scale).replicates[0][4, 0] == pytest.approx(expected)
+
+
+def test_rloo_mean_update_is_the_reference_itself():
+    """dr_grpo with the rloo advantage is grad J times a constant: cosine 1, scale n x, eta = rho."""
+    rng = np.random.default_rng(2)
+    scores, rewards, lengths = simulator.draw(64, rng=rng, signal=2.0)
+    groups = draw_groups(64, 8, 64, rng=rng)
+    c = group_coefficients(groups, rewards, lengths, find_rule("dr_grpo"), advantage="rloo", max_length=50.0)
+    got = products(scores @ scores.T, groups, c[None], reward_direction(rewards, groups)[None])
+    assert jackknifed([got], cosine).value[0] == pytest.approx(1.0)
+    assert jackknifed([got], scale).value[0] == pytest.approx(1 / 50)
+    assert 1 - math.exp(jackknifed([got], log_noise).value[0]) == pytest.approx(got.cross[0, 0] / got.same[0, 0])
+
+
+def test_length_pressure_has_the_sign_of_the_correlation():
+    """Score = rewards and lengths along two axes: the update along reward moves length by their covariance."""
+    rng = np.random.default_rng(3)
+    n = 128
+    rewards = (rng.random(n) < 0.5).astype(float)
+    lengths = 100.0 + 50.0 * rewards + rng.integers(0, 20, n)
+    scores = rng.normal(size=(n, 3)) * 0.05
+    scores[:, 0] += rewards - 0.5
+    groups = draw_groups(n, 8, 64, rng=rng)
+    got = parts(scores, rewards, lengths, groups, [("dr_grpo", None)])
+    # E s = 0, so grad J = cov(r, s) and grad E[L] = cov(L, s): along axis 0 they differ by cov(L, r)/var(r) = 50.
+    assert jackknifed([got], pressure(1)).value[0] == pytest.approx(50.0, rel=0.1)
+
+
+def test_best_of_grid_covers_the_true_alpha():
+    """Var = (L/150)^beta C and E[g | L, r] without L: eta is greatest near alpha = beta. 40 draws, N = 96."""
+    grid = np.arange(9) * 0.375
+    rules = [("vl_norm", float(a)) for a in grid]
+    hits, values = 0, []
+    for t in range(40):
+        rng = np.random.default_rng([4, t])
+        scores, rewards, lengths = simulator.draw(96, rng=rng, signal=1.2, beta=1.5, decay=0.95)
+        got = parts(scores, rewards, lengths, draw_groups(96, 8, 48, rng=rng), rules)
+        star = best_of_grid(jackknifed([got], log_efficiency), grid, level=0.95, method="m")
+        hits += star.low <= 1.5 <= star.high
+        values.append(star.value)
+    # Binomial(40, 0.93) falls below 31 once in 100 000.
+    assert hits >= 31
+    assert 0.75 <= np.median(values) <= 1.9
+
+
+def test_noise_alone_is_unresolved():
+    rng = np.random.default_rng(5)
+    scores = rng.normal(size=(48, 300))
+    rewards, lengths = np.arange(48) % 2.0, np.full(48, 10.0) + np.arange(48)
+    got = parts(scores, rewards, lengths, draw_groups(48, 8, 64, rng=rng), [("grpo", None)])
+    eta = eta_estimate([got], jackknifed([got], log_noise), 0, level=0.95, method="m")
+    assert math.isnan(eta.value)
+    assert "unresolved" in eta.method
+
+
+@pytest.fixture(scope="module")
+def groups():
+    return prompts(3, n=48, targets=("a",), signal=3.0)
+
+
+@pytest.fixture(scope="module")
+def table(groups):
+    return alpha_table(groups, seed=1, grid=(0.0, 0.75, 1.0, 2.0), permutations=64)
+
+
+def test_table_rows(table, groups):
+    assert set(table["quantity"]) == {
+        "eta",
+        "cosine",
+        "scale",
+        "length_pressure",
+        "alpha_star_eta",
+        "alpha_star_cv",
+    }
+    eta = pick(table, quantity="eta", prompt_id="p1")
+    assert list(eta["rule"]) == ["grpo", "dapo", "dr_grpo"] + ["vl_norm"] * 4
+    zero, plain = only(eta, rule="vl_norm", alpha=0.0), only(eta, rule="dr_grpo")
+    assert zero["value"] == pytest.approx(plain["value"])
+    star = only(table, quantity="alpha_star_eta", prompt_id=None)
+    assert star["low"] <= star["value"] <= star["high"]
+    assert star["clusters"] == 3
+    # The same permutations as the CV table's: cos^2 rho.
+    g = groups[1]
+    rho, _ = aggregator_rho(g.gram, g.rewards, g.lengths, "dapo", permutations=64, rng=generator(1, "p1", "groups"))
+    row = only(eta, rule="dapo")
+    angle = only(table, quantity="cosine", prompt_id="p1", rule="dapo")["value"]
+    assert row["value"] == pytest.approx(angle**2 * rho.value)
+
+
+def test_log_probs_give_entropy_pressure(groups):
+    from dataclasses import replace
+
+    with_probs = [replace(g, log_probs=-g.lengths * 0.5) for g in groups]
+    table = alpha_table(with_probs, seed=1, grid=(0.0, 1.0), permutations=32)
+    both = [only(table, quantity=f"{q}_pressure", prompt_id="p0", rule="grpo")["value"] for q in ("length", "entropy")]
+    # H's score is 0.5 L: half the length pressure.
+    assert both[1] == pytest.approx(both[0] / 2)
+
+
+def test_silent_and_small_prompts_say_why(groups):
+    from dataclasses import replace
+
+    silent = replace(groups[0], rewards=np.ones(48))
+    small = groups[1].select(np.arange(20))
+    table = alpha_table([silent, small, groups[2]], seed=1, grid=(0.0, 1.0), permutations=32)
+    assert only(table, prompt_id="p0")["verdict"] == "silent: all rewards equal"
+    assert "fewer than 24" in only(table, prompt_id="p1")["method"]
+    assert pick(table, prompt_id=None).empty
+    assert len(alpha_table([silent], seed=1)) == 1
+    with pytest.raises(GradvarError, match="at least 24 verified"):
+        alpha_table([small], seed=1)
+    with pytest.raises(GradvarError, match="ascending"):
+        alpha_table(groups, grid=(1.0, 0.5), seed=1)
+
+
+def test_recommendation_says_what_it_rests_on(table, groups):
+    law = law_table(groups, seed=1, subsets=False)
+    words = recommendation(table, law, target="a")
+    assert words.startswith(("Use vl_norm with alpha", "The data cannot tell"))
+    assert "L^-" in words
+    star = table["quantity"] == "alpha_star_eta"
+    lost = table.copy()
+    lost.loc[star, ["value", "low", "high"]] = math.nan
+    assert "cannot tell which alpha" in recommendation(lost, law, target="a")
+    sure = table.copy()
+    sure.loc[star, ["value", "low", "high"]] = [2.0, 2.0, 2.0]
+    assert "0.75 and 1 are measurably worse" in recommendation(sure, law, target="a")
+    wide = table.copy()
+    wide.loc[star, ["value", "low", "high"]] = [1.0, 0.0, 2.0]
+    assert "cannot tell one alpha from another" in recommendation(wide, law, target="a")
