@@ -59,8 +59,8 @@ def resolve_template(name_or_path: str, tokenizer: Any) -> Template:
     template of TinyZero, which writes the numbers as `[19, 36, 55, 7]`; `orz` the template of Open-Reasoner-Zero.
     `auto` is `chat` where the tokenizer has a chat template, else `countdown` for CountDown problems that come as
     numbers and target, else `none`. In a file, `{question}` and `{column}` are replaced literally; lists of numbers are
-    joined by single spaces (`19 36 55 7`); `{{name}}` stands for a literal `{name}`; every other brace is itself; one
-    newline at the file's very end is left out.
+    joined by single spaces (`19 36 55 7`); `{{name}}` stands for a literal `{name}`; every other brace is itself.
+    A newline at the file's end is part of the prompt like any other.
 
     Args:
         name_or_path: A name of `TEMPLATE_NAMES`, or a path.
@@ -208,7 +208,7 @@ def _render_bare(problem: Problem) -> str:
 
 def _file_renderer(path: Path) -> Callable[[Problem], str]:
     try:
-        template = path.read_bytes().decode("utf-8").replace("\r\n", "\n").removesuffix("\n")
+        template = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
     except FileNotFoundError as error:
         raise GradvarError(
             f"--template {str(path)!r} is neither a file nor one of {', '.join(TEMPLATE_NAMES)}"

@@ -89,7 +89,7 @@ def test_template_file(tmp_path):
     path = tmp_path / "own.txt"
     path.write_text("{nums} -> {target}: \\boxed{} {{nums}} { x } {question}\nGo\n")
     text = render(path, problem("a {target} b", nums=[19, 36], target=65))
-    assert text == "19 36 -> 65: \\boxed{} {nums} { x } a {target} b\nGo", "data is never read as a template"
+    assert text == "19 36 -> 65: \\boxed{} {nums} { x } a {target} b\nGo\n", "data is never read as a template"
     assert resolve_template(str(path), None).name == str(path)
 
 
