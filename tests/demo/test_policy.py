@@ -15,7 +15,7 @@ from gradvar.demo import check_answer, policy_path, problems_path, template_path
 from gradvar.demo.measure import measure_prompt, sample_responses
 from gradvar.demo.prompts import TEMPLATE, format_prompt, read_problems
 from gradvar.demo.traces import TraceSettings, chance_per_attempt, search_problems
-from gradvar.demo.train import TrainSettings, split_problems
+from gradvar.demo.train_settings import TrainSettings, split_problems
 
 CARD = json.loads((policy_path() / "card.json").read_text(encoding="utf-8"))
 PROBLEMS = read_problems(problems_path())

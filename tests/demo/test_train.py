@@ -12,7 +12,8 @@ from gradvar.demo.countdown import CountdownProblem
 from gradvar.demo.prompts import TEMPLATE, format_prompt, read_problems
 from gradvar.demo.tokenizer import build_tokenizer
 from gradvar.demo.traces import TraceSettings
-from gradvar.demo.train import TrainSettings, main
+from gradvar.demo.train import main
+from gradvar.demo.train_settings import TrainSettings
 
 SMALL = ["--steps", "3", "--measured-prompts", "2", "--measured-responses", "4"]
 
