@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from gradvar.errors import GradvarError
 
 Sink = Callable[[str, Tensor, Tensor], None]
-"""(module path, input a of the call, gradient delta of its output)."""
+"""(module path, input a of the call, gradient delta of its output); calls on one tensor hand over that tensor."""
 
 
 class Taps:
@@ -79,9 +79,10 @@ class Taps:
         def at_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             if self._sink is None or not torch.is_grad_enabled():
                 return output
-            value = (args[0] if args else next(iter(kwargs.values()))).detach()
+            value: Tensor = args[0] if args else next(iter(kwargs.values()))
+            version = value._version
             if path not in self._checked:
-                _check_linear(path, module, value, output.detach())
+                _check_linear(path, module, value.detach(), output.detach())
                 self._checked.add(path)
             if not output.requires_grad:
                 # the copy lets the model change its tensor in place, which it may not do to a leaf
@@ -89,6 +90,11 @@ class Taps:
 
             def at_backward(delta: Tensor) -> None:
                 if self._sink is not None:
+                    if value._version != version:
+                        raise GradvarError(
+                            f"{path}: the model changed this module's input in place after using it, so "
+                            "its gradient is lost: leave it out of the targets"
+                        )
                     self._fired.add(path)
                     self._sink(path, value, delta.detach())
 

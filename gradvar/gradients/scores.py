@@ -346,7 +346,7 @@ def _collector(
                         store.add_input(i, ids_i[:, 0], _embedding_gradient(job, ids_i[:, 0], delta_i))
             return
         if id(a) not in shared:
-            shared[id(a)] = (a, batch.split(a, path))
+            shared[id(a)] = (a, batch.split(a.detach(), path))
         for block, store in stores:
             if block.target.module == path:
                 for i, a_i, delta_i in zip(batch.members, shared[id(a)][1], outputs, strict=True):

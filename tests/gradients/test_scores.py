@@ -8,6 +8,7 @@ from torch import nn
 from gradvar.errors import GradvarError
 from gradvar.gradients import list_targets, measure_scores, resolve_targets, score_grams
 from gradvar.gradients.batches import make_batches
+from gradvar.gradients.gram import FactorStore
 from tests.gradients import references
 from tests.gradients.models import VOCABULARY, make_model, make_prompt_and_responses
 
@@ -370,6 +371,36 @@ def test_autocast_reaches_the_model_and_not_the_sums():
         assert gram.dtype == "float32 autocast bfloat16"
         gap = references.error(gram.gram(), exact.grams[key].gram())
         assert 1e-4 < gap < 0.1, "autocast had no effect, or too much"
+
+
+class Spoiler(nn.Module):
+    """Changes its projection's input in place afterwards."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        x = x.detach().clone()
+        y = self.linear(x)
+        x += 1
+        return y
+
+
+def test_an_input_changed_in_place_is_refused():
+    model = make_model("llama")
+    model.model.layers[1].self_attn.v_proj = Spoiler(model.model.layers[1].self_attn.v_proj)
+    with pytest.raises(GradvarError, match="input in place"):
+        measure_scores(model, *make_prompt_and_responses(), "*.1.*v_proj.linear")
+
+
+def test_q_k_and_v_keep_their_common_input_once(qwen, monkeypatch):
+    kept = []
+    monkeypatch.setattr(FactorStore, "_keep", lambda self, i, a, delta: kept.append(a.untyped_storage().data_ptr()))
+    monkeypatch.setattr(FactorStore, "fill", lambda self, i, start, stop, out: out.zero_())
+    measure_scores(qwen, [3] * 3, [[4], [5]], "last:qkv")
+    assert len(kept) == 6
+    assert len(set(kept)) == 1
 
 
 # -- refusals
