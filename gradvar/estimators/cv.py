@@ -157,9 +157,11 @@ def rho_estimate(moments: GroupMoments, *, group_size: int, level: float) -> Est
     none = Estimate(
         value=math.nan, low=math.nan, high=math.nan, level=level, method=_JACKKNIFE, n=n, clusters=1, seed=None
     )
-    if moments.same <= 0.0:
+    if not moments.same > 0.0:
         return replace(none, method=f"{_JACKKNIFE}; {SILENT}")
     value = moments.cross / moments.same
+    if math.isnan(value):
+        return replace(none, method=f"{_JACKKNIFE}; no two groups with differing rewards in a permutation")
     if n < 3 * group_size:
         return replace(none, value=value, method=f"{_JACKKNIFE}; no interval below 3 groups")
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -14,6 +14,7 @@ B = floor(N/n) groups, P permutations.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,12 +57,32 @@ def group_coefficients(
     advantage: str,
     alpha: float | None = None,
     max_length: float | None = None,
+    masked: NDArray[np.bool_] | None = None,
 ) -> Array:
-    """Coefficients c = x A (P, B, n) of the update of every group, weights and advantages computed inside it."""
+    """Coefficients c = x A (P, B, n) of the update of every group, weights and advantages computed inside it.
+
+    `masked` (N,) marks responses whose tokens carry no loss (DAPO's overlong filtering of truncated ones): their reward
+    still enters the group's advantage, they neither add to the update nor count in the weights (verl's reading).
+    """
     inside = lengths[groups]
-    weights = scope_weights(rule, inside, lambda x: x.sum(axis=-1, keepdims=True), alpha=alpha, max_length=max_length)
-    coefficients: Array = weights * advantages(rewards[groups], advantage, lengths=inside)
-    return coefficients
+    factors = advantages(rewards[groups], advantage, lengths=inside)
+    if masked is None:
+        weights = scope_weights(
+            rule, inside, lambda x: x.sum(axis=-1, keepdims=True), alpha=alpha, max_length=max_length
+        )
+        return np.asarray(weights * factors)
+    kept = ~masked[groups]
+    # A group without a response left has no update: its sums are kept from 0 and its weights are 0.
+    some = kept | ~kept.any(axis=-1, keepdims=True)
+    weights = scope_weights(
+        rule, inside, lambda x: (x * some).sum(axis=-1, keepdims=True), alpha=alpha, max_length=max_length
+    )
+    return np.asarray(np.where(kept, weights * factors, 0.0))
+
+
+def loud_groups(groups: NDArray[np.intp], rewards: Array) -> NDArray[np.bool_]:
+    """Groups (P, B) that dynamic sampling keeps: those whose rewards are not all equal (DAPO)."""
+    return np.asarray(np.ptp(rewards[groups], axis=-1) > 0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,26 +102,53 @@ class GroupMoments:
     (mean coefficient of i) s_i centred: a jackknife counts that part twice."""
 
 
-def group_moments(gram: Array, groups: NDArray[np.intp], coefficients: Array) -> GroupMoments:
+def group_moments(
+    gram: Array, groups: NDArray[np.intp], coefficients: Array, kept: NDArray[np.bool_] | None = None
+) -> GroupMoments:
     """Compute both moments and all delete-one replicates from one Gram.
 
     Args:
         gram: (N, N) score Gram.
         groups: (P, B, n) disjoint groups from `draw_groups`.
         coefficients: (P, B, n) from `group_coefficients`.
+        kept: (P, B) groups that take part, given which everything is estimated (dynamic sampling); None: all.
 
     Returns:
-        The moments. Cost: one (N, N) by (N, P) product and P N n look-ups.
+        The moments, NaN where no two kept groups meet in a permutation. Cost: one (N, N) by (N, P) product and P N n
+        look-ups.
     """
     permutations = groups.shape[0]
     n = gram.shape[0]
+    held = np.ones(groups.shape[:2]) if kept is None else kept.astype(np.float64)
+    coefficients = coefficients * held[..., None]
     rows = groups.reshape(permutations, -1)
     spread = np.zeros((permutations, n))
     np.put_along_axis(spread, rows, coefficients.reshape(permutations, -1), axis=1)
     reach = np.take_along_axis(spread @ gram, rows, axis=1).reshape(groups.shape)
     to_all = (coefficients * reach).sum(axis=-1)
     diagonal = group_self_products(gram, groups, coefficients)
-    return moments_from_products(diagonal, to_all, groups, n, _second_order(gram, groups, coefficients))
+    to_others = to_all - diagonal
+    size, members = groups.shape[2], groups.reshape(-1)
+
+    def per_response(values: Array) -> Array:
+        sums = np.bincount(members, weights=np.repeat(values.reshape(-1), size), minlength=n)
+        return np.asarray(sums, dtype=np.float64)
+
+    partners = held * (held.sum(axis=1, keepdims=True) - 1.0)
+    times, group_count, pair_count = per_response(held), float(held.sum()), float(partners.sum())
+
+    def without(total: float, gone: Array, count: float, lost: Array) -> Array:
+        left = count - lost
+        return (total - gone) / np.where(left > 0.5, left, np.nan)
+
+    same_total, cross_total = float(diagonal.sum()), float(to_others.sum())
+    return GroupMoments(
+        same=same_total / group_count if group_count > 0 else math.nan,
+        cross=cross_total / pair_count if pair_count > 0 else math.nan,
+        same_without=without(same_total, per_response(diagonal), group_count, times),
+        cross_without=without(cross_total, 2.0 * per_response(to_others), pair_count, 2.0 * per_response(partners)),
+        second_order=_second_order(gram, groups, coefficients, times),
+    )
 
 
 def group_self_products(gram: Array, groups: NDArray[np.intp], coefficients: Array) -> Array:
@@ -111,44 +159,15 @@ def group_self_products(gram: Array, groups: NDArray[np.intp], coefficients: Arr
     return products
 
 
-def _second_order(gram: Array, groups: NDArray[np.intp], coefficients: Array) -> float:
+def _second_order(gram: Array, groups: NDArray[np.intp], coefficients: Array, times: Array) -> float:
     n = gram.shape[0]
-    members = groups.reshape(-1)
-    times = np.bincount(members, minlength=n)
-    total = np.bincount(members, weights=coefficients.reshape(-1), minlength=n)
-    factor = groups.shape[2] * total / np.maximum(times, 1)
+    total = np.bincount(groups.reshape(-1), weights=coefficients.reshape(-1), minlength=n)
+    factor = groups.shape[2] * total / np.maximum(times, 1.0)
     products = gram * np.outer(factor, factor)
     means = products.mean(axis=1)
     products = products - means[:, None] - means[None, :] + means.mean()
     np.fill_diagonal(products, 0.0)
     return float(2.0 * (products**2).sum() / (n * (n - 1.0)) ** 2)
-
-
-def moments_from_products(
-    diagonal: Array, to_all: Array, groups: NDArray[np.intp], n: int, second_order: float
-) -> GroupMoments:
-    """Turn self products K_bb (P, B) and products with all groups sum_a K_ab (P, B) into moments and replicates."""
-    permutations, count, size = groups.shape
-    to_others = to_all - diagonal
-    same_total, cross_total = diagonal.sum(), to_others.sum()
-    members = groups.reshape(-1)
-
-    def per_response(values: Array) -> Array:
-        sums = np.bincount(members, weights=np.repeat(values.reshape(-1), size), minlength=n)
-        return np.asarray(sums, dtype=np.float64)
-
-    times = np.bincount(members, minlength=n).astype(np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        same_without = (same_total - per_response(diagonal)) / (permutations * count - times)
-        pairs = permutations * count * (count - 1) - 2.0 * times * (count - 1)
-        cross_without = (cross_total - 2.0 * per_response(to_others)) / np.where(pairs > 0, pairs, np.nan)
-    return GroupMoments(
-        same=float(same_total / (permutations * count)),
-        cross=float(cross_total / (permutations * count * (count - 1))),
-        same_without=same_without,
-        cross_without=cross_without,
-        second_order=second_order,
-    )
 
 
 def silent_share(rewards: Array, group_size: int) -> float:

@@ -16,6 +16,7 @@ Shape letters: n responses fitted, N responses averaged, K prompts.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -235,6 +236,31 @@ def _exponents(power: QuasiFit, margin: float, level: float) -> dict[str, Any]:
         "n_needed": n_needed,
         "influence": power.shape_influence[:, 0],
     }
+
+
+def heterogeneity(fits: Sequence[ExponentFit], level: float) -> tuple[Estimate, float]:
+    """How much the exponent differs between prompts beyond what responses explain (DerSimonian and Laird).
+
+    Args:
+        fits: One fit a prompt.
+        level: For the record; no interval is given.
+
+    Returns:
+        (tau, the standard deviation of the prompts' own exponents: sqrt of the moment estimate of tau^2, 0 where that
+        is not positive; the p value of Cochran's Q, chi-square with K - 1 degrees). NaN below two usable fits.
+    """
+    usable = [f for f in fits if math.isfinite(f.exponent.low)]
+    method = "DerSimonian-Laird over prompts, no interval"
+    n = sum(f.exponent.n for f in fits)
+    if len(usable) < 2:
+        return _estimate(math.nan, math.nan, level, method + "; fewer than 2 prompts", n, len(usable)), math.nan
+    beta = np.array([f.exponent.value for f in usable])
+    weight = np.array([1.0 / float(f.influence @ f.influence) for f in usable])
+    centre = float(weight @ beta / weight.sum())
+    q = float(weight @ (beta - centre) ** 2)
+    excess = (q - (len(usable) - 1)) / (weight.sum() - (weight**2).sum() / weight.sum())
+    p = float(stats.chi2.sf(q, len(usable) - 1))
+    return _estimate(math.sqrt(max(float(excess), 0.0)), math.nan, level, method, n, len(usable)), p
 
 
 def _verdict(exponent: Estimate, margin: float) -> tuple[str, float]:

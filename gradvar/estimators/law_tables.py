@@ -32,6 +32,7 @@ from gradvar.estimators.law import (
     VarianceLaw,
     fit_exponent,
     fit_variance_law,
+    heterogeneity,
 )
 from gradvar.estimators.quasi import Dependence
 from gradvar.estimators.spread import (
@@ -88,7 +89,8 @@ def law_table(
         "<what>_loglog_slope", "<what>_loglog_r2", "<what>_line_slope", "<what>_line_intercept", "<what>_line_r2"
         "<what>_rank_correlation"
         "<what>_explained_constant", ..._proportional, ..._affine, ..._power   1 - quasi-deviance / the constant's
-    and "exponent_difference", deviation minus within. `advantage` says whether the score ("score") or the
+    and "exponent_difference", deviation minus within; pooled, "<what>_exponent_tau" (between-prompt standard deviation of
+    the exponent) and "<what>_heterogeneity_p" (Cochran's Q). `advantage` says whether the score ("score") or the
     advantage-weighted gradient is meant, `scope` which responses: "all responses", one reward class, or those not
     truncated (exponents only). Pooled rows (no prompt_id) have one constant per prompt.
 
@@ -233,6 +235,7 @@ def _rows_of_scope(
 ) -> list[TableRow]:
     rows: list[TableRow] = []
     samples: dict[str, _Sample] = {}
+    alone: dict[str, list[ExponentFit]] = {"deviation": [], "within": []}
     for name, scores in studied.items():
         left_out = len(prompts[name].lengths) - len(scores.lengths)
         if name in writer.silent:
@@ -255,11 +258,20 @@ def _rows_of_scope(
         if scope != ALL_RESPONSES and chosen.sum() < MINIMUM_RESPONSES:
             continue
         sample = _sample(scores, chosen, writer, neighbours, left_out)
-        rows += _rows_of_sample(writer, scope, {name: sample}, pooled=False)
-        if sample is not None:
-            samples[name] = sample
+        made, laws = _rows_of_sample(writer, scope, {name: sample}, pooled=False)
+        rows += made
+        samples[name] = sample
+        for what, law in laws.items():
+            alone[what].append(law)
     if len(studied) > 1 and samples:
-        rows += _rows_of_sample(writer, scope, samples, pooled=True)
+        rows += _rows_of_sample(writer, scope, samples, pooled=True)[0]
+        left_out = sum(s.left_out for s in samples.values())
+        for what, laws_of_prompts in alone.items():
+            tau, p = heterogeneity(laws_of_prompts, writer.level)
+            common: dict[str, Any] = {"scope": scope, "prompts": list(samples), "pooled": True, "left_out": left_out}
+            rows.append(writer.row(f"{what}_exponent_tau", tau, **common))
+            q = replace(tau, value=p, method="Cochran's Q, chi-square")
+            rows.append(writer.row(f"{what}_heterogeneity_p", q, **common))
     return rows
 
 
@@ -299,7 +311,9 @@ def _nothing_shared(q: Array) -> Array:
     return np.zeros_like(q)
 
 
-def _rows_of_sample(writer: _Writer, scope: str, samples: dict[str, _Sample], *, pooled: bool) -> list[TableRow]:
+def _rows_of_sample(
+    writer: _Writer, scope: str, samples: dict[str, _Sample], *, pooled: bool
+) -> tuple[list[TableRow], dict[str, ExponentFit]]:
     laws: dict[str, ExponentFit] = {}
     rows: list[TableRow] = []
     for what in ("deviation", "within"):
@@ -331,7 +345,7 @@ def _rows_of_sample(writer: _Writer, scope: str, samples: dict[str, _Sample], *,
                 left_out=left_out,
             )
         )
-    return rows
+    return rows, laws
 
 
 def _usable(samples: dict[str, _Sample], what: str) -> tuple[dict[str, _Sample], str]:

@@ -36,6 +36,7 @@ from gradvar.estimators.groups import (
     draw_groups,
     group_coefficients,
     group_moments,
+    loud_groups,
     silent_share,
 )
 from gradvar.estimators.identity import IdentityCheck, identity_from_parts, identity_parts
@@ -121,6 +122,8 @@ def cv_table(
     reference: str = "grpo",
     level: float = 0.95,
     permutations: int = PERMUTATIONS,
+    overlong_filtering: bool = False,
+    dynamic_sampling: bool = False,
     seed: int,
 ) -> pd.DataFrame:
     """Total CV of the aggregation rules, per prompt and pooled, with paired ratios against a reference rule.
@@ -143,6 +146,9 @@ def cv_table(
         reference: Rule the ratios are taken against (its first alpha where it takes one).
         level: Nominal coverage.
         permutations: Random permutations a prompt.
+        overlong_filtering: Take truncated responses out of the loss, as DAPO does; their reward stays in the baseline.
+        dynamic_sampling: Estimate given that a group's rewards differ, as DAPO's resampling makes them; pooled rows
+            then leave silent prompts out.
         seed: Of the permutations; each prompt's are its own.
 
     Returns:
@@ -169,6 +175,7 @@ def cv_table(
     silent = {name for name, s in everyone.items() if advantage not in ("score", "raw") and is_silent(s)}
     drawn: dict[str, NDArray[np.intp]] = {}
     coefficients: dict[tuple[str, str, float | None], NDArray[np.float64]] = {}
+    kept: dict[str, NDArray[np.bool_]] = {}
     for name, scores in usable.items():
         n = len(scores.lengths)
         if n < 2 * group_size:
@@ -184,7 +191,10 @@ def cv_table(
                 advantage=advantage,
                 alpha=alpha,
                 max_length=limit,
+                masked=scores.truncated if overlong_filtering else None,
             )
+        if dynamic_sampling and advantage != "score":
+            kept[name] = loud_groups(drawn[name], scores.rewards)
     for target, prompts in targets.items():
         rows += _rows_of_target(
             _Study(
@@ -194,6 +204,15 @@ def cv_table(
                 silent=silent & set(prompts),
                 drawn=drawn,
                 coefficients=coefficients,
+                kept=kept,
+                extras=", ".join(
+                    word
+                    for word, on in (
+                        ("overlong filtering", overlong_filtering),
+                        ("dynamic sampling", dynamic_sampling),
+                    )
+                    if on
+                ),
                 advantage=advantage,
                 group_size=group_size,
                 level=level,
@@ -215,6 +234,8 @@ class _Study:
     silent: set[str]
     drawn: dict[str, NDArray[np.intp]]
     coefficients: dict[tuple[str, str, float | None], NDArray[np.float64]]
+    kept: dict[str, NDArray[np.bool_]]
+    extras: str
     advantage: str
     group_size: int
     level: float
@@ -235,7 +256,11 @@ class _Study:
         rule, alpha = variant if variant is not None else (None, None)
         return TableRow(
             quantity=quantity,
-            estimate=replace(estimate, seed=self.seed),
+            estimate=replace(
+                estimate,
+                seed=self.seed,
+                method=f"{estimate.method}; with {self.extras}" if self.extras else estimate.method,
+            ),
             target=self.target,
             prompt_id=None if pooled else prompts[0],
             rule=None if rule is None else rule.name,
@@ -287,9 +312,14 @@ def _rows_of_target(
             estimate = study.plain(math.nan, f"not estimated; {SILENT}", name)
             rows.append(study.row("cv", estimate, [name], verdict=SILENT, n_needed=math.inf))
     loud = [name for name in spoken if name not in study.silent]
+    if study.kept:
+        spoken = loud
     moments = {
         (name, rule.name, alpha): group_moments(
-            study.prompts[name].gram, study.drawn[name], study.coefficients[name, rule.name, alpha]
+            study.prompts[name].gram,
+            study.drawn[name],
+            study.coefficients[name, rule.name, alpha],
+            study.kept.get(name),
         )
         for name in spoken
         for rule, alpha in {*variants, compared}

@@ -132,7 +132,7 @@ def test_best_of_grid_covers_the_true_alpha():
     for t in range(40):
         rng = np.random.default_rng([4, t])
         scores, rewards, lengths = simulator.draw(96, rng=rng, signal=1.2, beta=1.5, decay=0.95)
-        got = parts(scores, rewards, lengths, draw_groups(96, 8, 48, rng=rng), rules)
+        got = parts(scores, rewards, lengths, draw_groups(96, 8, 24, rng=rng), rules)
         star = best_of_grid(jackknifed([got], log_efficiency), grid, level=0.95, method="m")
         hits += star.low <= 1.5 <= star.high
         values.append(star.value)

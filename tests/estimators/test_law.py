@@ -8,7 +8,7 @@ from statsmodels.tools.sm_exceptions import DomainWarning
 
 from gradvar.errors import GradvarError
 from gradvar.estimators import deviations, fit_variance_law, within_length_variance
-from gradvar.estimators.law import fit_exponent
+from gradvar.estimators.law import fit_exponent, heterogeneity
 from gradvar.estimators.spread import deviation_dependence, within_dependence
 from tests.estimators import references, simulator
 
@@ -136,6 +136,23 @@ def test_prompts_like_these_need_four():
     assert math.isnan(law.exponent_across.value)
     assert "below 4 prompts" in law.exponent_across.method
     assert law.verdict_across()[0] == "undetermined"
+
+
+def test_heterogeneity_by_definition():
+    fits = [fit_exponent(*gamma_data(n=80, beta=b, seed=k)) for k, b in enumerate((0.5, 1.0, 1.2, 2.0))]
+    tau, p = heterogeneity(fits, 0.95)
+    beta = [f.exponent.value for f in fits]
+    w = [1 / sum(u * u for u in f.influence) for f in fits]
+    centre = sum(a * b for a, b in zip(w, beta, strict=True)) / sum(w)
+    q = sum(a * (b - centre) ** 2 for a, b in zip(w, beta, strict=True))
+    expected = (q - 3) / (sum(w) - sum(a * a for a in w) / sum(w))
+    assert tau.value == pytest.approx(math.sqrt(expected))
+    assert tau.value == pytest.approx(np.std([0.5, 1.0, 1.2, 2.0], ddof=1), rel=0.4)
+    assert p == pytest.approx(stats.chi2.sf(q, 3))
+    assert p < 1e-4
+    alike = [fit_exponent(*gamma_data(n=80, beta=1.0, seed=k)) for k in range(6)]
+    assert heterogeneity(alike, 0.95)[1] > 1e-3
+    assert math.isnan(heterogeneity(alike[:1], 0.95)[0].value)
 
 
 def test_verdicts_and_the_n_that_decides():

@@ -118,6 +118,9 @@ def test_law_covers_advantages_subsets_sum_and_pool(law):
     assert set(pooled["estimand"]) == {"these prompts", "prompts like these"}
     assert (pooled["clusters"] == 2).all()
     assert math.isnan(pooled[pooled["estimand"] == "prompts like these"]["value"].iloc[0])
+    where = {"target": "sum", "advantage": "grpo", "scope": "all responses", "prompt_id": None}
+    assert only(law, quantity="deviation_exponent_tau", **where)["value"] >= 0
+    assert 0 <= only(law, quantity="within_heterogeneity_p", **where)["value"] <= 1
 
 
 def test_subset_keeps_the_mean_of_all_responses(law, groups):
