@@ -4,11 +4,13 @@ from gradvar.estimators.advantages import ADVANTAGES, advantages
 from gradvar.estimators.aggregation import RULES, Rule, aggregation_weights, find_rule
 from gradvar.estimators.alpha_tables import alpha_table, recommendation
 from gradvar.estimators.cv import aggregator_cv, aggregator_rho, cv_from_rho, cv_ratio
+from gradvar.estimators.forms import conditional_cv, form_table
 from gradvar.estimators.identity import IdentityCheck, score_identity
 from gradvar.estimators.law import FamilyFit, VarianceLaw, fit_variance_law
 from gradvar.estimators.law_tables import law_table
 from gradvar.estimators.spread import deviations, within_length_variance
 from gradvar.estimators.tables import cv_table, identity_table
+from gradvar.estimators.transforms import authors_vl_norm, overlong_penalty, soft_overlong
 
 __all__ = [
     # per response
@@ -30,12 +32,18 @@ __all__ = [
     "aggregator_rho",
     "cv_from_rho",
     "cv_ratio",
+    "conditional_cv",
+    # DAPO's extras, the VL Norm authors' form
+    "authors_vl_norm",
+    "overlong_penalty",
+    "soft_overlong",
     # assumptions
     "IdentityCheck",
     "score_identity",
     # tables
     "alpha_table",
     "cv_table",
+    "form_table",
     "identity_table",
     "law_table",
     "recommendation",

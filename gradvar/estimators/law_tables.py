@@ -89,8 +89,8 @@ def law_table(
         "<what>_loglog_slope", "<what>_loglog_r2", "<what>_line_slope", "<what>_line_intercept", "<what>_line_r2"
         "<what>_rank_correlation"
         "<what>_explained_constant", ..._proportional, ..._affine, ..._power   1 - quasi-deviance / the constant's
-    and "exponent_difference", deviation minus within; pooled, "<what>_exponent_tau" (between-prompt standard deviation of
-    the exponent) and "<what>_heterogeneity_p" (Cochran's Q). `advantage` says whether the score ("score") or the
+    and "exponent_difference", deviation minus within; pooled, "<what>_exponent_tau" (standard deviation of the exponent
+    between prompts) and "<what>_heterogeneity_p" (Cochran's Q). `advantage` says whether the score ("score") or the
     advantage-weighted gradient is meant, `scope` which responses: "all responses", one reward class, or those not
     truncated (exponents only). Pooled rows (no prompt_id) have one constant per prompt.
 

@@ -1,0 +1,99 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from gradvar.errors import GradvarError
+from gradvar.estimators import conditional_cv, form_table
+from tests.estimators import references, simulator
+from tests.estimators.test_tables import only, pick, prompts
+
+LENGTHS = np.array([20.0, 35.0, 60.0, 200.0, 410.0, 77.0])
+
+
+def test_table_1_of_the_paper():
+    """CV = sqrt(V sum x^2 L) / (sum x ||grad J||), written out per rule."""
+    v, norm, n = 0.3, 1.7, len(LENGTHS)
+    total, harmonic = LENGTHS.sum(), (1 / LENGTHS).sum()
+    expected = {
+        # x = 1/(n L): sum x^2 L = sum(1/L)/n^2, sum x = sum(1/L)/n
+        ("grpo", None): math.sqrt(v / harmonic) / norm,
+        ("vl_norm", 1.0): math.sqrt(v / harmonic) / norm,
+        ("dapo", None): math.sqrt(v * total) / (n * norm),
+        ("dr_grpo", None): math.sqrt(v * total) / (n * norm),
+        ("vl_norm", 0.5): math.sqrt(v * n) / ((LENGTHS**-0.5).sum() * norm),
+    }
+    for (rule, alpha), value in expected.items():
+        got = conditional_cv(rule, LENGTHS, v * LENGTHS, norm, alpha=alpha, max_length=500)
+        assert got == pytest.approx(value, rel=1e-12), rule
+        x = references.weights(rule, LENGTHS, alpha=alpha, max_length=500)
+        assert got == pytest.approx(math.sqrt(sum(x * x * v * LENGTHS)) / (sum(x) * norm))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_papers_inequality_holds_in_form_1(seed):
+    lengths = np.random.default_rng(seed).lognormal(4, 1, 9)
+    cvs = [conditional_cv("vl_norm", lengths, lengths, 1.0, alpha=a, max_length=9) for a in (1.0, 0.75, 0.3, 0.0)]
+    assert cvs == sorted(cvs)
+    # Outside 0 <= alpha <= 1 it is not claimed, and does not hold.
+    assert conditional_cv("vl_norm", lengths, lengths, 1.0, alpha=2.0, max_length=9) > cvs[0]
+
+
+def test_brute_force_given_the_lengths():
+    """200 000 draws of ghat at fixed lengths, v = L^1.6, E g constant."""
+    rng = np.random.default_rng(0)
+    x = references.weights("vl_norm", LENGTHS, alpha=0.75, max_length=500)
+    noise = rng.normal(size=(200_000, len(LENGTHS))) * LENGTHS**0.8
+    # Scalars: g = 30 + noise, so ||grad J|| = 30.
+    updates = (x * (30 + noise)).sum(axis=1)
+    got = conditional_cv("vl_norm", LENGTHS, LENGTHS**1.6, 30.0, alpha=0.75, max_length=500)
+    # The standard deviation of 200 000 normals is known to 0.16%.
+    assert got == pytest.approx(updates.std() / updates.mean(), rel=0.01)
+
+
+def test_refuses():
+    with pytest.raises(GradvarError, match="variances"):
+        conditional_cv("grpo", LENGTHS, [1.0], 1.0)
+    with pytest.raises(GradvarError, match="gradient_norm"):
+        conditional_cv("grpo", LENGTHS, LENGTHS, 0.0)
+
+
+def test_form_2_is_covered():
+    """True ratio at the drawn lengths with v = L^beta: 80 prompts of 64, binomial bound at 93%."""
+    hits, wrong = 0, 0
+    for t in range(80):
+        rng = np.random.default_rng([3, t])
+        one = simulator.prompt("p", 64, rng=rng, beta=1.6, decay=0.9)
+        # A = 1: the law of the score itself.
+        row = only(form_table([one], rules=("dapo",), advantage="score", seed=t), quantity="cv_ratio_form_2")
+        v = one.lengths**1.6
+        truth = conditional_cv("dapo", one.lengths, v, 1.0) / conditional_cv("grpo", one.lengths, v, 1.0)
+        hits += row["low"] <= truth <= row["high"]
+        wrong += row["holds"] == "violated"
+    assert hits >= stats.binom.ppf(1e-5, 80, 0.93), hits
+    assert wrong <= 2
+
+
+def test_table_says_what_holds():
+    groups = prompts(2, n=64, targets=("a",), beta=1.0)
+    table = form_table(groups, seed=0)
+    assert only(table, quantity="cv_ratio_form_2", prompt_id="p0", rule="dapo")["holds"] in ("holds", "undetermined")
+    assert only(table, quantity="cv_ratio_form_2", prompt_id="p0", rule="vl_norm", alpha=1.0)["holds"] == "by algebra"
+    assert only(table, quantity="cv_ratio_form_2", prompt_id="p0", rule="vl_norm", alpha=2.0)["holds"] == "not claimed"
+    dapo, plain = (
+        only(table, quantity="cv_ratio_form_2", prompt_id="p0", rule=r)["value"] for r in ("dapo", "dr_grpo")
+    )
+    assert dapo == pytest.approx(plain)
+    assert (pick(table, quantity="cv_ratio_form_1", rule="dapo")["value"] >= 1).all()
+    pooled = only(table, quantity="cv_ratio_form_2", prompt_id=None, rule="dapo")
+    each = pick(table, quantity="cv_ratio_form_2", rule="dapo")
+    each = each[each["prompt_id"].notna()]["value"]
+    assert pooled["value"] == pytest.approx(math.exp(np.log(each).mean()))
+    # A law that falls with length turns the order round.
+    falling = prompts(1, n=128, targets=("a",), beta=-2.0, signal=0.0)
+    row = only(form_table(falling, rules=("dapo",), advantage="score", seed=0), quantity="cv_ratio_form_2")
+    assert (row["verdict"], row["holds"]) == ("lower", "violated")
+    silent = [replace(groups[0], rewards=np.ones(64)), groups[1]]
+    assert set(form_table(silent, seed=0)["prompt_id"]) == {"p1"}
