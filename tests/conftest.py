@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads, as the command does
+
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--n-prompts", "3", "--rollouts", "24"]
 """Options of a demo that takes seconds."""

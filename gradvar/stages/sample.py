@@ -15,6 +15,7 @@ from gradvar.rollouts.engines import (
     SamplingRequest,
     SamplingSettings,
     default_engine,
+    end_token_ids,
     prompt_seed,
 )
 from gradvar.rollouts.engines import sample as sample_with
@@ -139,6 +140,7 @@ def sample(run: Run, given: Mapping[str, Any], listener: Listener | None = None)
         tensor_parallel_size=config.tensor_parallel_size,
         gpu_memory_utilization=config.gpu_memory_utilization,
         trust_remote_code=config.trust_remote_code,
+        log_file=run.path / "vllm.log",
     )
 
     def land(request: SamplingRequest, rollouts: list[Rollout]) -> None:
@@ -176,6 +178,7 @@ def import_rollouts(run: Run, source: Path, given: Mapping[str, Any], listener: 
         vocab_size=folder.vocab_size(config.trust_remote_code),
         max_positions=folder.max_positions(config.trust_remote_code),
         tokenizer=tokenizer,
+        end_token_ids=end_token_ids(folder.path, tokenizer),
     )
     device = resolve_device(config.device)
     longest = max(rollout.length for one in imported for rollout in one.rollouts)

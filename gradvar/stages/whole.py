@@ -19,7 +19,7 @@ from gradvar.stages.measure import disagreement, measure
 from gradvar.stages.reward import reward
 from gradvar.stages.sample import IMPORTED, import_rollouts, prepare, sample
 
-DEMO_PROMPTS = 6
+DEMO_PROMPTS = 16
 DEMO_MAX_TOKENS = 1024
 
 
