@@ -136,9 +136,12 @@ def measure_scores(
         n, ids, tile = len(responses), job.ids, job.plan.tile_bytes
         sums = {target.key: torch.zeros((n, n), dtype=torch.float64) for target in job.targets}
         for blocks in job.plan.passes:
-            for block, store in run_pass(job, blocks):
+            stores = run_pass(job, blocks)
+            while stores:  # each is let go before the next pass fills memory again
+                block, store = stores.pop()
                 with job.autocast.off():
                     sums[block.target.key] += store.gram(include_bias and block.target.has_bias, tile)
+                del store
     for key, total in sums.items():
         _require_finite(ids, [bool(x) for x in total.diagonal().isfinite()], f"the gradient over {key}")
     name = str(job.dtype).removeprefix("torch.")
