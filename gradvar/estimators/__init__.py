@@ -8,6 +8,7 @@ from gradvar.estimators.forms import conditional_cv, form_table
 from gradvar.estimators.identity import IdentityCheck, score_identity
 from gradvar.estimators.law import FamilyFit, VarianceLaw, fit_variance_law
 from gradvar.estimators.law_tables import law_table
+from gradvar.estimators.planning import planning_table
 from gradvar.estimators.spread import deviations, within_length_variance
 from gradvar.estimators.tables import cv_table, identity_table
 from gradvar.estimators.transforms import authors_vl_norm, overlong_penalty, soft_overlong
@@ -46,5 +47,6 @@ __all__ = [
     "form_table",
     "identity_table",
     "law_table",
+    "planning_table",
     "recommendation",
 ]

@@ -132,7 +132,9 @@ def cv_table(
         "rho", "cv"     per prompt; pooled over prompts for both estimands (`method` says which), verdict "resolved",
                         "unresolved" or "silent: all rewards equal"
         "cv_ratio"      CV over the reference rule's on the same permutations; verdict "lower", "higher",
-                        "undetermined" or "unresolved"
+                        "undetermined" or "unresolved"; `paper` says what the paper's order asks of it ("at least 1",
+                        "equal", "nothing") and `holds` whether it does ("holds", "violated", "undetermined",
+                        "not claimed")
         "silent_share"  share of groups of this size whose rewards are all equal
     A prompt whose rewards are all equal, or with fewer than two groups of verified responses, gets one "cv" row
     without rule that says so. Silent prompts count in the pooled rows with their zeros; too small ones do not.
@@ -252,6 +254,8 @@ class _Study:
         verdict: str | None = None,
         n_needed: float = math.nan,
         estimand: str = THESE_PROMPTS,
+        paper: str | None = None,
+        holds: str | None = None,
     ) -> TableRow:
         rule, alpha = variant if variant is not None else (None, None)
         return TableRow(
@@ -274,6 +278,8 @@ class _Study:
                 "left_out": sum(self.left_out[name] for name in prompts),
                 "silent": sum(name in self.silent for name in prompts),
                 "estimand": estimand,
+                "paper": paper,
+                "holds": holds,
             },
         )
 
@@ -335,7 +341,7 @@ def _rows_of_target(
             )
             if variant != compared:
                 ratio = cv_ratio(own, reference, group_size=study.group_size, level=study.level)
-                rows.append(_ratio_row(study, variant, ratio, [name]))
+                rows.append(_ratio_row(study, variant, compared, ratio, [name]))
         if len(study.prompts) < 2 or not loud:
             continue
         both = pooled_rho(mine, group_size=study.group_size, level=study.level)
@@ -343,7 +349,7 @@ def _rows_of_target(
             rows += _rho_and_cv(study, variant, rho, spoken, pooled=True, estimand=estimand)
         if variant != compared:
             ratio = pooled_cv_ratio(mine, references, group_size=study.group_size, level=study.level)
-            rows.append(_ratio_row(study, variant, ratio, spoken, pooled=True))
+            rows.append(_ratio_row(study, variant, compared, ratio, spoken, pooled=True))
     return rows
 
 
@@ -373,7 +379,13 @@ def _rho_and_cv(
 
 
 def _ratio_row(
-    study: _Study, variant: tuple[Rule, float | None], ratio: Estimate, prompts: Sequence[str], *, pooled: bool = False
+    study: _Study,
+    variant: tuple[Rule, float | None],
+    compared: tuple[Rule, float | None],
+    ratio: Estimate,
+    prompts: Sequence[str],
+    *,
+    pooled: bool = False,
 ) -> TableRow:
     per_prompt = ratio.n / max(ratio.clusters, 1)
     if not math.isfinite(ratio.value):
@@ -384,4 +396,33 @@ def _ratio_row(
         verdict, distance = "undetermined", abs(math.log(ratio.value))
         half = math.log(ratio.high / ratio.value)
         needed = float(math.ceil(per_prompt * (half / distance) ** 2)) if distance > 0 else math.inf
-    return study.row("cv_ratio", ratio, prompts, pooled=pooled, variant=variant, verdict=verdict, n_needed=needed)
+    paper, holds = _order_on_the_total(variant, compared, verdict)
+    return study.row(
+        "cv_ratio",
+        ratio,
+        prompts,
+        pooled=pooled,
+        variant=variant,
+        verdict=verdict,
+        n_needed=needed,
+        paper=paper,
+        holds=holds,
+    )
+
+
+def _order_on_the_total(
+    variant: tuple[Rule, float | None], compared: tuple[Rule, float | None], verdict: str
+) -> tuple[str, str]:
+    """What the paper's order asks of this ratio, and whether the total CV (form 3) agrees.
+
+    The paper has vl_norm(1) equal to grpo and vl_norm(alpha), 0 <= alpha < 1, dapo and dr_grpo at least it. It proves
+    that with lengths given; on the total CV equality can only be refuted.
+    """
+    rule, alpha = variant
+    if compared[0].name != "grpo":
+        return "nothing", "not claimed"
+    if rule.name == "vl_norm" and alpha == 1.0:
+        return "equal", "violated" if verdict in ("lower", "higher") else "undetermined"
+    if rule.name in ("dapo", "dr_grpo") or (rule.name == "vl_norm" and alpha is not None and 0.0 <= alpha < 1.0):
+        return "at least 1", {"higher": "holds", "lower": "violated"}.get(verdict, "undetermined")
+    return "nothing", "not claimed"

@@ -162,6 +162,13 @@ def test_cv_rows_are_the_functions_own_numbers(cv, groups):
         "lower",
         "undetermined",
     )
+    sides = {"higher": "holds", "lower": "violated", "undetermined": "undetermined", "unresolved": "undetermined"}
+    for row in cv[cv["quantity"] == "cv_ratio"].to_dict("records"):
+        if row["rule"] == "vl_norm" and row["alpha"] == 1.0:
+            assert row["paper"] == "equal"
+            assert row["holds"] == ("violated" if row["verdict"] in ("lower", "higher") else "undetermined")
+        else:
+            assert (row["paper"], row["holds"]) == ("at least 1", sides[row["verdict"]])
     # The reference has no ratio to itself.
     assert pick(cv, quantity="cv_ratio", rule="grpo").empty
 

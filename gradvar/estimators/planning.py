@@ -1,0 +1,150 @@
+"""How large a group: CV and silent share against group size, and the responses that CV <= 1 takes.
+
+Up to a third of the responses the CV is estimated; beyond, extrapolated by CV^2 proportional to 1/n from the largest
+estimated size, and marked so. The noise scale of a rule, in responses, is n CV^2 there: tr Sigma / ||E ghat||^2 per
+response. Shape letters: N responses, n of a group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from gradvar.errors import GradvarError
+from gradvar.estimators.advantages import check_advantage
+from gradvar.estimators.cv import SILENT, cv_from_rho, pooled_rho, resolution
+from gradvar.estimators.groups import PERMUTATIONS, GroupMoments, draw_groups, group_coefficients, group_moments
+from gradvar.estimators.groups import silent_share as share_of_silent
+from gradvar.estimators.inputs import arrange, generator, is_silent
+from gradvar.estimators.intervals import check_level
+from gradvar.estimators.tables import expand_rules
+from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
+
+SIZES = (4, 8, 16, 32, 64, 128)
+
+
+def planning_table(
+    groups: Sequence[PromptScores],
+    *,
+    rule: str = "grpo",
+    alpha: float | None = None,
+    sizes: Sequence[int] = SIZES,
+    advantage: str = "grpo",
+    level: float = 0.95,
+    permutations: int = PERMUTATIONS,
+    seed: int,
+) -> pd.DataFrame:
+    """CV against group size for one rule, per prompt and pooled over prompts.
+
+    Quantities, for every target: "rho" and "cv" at each size (verdict "resolved", "unresolved" or "extrapolated"),
+    "silent_share" where it can be counted, and "responses_for_cv_1": n CV^2 at the largest estimated size, the noise
+    scale in responses to a prompt, with the image of that CV's interval.
+
+    Args:
+        groups: Prompts by targets; several targets get their sum as well.
+        rule: Name for `aggregation_weights`.
+        alpha: Exponent of vl_norm.
+        sizes: Group sizes, at least 2.
+        advantage: Kind of `advantages`, computed inside each group.
+        level: Nominal coverage.
+        permutations: Random permutations a prompt and size.
+        seed: Of the permutations.
+
+    Returns:
+        The table. Silent prompts are left out and said in one "cv" row.
+
+    Raises:
+        GradvarError: Unknown rule or advantage, a size below 2, or no size of which a prompt holds three groups.
+    """
+    check_level(level)
+    check_advantage(advantage)
+    found, a = expand_rules((rule,), () if alpha is None else (alpha,))[0]
+    ordered = sorted(set(sizes))
+    if not ordered or ordered[0] < 2:
+        raise GradvarError(f"sizes must be at least 2, received {list(sizes)}")
+    rows: list[TableRow] = []
+    for target, prompts in arrange(groups).items():
+        labels: dict[str, Any] = {"target": target, "rule": found.name, "alpha": a, "advantage": advantage}
+        used = {name: s.verified() for name, s in prompts.items() if not is_silent(s)}
+        for name, scores in prompts.items():
+            if name not in used:
+                none = _plain(math.nan, level, f"not estimated; {SILENT}", len(scores.verified().lengths), seed)
+                rows.append(TableRow(quantity="cv", estimate=none, prompt_id=name, verdict=SILENT, **labels))
+        moments: dict[int, dict[str, GroupMoments]] = {n: {} for n in ordered}
+        for name, scores in used.items():
+            count = len(scores.lengths)
+            limit = float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max())
+            for n in ordered:
+                if n <= count:
+                    share = _plain(
+                        share_of_silent(scores.rewards, n), level, "exact over groups, no interval", count, seed
+                    )
+                    rows.append(
+                        TableRow(quantity="silent_share", estimate=share, prompt_id=name, group_size=n, **labels)
+                    )
+                if 3 * n <= count:
+                    drawn = draw_groups(count, n, permutations, rng=generator(seed, name, "groups"))
+                    c = group_coefficients(
+                        drawn, scores.rewards, scores.lengths, found, advantage=advantage, alpha=a, max_length=limit
+                    )
+                    moments[n][name] = group_moments(scores.gram, drawn, c)
+        if used and not any(moments.values()):
+            raise GradvarError(
+                f"no prompt holds three groups of {ordered[0]} verified responses: sample more, or take smaller sizes"
+            )
+        pools: list[tuple[str | None, list[str]]] = [(name, [name]) for name in used]
+        if len(used) > 1:
+            pools.append((None, list(used)))
+        for label, names in pools:
+            held = {n: [m[name] for name in names] for n, m in moments.items() if all(name in m for name in names)}
+            rows += _rows_of_pool(held, ordered, {**labels, "prompt_id": label}, level=level, seed=seed)
+    return estimate_table(rows)
+
+
+def _rows_of_pool(
+    held: dict[int, list[GroupMoments]], sizes: Sequence[int], labels: dict[str, Any], *, level: float, seed: int
+) -> list[TableRow]:
+    rows: list[TableRow] = []
+    largest, at_largest = 0, None
+    for n, parts in held.items():
+        rho = replace(pooled_rho(parts, group_size=n, level=level)[0], seed=seed)
+        cv, verdict = cv_from_rho(rho), resolution(rho)
+        rows += [
+            TableRow(quantity=name, estimate=estimate, group_size=n, verdict=verdict, **labels)
+            for name, estimate in (("rho", rho), ("cv", cv))
+        ]
+        largest, at_largest = n, cv
+    if at_largest is None:
+        return rows
+    for n in sizes:
+        if n > largest:
+            far = _scaled(at_largest, math.sqrt(largest / n), f"extrapolated from n = {largest}, CV^2 as 1/n")
+            rows.append(TableRow(quantity="cv", estimate=far, group_size=n, verdict="extrapolated", **labels))
+    needed = replace(
+        at_largest,
+        value=largest * at_largest.value**2,
+        low=largest * at_largest.low**2,
+        high=largest * at_largest.high**2,
+        method=f"n CV^2 at n = {largest}; {at_largest.method}",
+    )
+    verdict = "resolved" if math.isfinite(needed.value) else "unresolved"
+    rows.append(TableRow(quantity="responses_for_cv_1", estimate=needed, group_size=largest, verdict=verdict, **labels))
+    return rows
+
+
+def _scaled(estimate: Estimate, factor: float, note: str) -> Estimate:
+    return replace(
+        estimate,
+        value=estimate.value * factor,
+        low=estimate.low * factor,
+        high=estimate.high * factor,
+        method=f"{note}; {estimate.method}",
+    )
+
+
+def _plain(value: float, level: float, method: str, n: int, seed: int) -> Estimate:
+    return Estimate(value=value, low=math.nan, high=math.nan, level=level, method=method, n=n, clusters=1, seed=seed)

@@ -1,0 +1,66 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from gradvar.errors import GradvarError
+from gradvar.estimators import cv_table, planning_table
+from tests.estimators import references
+from tests.estimators.test_tables import only, pick, prompts
+
+
+@pytest.fixture(scope="module")
+def groups():
+    return prompts(2, n=96, targets=("a",), signal=3.0)
+
+
+def test_rows_agree_with_the_cv_table_and_extrapolate_by_the_square_root(groups):
+    table = planning_table(groups, sizes=(8, 16, 32, 64), permutations=64, seed=4)
+    row = only(table, quantity="cv", prompt_id="p0", group_size=8)
+    other = only(cv_table(groups, rules=("grpo",), permutations=64, seed=4), quantity="cv", prompt_id="p0")
+    assert (row["value"], row["low"], row["high"]) == pytest.approx((other["value"], other["low"], other["high"]))
+    at32 = only(table, quantity="cv", prompt_id="p0", group_size=32)
+    far = only(table, quantity="cv", prompt_id="p0", group_size=64)
+    assert far["verdict"] == "extrapolated"
+    assert far["method"].startswith("extrapolated from n = 32")
+    assert far["value"] == pytest.approx(at32["value"] / math.sqrt(2))
+    needed = only(table, quantity="responses_for_cv_1", prompt_id="p0")
+    assert needed["value"] == pytest.approx(32 * at32["value"] ** 2)
+    assert needed["low"] == pytest.approx(32 * at32["low"] ** 2)
+    assert not pick(table, quantity="cv", prompt_id=None, group_size=8).empty
+
+
+def test_the_square_root_law_holds_where_nothing_else_changes(groups):
+    """A = 1 after a raw reward of 1 and one length: ghat is a mean of n draws, so CV^2 n does not depend on n."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(240, 20)) + 0.5
+    one = replace(
+        groups[0],
+        gram=scores @ scores.T,
+        rewards=np.where(np.arange(240) == 0, 1.0 + 1e-9, 1.0),
+        lengths=np.full(240, 9.0),
+        truncated=np.zeros(240, dtype=bool),
+    )
+    table = planning_table([one], sizes=(4, 8, 16, 64), advantage="raw", permutations=128, seed=0)
+    scale = [only(table, quantity="cv", group_size=n)["value"] ** 2 * n for n in (4, 8, 16, 64)]
+    # tr Sigma / ||m||^2 = 20 / (20 * 0.25) = 4
+    assert scale == pytest.approx([4.0] * 4, rel=0.25)
+    assert scale[0] == pytest.approx(scale[2], rel=0.05)
+
+
+def test_silent_share_and_silent_prompts(groups):
+    small = groups[0].select(np.arange(30))
+    table = planning_table([small, replace(groups[1], rewards=np.ones(96))], sizes=(2, 4), permutations=16, seed=0)
+    share = only(table, quantity="silent_share", group_size=4)
+    assert share["value"] == pytest.approx(references.silent_share(list(small.rewards), 4))
+    assert only(table, prompt_id="p1")["verdict"] == "silent: all rewards equal"
+
+
+def test_refuses(groups):
+    with pytest.raises(GradvarError, match="at least 2"):
+        planning_table(groups, sizes=(1,), seed=0)
+    with pytest.raises(GradvarError, match="three groups"):
+        planning_table(groups, sizes=(64,), seed=0)
+    with pytest.raises(GradvarError, match="alpha"):
+        planning_table(groups, rule="vl_norm", seed=0)
