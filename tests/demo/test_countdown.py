@@ -61,7 +61,8 @@ def test_any_count_and_range(
         rng=np.random.default_rng(1),
     )
     assert len({problem.key for problem in problems}) == 6
-    for problem in problems[: 3 if n_numbers == 5 else 6]:
+    # Trying everything with five numbers takes seconds a problem.
+    for problem in problems[: 1 if n_numbers == 5 else 6]:
         assert all(number_range[0] <= n <= number_range[1] for n in problem.nums)
         assert target_range[0] <= problem.target <= target_range[1]
         assert_solvable(problem)
