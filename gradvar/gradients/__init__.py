@@ -3,7 +3,8 @@
 from gradvar.gradients.check import PrecisionCheck, PrecisionRow, check_precision, float32_reference
 from gradvar.gradients.plan import Block, Plan
 from gradvar.gradients.scores import ScoreMeasurement, measure_scores, score_grams
-from gradvar.gradients.targets import PRESETS, Target, list_targets, resolve_targets
+from gradvar.gradients.specs import PRESETS, resolve_targets
+from gradvar.gradients.targets import Target, list_targets
 
 __all__ = [
     # what can be measured

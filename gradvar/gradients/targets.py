@@ -1,4 +1,4 @@
-"""What can be measured in a model, found in the model itself, and the short names users ask for it by.
+"""What can be measured in a model, found in the model itself.
 
 A target is the weight matrix (and bias) of one Linear or Conv1D module, or a contiguous block of its rows. Roles come
 from where a module sits (attention or MLP of a decoder layer) and from its own name; which models exist is not known
@@ -7,11 +7,9 @@ here. Row blocks of fused matrices come from a probe of the model (`fused.py`).
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -22,22 +20,6 @@ from gradvar.gradients.fused import split_gate_up, split_qkv
 
 QKV_KINDS = ("q", "k", "v", "qkv", "kv")
 MLP_KINDS = ("gate", "up", "gate_up", "down", "mlp")
-PRESETS: dict[str, tuple[str, ...]] = {
-    "qkv": QKV_KINDS,
-    "attn": (*QKV_KINDS, "o", "attn"),
-    "mlp": MLP_KINDS,
-    "all": (*QKV_KINDS, "o", "attn", *MLP_KINDS, "router", "other"),
-    "q": ("q",),
-    "k": ("k",),
-    "v": ("v",),
-    "o": ("o",),
-    "gate": ("gate",),
-    "up": ("up",),
-    "down": ("down",),
-    "router": ("router",),
-}
-"""Kinds that each preset name selects inside a decoder layer."""
-
 _ATTENTION_NAMES = (
     ("qkv", r".*qkv.*|query_key_value|c_attn|att_proj|in_proj|fused_attn"),
     ("kv", r"kv_.*|.*_kv|kv"),
@@ -54,7 +36,6 @@ _MLP_NAMES = (
     ("down", r"down_proj|w2|fc2|c_proj|dense_4h_to_h|fc_out|wo|linear_2|lin2|output_linear|dense_out"),
 )
 _LORA = re.compile(r"\.(lora_[AB])\.[^.]+$")
-_LAYER_SELECTOR = re.compile(r"(?:(?:last|first|middle|all|\d+(?:-\d+)?)(?:,(?!$)|$))+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +70,11 @@ class Target:
 def is_linear(module: nn.Module) -> bool:
     """Return whether the module is a Linear or a Conv1D (GPT-2's, weight transposed)."""
     return isinstance(module, (nn.Linear, Conv1D))
+
+
+def is_adapter(path: str) -> bool:
+    """Return whether the path is that of a low-rank adapter's own matrix, as peft names them."""
+    return _LORA.search(path) is not None
 
 
 def features(module: nn.Module) -> tuple[int, int]:
@@ -221,7 +207,7 @@ class TargetCatalogue:
                 outer, layer = self.layers[index]
                 kind = _kind(layer, path[len(outer) + 1 :])
             self.whole[path] = _whole(path, module, kind, index)
-        self.has_adapters = any(_LORA.search(path) for path in self.whole)
+        self.has_adapters = any(is_adapter(path) for path in self.whole)
 
     def _refuse_expert_tensors(self, path: str, module: nn.Module) -> None:
         for name, parameter in module.named_parameters(recurse=False):
@@ -290,126 +276,3 @@ def list_targets(model: nn.Module) -> list[Target]:
         GradvarError: The model has no decoder layers.
     """
     return list(TargetCatalogue(model).everything())
-
-
-def resolve_targets(model: nn.Module, specs: str | Sequence[str]) -> list[Target]:
-    """Return the targets that the specs name, without repeats, in the model's order.
-
-    A spec is `LAYERS:KINDS`, with LAYERS among `last`, `first`, `middle`, `all`, a number, a range `0-3` or several
-    joined by commas, and KINDS among qkv, attn (qkv and output), mlp, all, q, k, v, o, gate, up, down, router, joined
-    by commas; or a glob over module paths (`*.o_proj`, `lm_head`) or over row blocks (`*.c_attn:q`).
-
-    Raises:
-        GradvarError: A spec matches nothing, or names something that cannot be measured.
-    """
-    specs = [specs] if isinstance(specs, str) else list(specs)
-    if not specs:
-        raise GradvarError("no targets were given: expected for example last:qkv")
-    catalogue = TargetCatalogue(model)
-    chosen: dict[str, Target] = {}
-    for spec in specs:
-        for target in _resolve_one(catalogue, spec.strip()):
-            chosen.setdefault(target.key, target)
-    order = {path: i for i, path in enumerate(catalogue.whole)}
-    return sorted(chosen.values(), key=lambda t: (order[t.module], t.rows or (-1, -1)))
-
-
-def _resolve_one(catalogue: TargetCatalogue, spec: str) -> list[Target]:
-    if not spec:
-        raise GradvarError("a target is empty: expected for example last:qkv")
-    selector, colon, kinds = spec.partition(":")
-    if not colon and (spec in PRESETS or _LAYER_SELECTOR.fullmatch(spec)):
-        # a bare preset means every layer, a bare layer everything in it
-        selector, kinds = ("all", spec) if spec in PRESETS else (spec, "all")
-    elif not (colon and _LAYER_SELECTOR.fullmatch(selector)):
-        return _by_glob(catalogue, spec)
-    wanted: list[str] = []
-    for name in (k.strip() for k in kinds.split(",")):
-        if name not in PRESETS:
-            near = difflib.get_close_matches(name, PRESETS, n=1)
-            raise GradvarError(
-                f"target {spec!r}: {name!r} is not a kind of projection; expected {', '.join(PRESETS)}"
-                + (f" (did you mean {near[0]}?)" if near else "")
-            )
-        wanted += PRESETS[name]
-    layers = _layer_numbers(spec, selector, len(catalogue.layers))
-    if set(MLP_KINDS) & set(wanted):
-        _refuse_experts(catalogue, spec, layers)
-    found = []
-    for target in catalogue.whole.values():
-        if target.layer in layers:
-            # a fused matrix is cut up before its kind is asked for, so that `v` finds the rows of a c_attn
-            if catalogue.has_adapters and not _LORA.search(target.module):
-                continue  # an adapted policy trains its adapters alone; its frozen matrices are had by a glob
-            parts = catalogue.parts(target)
-            found += [part for part in parts if part.kind in wanted]
-    if not found:
-        kinds_here = sorted({p.kind for t in catalogue.whole.values() if t.layer in layers for p in catalogue.parts(t)})
-        refused = [f"{p} {why}" for p, why in catalogue.refused.items() if _layer_of(catalogue, p) in layers]
-        raise GradvarError(
-            f"target {spec!r} matches nothing: "
-            + (f"these layers have {', '.join(kinds_here)}" if kinds_here else "these layers have no measurable matrix")
-            + (f"; {'; '.join(refused[:3])}" if refused else "")
-            + f"; measurable: {catalogue.describe()}"
-        )
-    return found
-
-
-def _layer_of(catalogue: TargetCatalogue, path: str) -> int | None:
-    return next((i for i, (outer, _) in enumerate(catalogue.layers) if path.startswith(f"{outer}.")), None)
-
-
-def _refuse_experts(catalogue: TargetCatalogue, spec: str, layers: list[int]) -> None:
-    """Refuse an MLP preset where the layer's MLP is a mixture of experts: it would leave most weights out unsaid."""
-    for path, why in catalogue.refused.items():
-        if _layer_of(catalogue, path) in layers and "expert" in why:
-            raise GradvarError(
-                f"target {spec!r}: {path} {why} and is not measured; choose attention, or single matrices by a glob: "
-                f"{catalogue.describe()}"
-            )
-
-
-def _layer_numbers(spec: str, selector: str, count: int) -> list[int]:
-    numbers: set[int] = set()
-    for part in selector.split(","):
-        if part == "all":
-            numbers.update(range(count))
-            continue
-        names = {"first": 0, "middle": count // 2, "last": count - 1}
-        low, _, high = part.partition("-")
-        first = names[low] if low in names else int(low)
-        last = int(high) if high else first
-        if first > last or last >= count:
-            raise GradvarError(f"target {spec!r}: the model has layers 0 to {count - 1}, received {part}")
-        numbers.update(range(first, last + 1))
-    return sorted(numbers)
-
-
-def _by_glob(catalogue: TargetCatalogue, spec: str) -> list[Target]:
-    blocks = ":" in spec
-    if blocks:
-        stem = spec.rpartition(":")[0]
-        candidates = [
-            part for t in catalogue.whole.values() if fnmatchcase(t.module, stem) for part in catalogue.parts(t)
-        ]
-    else:
-        candidates = list(catalogue.whole.values())
-    found = [t for t in candidates if fnmatchcase(t.key, spec)]
-    if found:
-        return found
-    for path, why in catalogue.refused.items():
-        if fnmatchcase(path, spec):
-            raise GradvarError(
-                f"target {spec!r}: {path} {why} and cannot be measured; measurable: {catalogue.describe()}"
-            )
-    if blocks and candidates:
-        raise GradvarError(
-            f"target {spec!r} matches nothing: the rows of {candidates[0].module} that can be measured alone are "
-            f"{', '.join(t.key.rpartition(':')[2] for t in candidates if t.rows) or 'none (not contiguous)'}"
-        )
-    near = difflib.get_close_matches(spec, list(catalogue.whole), n=3, cutoff=0.5)
-    raise GradvarError(
-        f"target {spec!r} matches nothing: "
-        + (f"nearest are {', '.join(near)}" if near else f"measurable: {catalogue.describe()}")
-        + "; expected LAYERS:KINDS such as last:qkv, or a glob over module names"
-    )

@@ -1,0 +1,134 @@
+"""What is refused before anything is computed: requests that do not fit the model, weights used in two places."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from gradvar.errors import GradvarError
+from gradvar.gradients.logprobs import Head
+from gradvar.gradients.targets import Target
+
+
+def check_request(
+    model: nn.Module,
+    prompt: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    masks: Sequence[Sequence[int] | None] | None,
+    temperature: float,
+    ids: tuple[int, ...],
+) -> list[list[int]]:
+    """Check everything about the request that needs no computation; return the masks, all written out."""
+    _check_model(model)
+    if not responses:
+        raise GradvarError("no responses were given: expected at least one")
+    if not len(prompt):
+        raise GradvarError("the prompt is empty: expected at least one token before the response")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise GradvarError(f"temperature: expected a positive number, received {temperature}")
+    if len(ids) != len(responses) or len(set(ids)) < len(ids):
+        raise GradvarError(f"rollout ids: expected {len(responses)} different ones, received {len(ids)}")
+    if masks is not None and len(masks) != len(responses):
+        raise GradvarError(f"loss masks: expected one for each of {len(responses)} responses, received {len(masks)}")
+    vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    _check_ids(prompt, vocabulary, "the prompt")
+    limit = _positions(model)
+    written: list[list[int]] = []
+    for i, response in zip(ids, responses, strict=True):
+        if not len(response):
+            raise GradvarError(f"response {i} is empty: expected at least one token")
+        _check_ids(response, vocabulary, f"response {i}")
+        if limit is not None and len(prompt) + len(response) - 1 > limit:
+            raise GradvarError(
+                f"response {i} with its prompt feeds {len(prompt) + len(response) - 1} tokens: the model has {limit} "
+                "positions; leave it out or use a model with a longer context"
+            )
+        mask = masks[len(written)] if masks is not None else None
+        values = [1] * len(response) if mask is None else [int(m) for m in mask]
+        if len(values) != len(response):
+            raise GradvarError(f"response {i}: its loss mask has {len(values)} entries for {len(response)} tokens")
+        if not set(values) <= {0, 1}:
+            raise GradvarError(f"response {i}: its loss mask may hold only 0 and 1")
+        if not any(values):
+            raise GradvarError(f"response {i}: its loss mask is 0 everywhere, so no token carries loss")
+        written.append(values)
+    return written
+
+
+def _check_ids(ids: Sequence[int], vocabulary: int, what: str) -> None:
+    wrong = next((x for x in ids if not 0 <= x < vocabulary), None)
+    if wrong is not None:
+        raise GradvarError(
+            f"{what} holds token id {wrong}: the model's vocabulary has ids 0 to {vocabulary - 1}; was it made by "
+            "another tokenizer?"
+        )
+
+
+def _check_model(model: nn.Module) -> None:
+    compiled = hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules())
+    if compiled:
+        raise GradvarError("the model is compiled, so hooks may not fire: pass the uncompiled one (model._orig_mod)")
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_input_embeddings") or model.get_input_embeddings() is None:  # type: ignore[operator]
+        raise GradvarError(f"expected a transformers causal language model, received {type(model).__name__}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise GradvarError(f"{type(model).__name__} is an encoder-decoder: expected a causal language model")
+
+
+def _positions(model: nn.Module) -> int | None:
+    """Return how many tokens the model has positions for, None where it sets no limit."""
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    factor = scaling.get("factor", 1.0) if isinstance(scaling, dict) else 1.0
+    return int(limit * max(1.0, float(factor or 1.0)))
+
+
+def check_sharing(model: nn.Module, targets: Sequence[Target], head: Head) -> tuple[str | None, float]:
+    """Return the path and scale of the input embedding where the chosen head shares its weight; refuse other sharing.
+
+    Raises:
+        GradvarError: A target's weight is used elsewhere too, where its part of the gradient is not captured.
+    """
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(path)
+    tied: tuple[str | None, float] = (None, 1.0)
+    for target in targets:
+        module = model.get_submodule(target.module)
+        others = [path for path in owners[id(module._parameters["weight"])] if path != target.module]
+        if module is head.module and len(others) == 1:
+            scale = _embedding_scale(model.get_submodule(others[0]))
+            if scale is not None:
+                tied = (others[0], scale)
+                continue
+        if others:
+            raise GradvarError(
+                f"{target.key} shares its weight with {', '.join(others)}, whose part of the gradient cannot be "
+                "separated: choose other targets"
+            )
+        if isinstance(module, Conv1D) and module is head.module:
+            raise GradvarError(f"{target.key}: an output embedding that is a Conv1D is not measured")
+    return tied
+
+
+def _embedding_scale(module: nn.Module) -> float | None:
+    """Return s where the module's output is s W[ids] (Gemma scales its embedding), None where it is anything else."""
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None or module.scale_grad_by_freq:
+        return None
+    with torch.no_grad():
+        ids = torch.arange(min(8, module.num_embeddings), device=module.weight.device)
+        rows, output = module.weight[ids].double(), module(ids).double()
+        scale = float((rows * output).sum() / (rows * rows).sum().clamp_min(torch.finfo(torch.float64).tiny))
+        gap = float((output - scale * rows).abs().max())
+        if gap > 8 * torch.finfo(module.weight.dtype).eps * float(output.abs().max()):
+            return None
+    return scale
