@@ -16,7 +16,7 @@ from rich.table import Table
 
 from gradvar.stages.listener import Advance
 
-_WORDS = ("target", "gradient", "quantity", "verdict", "aggregator", "prompt")
+_WORDS = ("target", "A", "quantity", "verdict", "aggregator", "prompt")
 """Columns that hold words and stand to the left."""
 
 result = Console(highlight=False, soft_wrap=False)
@@ -73,6 +73,13 @@ def number(value: Any, digits: int = 3) -> str:
     if value and (abs(value) >= 10**5 or abs(value) < 10**-3):
         return f"{value:.{digits - 1}e}"
     return f"{value:.{digits}g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def count(value: Any, most: int = 100_000) -> str:
+    """Return a number of responses for people; beyond `most` only that it is beyond."""
+    if value is None or pd.isna(value):
+        return "–"
+    return f">{most}" if value > most else f"{value:.0f}"
 
 
 def interval(row: Any) -> str:

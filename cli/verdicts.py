@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from . import console
-from .console import interval, number, verdict
+from .console import count, interval, number, verdict
 
 if TYPE_CHECKING:
     from gradvar.runs import Run
@@ -119,26 +119,26 @@ def _print_exponents(law: pd.DataFrame) -> None:
     rows = []
     for _, row in overall.iterrows():
         quantity = str(row["quantity"]).removesuffix("_exponent")
-        undecided = row["verdict"] == "undetermined" and pd.notna(row["n_needed"])
-        needed = f", N {number(row['n_needed'])} decides" if undecided else ""
+        undecided = row["verdict"] == "undetermined"
         rows.append(
             [
                 target_label(row["target"]),
-                "score" if row["advantage"] == "score" else str(row["advantage"]),
+                "1" if row["advantage"] == "score" else str(row["advantage"]),
                 quantity,
                 number(row["value"]),
                 interval(row),
-                verdict(row["verdict"], short=True) + needed,
+                verdict(row["verdict"], short=True),
+                count(row["n_needed"]) if undecided else "",
             ]
         )
     level = f"{100 * float(overall['level'].iloc[0]):g}%"
-    counts = f"{overall['clusters'].max()} prompts, {overall['n'].max()} responses"
+    sizes = f"{overall['clusters'].max()} prompts, {overall['n'].max()} responses"
     console.table(
-        f"Exponent of variance against length: {counts}",
-        ["target", "gradient", "quantity", "exponent", f"{level} interval", "verdict"],
+        f"Exponent of variance against length: {sizes}",
+        ["target", "A", "quantity", "exponent", f"{level} interval", "verdict", "N needed"],
         rows,
         caption="deviation: squared distance from the mean gradient; within: variance among responses of like length.\n"
-        "Per target, Euclidean geometry, on policy, no clipping.",
+        "A: 1 is the score alone. N needed: responses that would decide. Per target, Euclidean geometry, on policy, no clipping.",
     )
 
 
@@ -153,7 +153,7 @@ def _print_law_by_prompt(law: pd.DataFrame) -> None:
     shown = [
         [
             str(row["prompt_id"]),
-            "score" if row["advantage"] == "score" else str(row["advantage"]),
+            "1" if row["advantage"] == "score" else str(row["advantage"]),
             str(row["quantity"]).removesuffix("_exponent"),
             number(row["value"]),
             interval(row),
@@ -161,7 +161,7 @@ def _print_law_by_prompt(law: pd.DataFrame) -> None:
         ]
         for _, row in rows.iterrows()
     ]
-    names = ["prompt", "gradient", "quantity", "exponent", "interval", "verdict"]
+    names = ["prompt", "A", "quantity", "exponent", "interval", "verdict"]
     console.table(f"Prompt by prompt: {target_label(last)}", names, shown)
 
 
@@ -175,28 +175,29 @@ def _print_aggregators(cv: pd.DataFrame) -> None:
         console.result.print("[yellow]No aggregator can be compared: every reward is equal within its prompt.[/yellow]")
         return
     rows = []
+    unresolved = bool(values["value"].isna().any())
     for _, row in values.iterrows():
         same = {"rule": row["rule"], "alpha": row["alpha"]}
         rho = _one(overall, quantity="rho", **same)
         ratio = _one(overall, quantity="cv_ratio", **same)
-        resolved = pd.notna(row["value"])
-        rows.append(
-            [
-                str(row["rule"]) + ("" if pd.isna(row["alpha"]) else f" α={row['alpha']:g}"),
-                number(row["value"]) if resolved else f"unresolved, > {number(row['low'])}",
-                interval(row),
-                "" if rho is None else f"{number(rho['value'])} {interval(rho)}",
-                "" if ratio is None else f"{number(ratio['value'])} {interval(ratio)}",
-                "" if resolved else number(row["n_needed"]),
-            ]
-        )
+        cells = [
+            str(row["rule"]) + ("" if pd.isna(row["alpha"]) else f" α={row['alpha']:g}"),
+            number(row["value"]) if pd.notna(row["value"]) else f"> {number(row['low'])}",
+            interval(row),
+            "" if rho is None else f"{number(rho['value'])} {interval(rho)}",
+            "" if ratio is None else f"{number(ratio['value'])} {interval(ratio)}",
+        ]
+        rows.append([*cells, "" if pd.notna(row["value"]) else count(row["n_needed"])] if unresolved else cells)
     first = values.iloc[0]
+    columns = ["aggregator", "CV", "interval", "rho = 1/(1+CV²)", "CV over grpo's"]
+    open_ended = " > : unresolved (rho's interval reaches 0), lower bound, and the responses a prompt that would do."
     console.table(
         f"Total CV of each aggregator's update: {target_label(last)}, group of {first['group_size']}, "
         f"{first['advantage']} advantages, {first['clusters']} prompts",
-        ["aggregator", "CV", "interval", "rho = 1/(1+CV²)", "CV over grpo's", "responses a prompt to resolve"],
+        [*columns, "N needed"] if unresolved else columns,
         rows,
-        caption="Lower is less noise. Lengths random, as training sees them; ratios are paired.",
+        caption="Lower is less noise. Lengths random, as training sees them; ratios are paired."
+        + (open_ended if unresolved else ""),
     )
 
 

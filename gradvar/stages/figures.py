@@ -10,9 +10,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from gradvar.errors import GradvarError
-from gradvar.estimators import advantages, deviations, fit_variance_law
+from gradvar.estimators import advantages, deviations
 from gradvar.estimators.intervals import THESE_PROMPTS
+from gradvar.estimators.law_tables import ALL_RESPONSES
 from gradvar.figures import panels, plot_aggregator_cv, plot_length_law, save, style
 from gradvar.runs import SUM, EstimateConfig, PromptScores, Run, target_label
 from gradvar.stages.listener import Listener, Silent
@@ -29,10 +29,11 @@ def draw_figures(run: Run, listener: Listener | None = None) -> list[Path]:
     the first prompts.
 
     Raises:
-        GradvarError: Nothing was measured.
+        GradvarError: Nothing was measured or fitted yet.
     """
     listener = listener or Silent()
     config = run.config(EstimateConfig)
+    law = run.table("law")
     targets = [*run.targets, SUM] if len(run.targets) > 1 else run.targets or [SUM]
     scores = {target: run.scores(target) for target in targets}
     folder = run.path / "figures"
@@ -41,11 +42,11 @@ def draw_figures(run: Run, listener: Listener | None = None) -> list[Path]:
     shown = [group.prompt_id for group in scores[targets[0]]][:SHOWN_PROMPTS]
     with listener.task("figures", len(kinds) * (1 + len(shown)) + 1) as advance, style():
         for kind in kinds:
-            paths += _length_law(folder, f"length_law_{kind}", scores, kind, config)
+            paths += _length_law(folder, f"length_law_{kind}", scores, kind, law)
             advance(1)
             for prompt_id in shown if len(scores[targets[0]]) > 1 else []:
                 one = {t: [group for group in groups if group.prompt_id == prompt_id] for t, groups in scores.items()}
-                paths += _length_law(folder, f"length_law_{kind}_prompt_{prompt_id}", one, kind, config)
+                paths += _length_law(folder, f"length_law_{kind}_prompt_{prompt_id}", one, kind, law)
                 advance(1)
         if (run.path / "tables" / "cv.parquet").exists():
             paths += _aggregators(folder, run.table("cv"), targets[-1], shown)
@@ -56,18 +57,23 @@ def draw_figures(run: Run, listener: Listener | None = None) -> list[Path]:
 
 
 def _length_law(
-    folder: Path, stem: str, scores: dict[str, list[PromptScores]], kind: str, config: EstimateConfig
+    folder: Path, stem: str, scores: dict[str, list[PromptScores]], kind: str, law: pd.DataFrame
 ) -> list[Path]:
     figure = panels(len(scores), columns=4)
     for axes, (target, groups) in zip(figure.axes, scores.items(), strict=False):
-        _length_panel(axes, target, groups, kind, config)
+        chosen = law[(law["target"] == target) & (law["advantage"] == kind) & (law["scope"] == ALL_RESPONSES)]
+        if len(groups) > 1:
+            chosen = chosen[chosen["prompt_id"].isna() & (chosen["estimand"] == THESE_PROMPTS)]
+        else:
+            chosen = chosen[chosen["prompt_id"] == groups[0].prompt_id]
+        _length_panel(axes, target, groups, kind, chosen.set_index("quantity"))
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
     return save(figure, folder, stem)
 
 
-def _length_panel(axes: Axes, target: str, groups: Sequence[PromptScores], kind: str, config: EstimateConfig) -> None:
+def _length_panel(axes: Axes, target: str, groups: Sequence[PromptScores], kind: str, law: pd.DataFrame) -> None:
     kept = [group if kind == "score" else group.verified() for group in groups]
     rows = [(group, _deviations(group, kind)) for group in kept if len(group.lengths) >= 3]
     rows = [(group, squares) for group, squares in rows if squares.sum() > 0]
@@ -75,40 +81,40 @@ def _length_panel(axes: Axes, target: str, groups: Sequence[PromptScores], kind:
         axes.set_title(target_label(target))
         axes.text(0.5, 0.5, "every advantage is zero", ha="center", transform=axes.transAxes)
         return
-    pooled = len(groups) > 1
-    squares = np.concatenate([s / s.mean() if pooled else s for _, s in rows])
+    # Prompts differ by a constant each: they are aligned at the geometric mean of their mean deviations.
+    centre = np.exp(np.mean([np.log(squares.mean()) for _, squares in rows]))
     lengths = np.concatenate([group.lengths for group, _ in rows])
-    counts = [len(group.lengths) for group, _ in rows]
-    clusters = np.repeat(np.arange(len(rows)), counts)
     curve, note = None, ""
-    try:
-        law = fit_variance_law(
-            lengths,
-            squares,
-            n_centred=np.repeat(counts, counts),
-            clusters=clusters if pooled else None,
-            margin=config.margin,
-            level=config.level,
+    if "deviation_exponent" in law.index and "deviation_level" in law.index:
+        exponent, level = law.loc["deviation_exponent"], law.loc["deviation_level"]
+        curve = _curve(exponent, level, np.geomspace(lengths.min(), lengths.max(), 60))
+        note = (
+            f"exponent {exponent['value']:.2f} [{exponent['low']:.2f}, {exponent['high']:.2f}]\n{exponent['verdict']}"
         )
-    except GradvarError as error:
-        note = f"no law: {error}"[:60]
-    else:
-        grid = np.geomspace(lengths.min(), lengths.max(), 60)
-        value, low, high = law.mean(grid)
-        curve = pd.DataFrame({"length": grid, "value": value, "low": low, "high": high})
-        note = f"exponent {law.exponent.value:.2f} [{law.exponent.low:.2f}, {law.exponent.high:.2f}]\n{law.verdict}"
     symbol = "s" if kind == "score" else "g"
-    unit = ", prompt mean = 1" if pooled else ""
     plot_length_law(
         axes,
         lengths,
-        squares,
+        np.concatenate([squares * (centre / squares.mean()) for _, squares in rows]),
         curve=curve,
         rewards=np.concatenate([group.rewards for group, _ in rows]),
         truncated=np.concatenate([group.truncated for group, _ in rows]),
-        label=rf"$\|{symbol}_i - \bar {symbol}\|^2${unit}",
+        label=rf"$\|{symbol}_i - \bar {symbol}\|^2$" + (", prompts aligned" if len(groups) > 1 else ""),
         title=target_label(target),
         note=note,
+    )
+
+
+def _curve(exponent: pd.Series, level: pd.Series, grid: NDArray[np.float64]) -> pd.DataFrame:
+    """Return the fitted v(L) and its pointwise band; level and exponent have uncorrelated errors."""
+    steps = np.log(grid / float(level["reference_length"]))
+    middle = np.log(float(level["value"])) + float(exponent["value"]) * steps
+    half = np.hypot(
+        np.log(float(level["high"]) / float(level["value"])),
+        (float(exponent["high"]) - float(exponent["value"])) * steps,
+    )
+    return pd.DataFrame(
+        {"length": grid, "value": np.exp(middle), "low": np.exp(middle - half), "high": np.exp(middle + half)}
     )
 
 
