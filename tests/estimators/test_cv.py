@@ -157,6 +157,30 @@ def test_unverified_responses_are_left_out():
     assert got.n == 48
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("signal", [1.2, 0.4])
+def test_rho_is_covered(signal):
+    """300 draws at N = 64 and 128, every draw counted: at least 93% less 4 binomial standard errors."""
+    law = {"signal": signal, "beta": 1.0, "decay": 0.95}
+    found = find_rule("grpo")
+    same, cross = simulator.true_moments(
+        lambda lengths: scope_weights(found, lengths, lambda x: x.sum(-1, keepdims=True), alpha=None, max_length=None),
+        lambda r: advantages(r, "grpo"),
+        groups=120_000,
+        group_size=8,
+        rng=np.random.default_rng(1),
+        **law,
+    )
+    for n in (64, 128):
+        hits = 0
+        for t in range(300):
+            rng = np.random.default_rng([9, n, t])
+            scores, rewards, lengths = simulator.draw(n, rng=rng, **law)
+            rho, _ = aggregator_rho(scores @ scores.T, rewards, lengths, "grpo", rng=rng, permutations=256)
+            hits += rho.low <= cross / same <= rho.high
+        assert hits / 300 > 0.93 - 4 * math.sqrt(0.93 * 0.07 / 300), (n, hits)
+
+
 def estimate(value, low, high, n=64):
     return Estimate(value=value, low=low, high=high, level=0.95, method="m", n=n, clusters=1, seed=None)
 
