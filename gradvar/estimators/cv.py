@@ -251,7 +251,8 @@ def cv_ratio(moments: GroupMoments, reference: GroupMoments, *, group_size: int,
     """CV of one rule over CV of a reference rule on the same permutations, jackknifed on the log.
 
     vl_norm(1) against grpo differs only in how random the sum of 1/L is, which rests on rare very short responses:
-    there the interval can cover as little as 75 to 85% (benchmarks/calibration.csv); other pairs cover 93 to 100%.
+    there the interval covers as little as 73 to 87% in some settings (benchmarks/calibration.csv); dapo against grpo
+    covers 91 to 100%.
 
     NaN where either squared signal or either variance is not positive, in the estimate or in a replicate.
     """
