@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from . import estimates, looking, making, whole
 
 MISTAKE = 2
 INTERRUPTED = 130
+_INTERRUPTED = "interrupted: what was finished is kept, the same command goes on"
 
 app = typer.Typer(
     name="gradvar",
@@ -52,29 +54,39 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = app(args=arguments, prog_name="gradvar", standalone_mode=False)
     except KeyboardInterrupt:
-        _leave("interrupted: what was finished is kept, the same command goes on", INTERRUPTED)
+        _leave(_INTERRUPTED, INTERRUPTED)
     except Exception as error:
         if debug:
             raise
-        message = _message(error)
+        message = _message(error, arguments)
         if message is None:
             raise
         _leave(message, MISTAKE)
     else:
+        if code == INTERRUPTED:  # Typer turns Ctrl-C into this
+            _leave(_INTERRUPTED, INTERRUPTED)
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _message(error: Exception) -> str | None:
+def _message(error: Exception, arguments: list[str]) -> str | None:
     from gradvar.errors import GradvarError
 
     if isinstance(error, GradvarError):
         return " ".join(str(error).split())
     if hasattr(error, "format_message"):  # Typer's usage errors (its click is private)
         text = " ".join(error.format_message().split())
-        return text or None
+        return f"{text}{_received(text, arguments)}" or None
     if type(error).__name__ == "Abort":
         return "stopped"
     return None
+
+
+def _received(text: str, arguments: list[str]) -> str:
+    """Return what was given to the option that a usage error names; Typer leaves it out."""
+    named = re.search(r"Invalid value for '(--[a-z-]+)", text)
+    if named is None or named[1] not in arguments[:-1]:
+        return ""
+    return f", received {arguments[arguments.index(named[1]) + 1]!r}"
 
 
 def _leave(message: str, code: int) -> None:

@@ -138,7 +138,8 @@ def _print_exponents(law: pd.DataFrame) -> None:
         ["target", "A", "quantity", "exponent", f"{level} interval", "verdict", "N needed"],
         rows,
         caption="deviation: squared distance from the mean gradient; within: variance among responses of like length.\n"
-        "A: 1 is the score alone. N needed: responses that would decide. Per target, Euclidean geometry, on policy, no clipping.",
+        "A: 1 is the score alone. N needed: responses that would decide.\n"
+        "Per target, Euclidean geometry, on policy, no clipping.",
     )
 
 

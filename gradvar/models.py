@@ -104,10 +104,11 @@ def load_tokenizer(folder: ModelFolder, *, trust_remote_code: bool = False) -> P
         tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizer libraries raise bare Exceptions
         raise GradvarError(f"model {folder.name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
-    if tokenizer.eos_token_id is None:
+    end, known = tokenizer.eos_token_id, folder.vocab_size(trust_remote_code)
+    if end is None or end >= known:  # some tokenizer classes bring an end token that the model never learned
         raise GradvarError(
-            f"model {folder.name}: its tokenizer has no end token (eos_token), so no response could stop; "
-            "set eos_token in tokenizer_config.json"
+            f"model {folder.name}: its tokenizer has no end token (eos_token) among the model's {known} tokens, so no "
+            "response could stop; set eos_token in tokenizer_config.json"
         )
     return tokenizer
 

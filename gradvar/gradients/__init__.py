@@ -3,25 +3,26 @@
 from gradvar.gradients.check import PrecisionCheck, PrecisionRow, check_precision, float32_reference
 from gradvar.gradients.plan import Block, Plan
 from gradvar.gradients.scores import ScoreMeasurement, measure_scores, score_grams
-from gradvar.gradients.specs import PRESETS, resolve_targets
+from gradvar.gradients.specs import PRESETS, check_targets, resolve_targets
 from gradvar.gradients.targets import Target, list_targets
 
 __all__ = [
+    # measuring
+    "ScoreMeasurement",
+    "measure_scores",
+    "score_grams",
     # what can be measured
     "PRESETS",
+    "Target",
+    "check_targets",
+    "list_targets",
+    "resolve_targets",
     # how the work is split
     "Block",
     "Plan",
     # checking
     "PrecisionCheck",
     "PrecisionRow",
-    # measuring
-    "ScoreMeasurement",
-    "Target",
     "check_precision",
     "float32_reference",
-    "list_targets",
-    "measure_scores",
-    "resolve_targets",
-    "score_grams",
 ]

@@ -53,6 +53,17 @@ def resolve_targets(model: nn.Module, specs: str | Sequence[str]) -> list[Target
     return sorted(chosen.values(), key=lambda t: (order[t.module], t.rows or (-1, -1)))
 
 
+def check_targets(skeleton: nn.Module, specs: str | Sequence[str]) -> None:
+    """Check specs against a model without weights (meta device), before long work; `resolve_targets` has the last word.
+
+    Raises:
+        GradvarError: A spec matches nothing, or names something that cannot be measured.
+    """
+    catalogue = TargetCatalogue(skeleton, shapes_only=True)
+    for spec in [specs] if isinstance(specs, str) else specs:
+        _resolve_one(catalogue, spec.strip())
+
+
 def _resolve_one(catalogue: TargetCatalogue, spec: str) -> list[Target]:
     if not spec:
         raise GradvarError("a target is empty: expected for example last:qkv")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -36,6 +36,9 @@ _MLP_NAMES = (
     ("down", r"down_proj|w2|fc2|c_proj|dense_4h_to_h|fc_out|wo|linear_2|lin2|output_linear|dense_out"),
 )
 _LORA = re.compile(r"\.(lora_[AB])\.[^.]+$")
+
+
+_NO_VALUES = "has weights on the meta device (no values)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +101,7 @@ def refusal(path: str, module: nn.Module) -> str | None:
     if weight.ndim != 2:
         return f"has a weight of {weight.ndim} dimensions, not 2"
     if weight.is_meta:
-        return "has weights on the meta device (no values)"
+        return _NO_VALUES
     if re.search(r"(^|\.)experts(\.|$)", path):
         return "is an expert that sees only the tokens routed to it"
     return None
@@ -181,8 +184,16 @@ class TargetCatalogue:
     model showed to be contiguous. The probes run when first needed, one for all layers of a class.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, shapes_only: bool = False) -> None:
+        """List the model's matrices.
+
+        Args:
+            model: A causal language model.
+            shapes_only: Take a model on the meta device, whose fused matrices cannot be probed: each then stands for
+                itself and for every block it may have.
+        """
         self.model = model
+        self.shapes_only = shapes_only
         self.layers = decoder_layers(model)
         self.whole: dict[str, Target] = {}
         self.refused: dict[str, str] = {}
@@ -196,7 +207,7 @@ class TargetCatalogue:
                     continue
             index = next((i for outer, i in number.items() if path.startswith(f"{outer}.")), None)
             why = refusal(path, module)
-            if why is not None:
+            if why is not None and not (shapes_only and why == _NO_VALUES):
                 self.refused[path] = why
                 continue
             if module is head:
@@ -218,6 +229,9 @@ class TargetCatalogue:
         """Return the row blocks of a fused target, or the target itself where it is not fused or not contiguous."""
         if target.kind not in ("qkv", "gate_up") or target.layer is None:
             return [target]
+        if self.shapes_only:
+            names = ("q", "k", "v") if target.kind == "qkv" else ("gate", "up")
+            return [target, *[replace(target, key=f"{target.key}:{name}", kind=name) for name in names]]
         path, layer = self.layers[target.layer]
         inside = target.module[len(path) + 1 :]
         memo = (type(layer), inside, target.shape)

@@ -86,7 +86,7 @@ def _length_panel(axes: Axes, target: str, groups: Sequence[PromptScores], kind:
     lengths = np.concatenate([group.lengths for group, _ in rows])
     curve, note = None, ""
     if "deviation_exponent" in law.index and "deviation_level" in law.index:
-        exponent, level = law.loc["deviation_exponent"], law.loc["deviation_level"]
+        exponent, level = (law.loc[[name]].iloc[0] for name in ("deviation_exponent", "deviation_level"))
         curve = _curve(exponent, level, np.geomspace(lengths.min(), lengths.max(), 60))
         note = (
             f"exponent {exponent['value']:.2f} [{exponent['low']:.2f}, {exponent['high']:.2f}]\n{exponent['verdict']}"

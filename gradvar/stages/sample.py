@@ -53,6 +53,10 @@ def prepare(run: Run, given: Mapping[str, Any]) -> Preparation:
         GradvarError: Bad input, or a change of the run's identity.
     """
     config = _settled(agreed_config(run, SampleConfig, given))
+    if given.get("prompt_ids") and given.get("n_prompts") is None:
+        config = replace(config, n_prompts=None)  # what was asked for last time gives way
+    elif given.get("n_prompts") is not None and not given.get("prompt_ids"):
+        config = replace(config, prompt_ids=())
     if config.engine == IMPORTED:
         raise GradvarError(
             f"the rollouts of {run.path} were imported: add to them with `gradvar sample RUN --from FILE`"

@@ -8,6 +8,8 @@ from typing import Any
 
 from gradvar.errors import GradvarError
 from gradvar.estimators import find_rule
+from gradvar.gradients import check_targets
+from gradvar.models import load_skeleton
 from gradvar.rollouts.engines import check_engine
 from gradvar.rollouts.rewards import choose_reward
 from gradvar.runs import EstimateConfig, MeasureConfig, RewardConfig, Run, SampleConfig
@@ -87,6 +89,8 @@ def check_sampling(run: Run, given: Mapping[str, Any]) -> None:
     for prompt in ready.prompts:
         if prompt.ground_truth is not None or override is not None:
             choose_reward(prompt.data_source, prompt.ground_truth, override)
+    skeleton = load_skeleton(ready.folder, trust_remote_code=ready.config.trust_remote_code)
+    check_targets(skeleton, agreed_config(run, MeasureConfig, given).targets)
 
 
 def demo(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> list[Path]:

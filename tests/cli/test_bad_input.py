@@ -36,7 +36,7 @@ def run(finished_run, tmp_path):
 
 def asked(model=None, prompts=None, *more):
     base = ["--model", model or policy_path(), "--prompts", prompts or problems_path(), "--template", template_path()]
-    return [*base, "--max-tokens", "64", *more]
+    return [*base, "--max-tokens", "64", "--n-prompts", "2", "--rollouts", "16", *more]
 
 
 def write(path: Path, text: str) -> Path:
@@ -91,6 +91,11 @@ def test_a_missing_prompt_file(refused, tmp_path):
     assert "--model" in refused("sample", tmp_path / "r")
 
 
+def test_prompts_that_are_not_in_the_file(refused, tmp_path):
+    options = [*asked()[:-4], "--prompt-ids", "99999"]
+    assert "'99999' is not in the file" in refused("sample", tmp_path / "r", *options)
+
+
 def test_a_prompt_longer_than_the_context(refused, tmp_path):
     rows = [{"nums": [1, 2, 3], "target": 6}, {"nums": [1] * 4000, "target": 6}]
     path = write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, rows)))
@@ -107,7 +112,7 @@ def test_a_prompt_longer_than_the_context(refused, tmp_path):
         (["--max-tokens", "100000"], "does not fit"),
         (["--engine", "sglang"], "transformers"),
         (["--template", "nowhere.txt"], "nowhere.txt"),
-        (["--prompt-ids", "99999"], "99999"),
+        (["--prompt-ids", "3"], "--n-prompts and --prompt-ids"),
         (["--n-prompts", "0"], "--n-prompts"),
         (["--dtype", "int4"], "--dtype"),
         (["--no-such-option"], "--no-such-option"),
@@ -133,7 +138,7 @@ def test_sampling_options(refused, tmp_path, options, words):
     ],
 )
 def test_the_whole_job_is_checked_before_anything_is_sampled(refused, tmp_path, options, words):
-    line = refused("run", tmp_path / "r", *asked(), "--n-prompts", "2", "--rollouts", "16", *options)
+    line = refused("run", tmp_path / "r", *asked(), *options)
     assert words in line
     assert not (tmp_path / "r" / "rollouts").exists()
 
@@ -177,7 +182,7 @@ def test_imported_ids_that_do_not_fit_the_model(refused, tmp_path):
     ("body", "words"),
     [
         ("raise KeyError('gold')", "KeyError"),
-        ("pass", "None"),
+        ("pass", "returned nothing"),
         ("return float('nan')", "nan"),
         ("return 'right'", "'right'"),
         ("return {'points': 1}", "score"),

@@ -80,7 +80,7 @@ def test_rollouts_grow_and_the_kept_ones_stay(run):
         assert len(grown) == 32
         assert grown[:24] == rollouts
         assert [r.rollout_id for r in grown] == list(range(32))
-        assert {r.token_ids for r in grown[24:]}.isdisjoint({r.token_ids for r in rollouts if r.length > 40})
+        assert [r.token_ids for r in grown[24:]] != [r.token_ids for r in rollouts[:8]]  # new noise, not the old again
     assert run.scores()[0].gram.shape == (24, 24)  # still those that were measured
     reward(run, {})
     measure(run, {})
@@ -108,6 +108,14 @@ def test_prompts_are_added_and_the_first_stay(run):
     assert len(run.prompts()) == 4
     assert rollouts.items() <= contents(run, "rollouts").items()
     assert len(contents(run, "rollouts")) == 4
+
+
+def test_prompts_are_added_by_their_ids(run):
+    new = next(str(row) for row in range(64) if str(row) not in run.prompt_ids)
+    before = run.prompt_ids
+    sample(run, {"prompt_ids": (new,)})
+    assert run.prompt_ids == [*before, new]
+    assert len(run.rollouts(new)) == 24
 
 
 def test_estimates_are_free(run):
