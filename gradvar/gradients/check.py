@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gradvar.errors import GradvarError
 from gradvar.gradients.gram import GradientStore
-from gradvar.gradients.scores import Job, TokenValues, prepared, run_pass
+from gradvar.gradients.passes import Job, TokenValues, prepared, run_pass, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,11 +116,9 @@ def check_precision(
         row for key, (own, exact, difference) in sums.items()
         for row in _compare(key, job, own.numpy(), exact.numpy(), difference.numpy())
     ]  # fmt: skip
-    return PrecisionCheck(rows=rows, logprobs=_filled(job), reference_logprobs=_filled(other))
-
-
-def _filled(job: Job) -> TokenValues:
-    return [values for values in job.tokens.logprobs if values is not None]
+    return PrecisionCheck(
+        rows=rows, logprobs=whole(job.tokens.logprobs), reference_logprobs=whole(other.tokens.logprobs)
+    )
 
 
 def _differences(store: GradientStore, twin: GradientStore, include_bias: bool) -> Tensor:

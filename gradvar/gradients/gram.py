@@ -73,6 +73,22 @@ class GradientStore(ABC):
             total += self._bias @ self._bias.T
         return ((total + total.T) / 2).cpu()
 
+    def squared_norms(self, include_bias: bool, tile_bytes: int) -> Tensor:
+        """Return each response's (N,) float64 squared norm, on the CPU: the Gram's diagonal alone."""
+        width = torch.finfo(self.dtype).bits // 8
+        height = max(1, min(self.rows, tile_bytes // (self.columns * width)))
+        total = torch.zeros(self.responses, dtype=torch.float64, device=self._wide)
+        buffer = torch.empty((height, self.columns), dtype=self.dtype, device=self.device)
+        for response in range(self.responses):
+            for start in range(0, self.rows, height):
+                stop = min(start + height, self.rows)
+                tile = buffer[: stop - start]
+                self.fill(response, start, stop, tile)
+                total[response] += torch.linalg.vecdot(tile, tile).to(self._wide, torch.float64).sum()
+        if include_bias:
+            total += self._bias.square().sum(1)
+        return total.cpu()
+
 
 class FactorStore(GradientStore):
     """Keeps a and delta: small where responses are short against the matrix."""

@@ -83,3 +83,16 @@ def error(gram, reference):
     norms = np.sqrt(np.diag(reference))
     norms = np.maximum(norms, 1e-12 * norms.max())
     return float((np.abs(gram - reference) / np.outer(norms, norms)).max())
+
+
+def token_squared_norms(model, targets, prompt, response, *, include_bias=True, mask=None, temperature=1.0):
+    """Per target key, (L,) ||grad log pi_t||^2: one backward pass for each token; 0 where the mask is 0."""
+    found = {target.key: np.zeros(len(response)) for target in targets}
+    for t in range(len(response)):
+        if mask is not None and not mask[t]:
+            continue
+        alone = [float(u == t) for u in range(len(response))]
+        options = {"masks": [alone], "include_bias": include_bias, "temperature": temperature}
+        for key, flat in flat_scores(model, targets, prompt, [response], **options).items():
+            found[key][t] = float(np.dot(flat[0], flat[0]))
+    return found

@@ -1,0 +1,336 @@
+"""Passes of the model over all responses: forward, truncated backward, gradients sorted into stores by response.
+
+    s_i = grad sum_t m_it log pi(o_it | q, o_i,<t) over a target's parameters, m the loss mask
+
+Shape letters: N responses, L response tokens, T tokens of a batch row, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gradvar.errors import GradvarError
+from gradvar.gradients.batches import Batch, UnalignedTokensError, make_batches
+from gradvar.gradients.capture import Taps
+from gradvar.gradients.gram import FactorStore, GradientStore, HeadStore, MatrixStore
+from gradvar.gradients.logprobs import Head, TokenScores, compute_dtype
+from gradvar.gradients.plan import Block, Plan, make_plan
+from gradvar.gradients.request import check_request, check_sharing
+from gradvar.gradients.reweighted import Reweightings
+from gradvar.gradients.specs import resolve_targets
+from gradvar.gradients.states import Autocast, frozen, full_precision
+from gradvar.gradients.targets import Target
+
+TokenValues = list[NDArray[np.float64]]
+_PROBE_TOKENS = 8
+
+
+@dataclass(kw_only=True, eq=False)
+class TokenColumns:
+    """Per-token results as they come in, by response."""
+
+    logprobs: list[NDArray[np.float64] | None]
+    entropy: list[NDArray[np.float64] | None]
+    collision: list[NDArray[np.float64] | None]
+
+
+@dataclass(kw_only=True, eq=False)
+class Job:
+    """One checked request on a model held ready."""
+
+    model: nn.Module
+    targets: list[Target]
+    prompt: list[int]
+    responses: list[list[int]]
+    masks: list[list[int]]
+    ids: tuple[int, ...]
+    temperature: float
+    head: Head
+    autocast: Autocast
+    plan: Plan
+    dtype: torch.dtype
+    tied: str | None
+    """Path of the input embedding where it shares the chosen head's weight."""
+    tied_scale: float
+    """Its output is this times the weight's rows."""
+    tokens: TokenColumns
+    report: Callable[[int], None]
+    extra: Reweightings
+    """Other weights on the same tokens: `run_pass` adds the squared norms of their scores. None unless set."""
+    done: int = field(default=0)
+
+
+@contextmanager
+def prepared(
+    model: nn.Module,
+    prompt_ids: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    targets: str | Sequence[str],
+    *,
+    loss_masks: Sequence[Sequence[int] | None] | None = None,
+    temperature: float = 1.0,
+    token_budget: int | None = None,
+    memory_budget: int | None = None,
+    rollout_ids: Sequence[int] | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Iterator[Job]:
+    """Check a request and hold the model ready for `run_pass`; arguments as in `measure_scores`.
+
+    Inside, the model is in eval mode with its parameters frozen, gradients are on, float32 products are float32
+    products and autocast is as the caller set it; all is as before on leaving.
+    """
+    ids = tuple(range(len(responses))) if rollout_ids is None else tuple(rollout_ids)
+    masks = check_request(model, prompt_ids, responses, loss_masks, temperature, ids)
+    chosen = resolve_targets(model, targets)
+    with torch.inference_mode(False), torch.enable_grad(), frozen(model), full_precision():
+        head = Head(model, list(prompt_ids)[-_PROBE_TOKENS:])
+        tied, tied_scale = check_sharing(model, chosen, head)
+        dtype = _model_dtype(model)
+        n = len(responses)
+        yield Job(
+            model=model,
+            targets=chosen,
+            prompt=list(prompt_ids),
+            responses=[list(response) for response in responses],
+            masks=masks,
+            ids=ids,
+            temperature=temperature,
+            head=head,
+            autocast=Autocast.current(next(model.parameters()).device),
+            plan=make_plan(
+                chosen,
+                [len(prompt_ids) + len(response) - 1 for response in responses],
+                dtype=dtype,
+                device=next(model.parameters()).device,
+                token_budget=token_budget,
+                memory_budget=memory_budget,
+            ),
+            dtype=dtype,
+            tied=tied,
+            tied_scale=tied_scale,
+            tokens=TokenColumns(logprobs=[None] * n, entropy=[None] * n, collision=[None] * n),
+            extra=Reweightings(weights=[], include_bias=True),
+            report=on_progress or (lambda done: None),
+        )
+
+
+def run_pass(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientStore]]:
+    """Run all responses through the model once and keep the gradients of the pass's blocks.
+
+    Where a target's tokens cannot be told apart by response in a batch, each response goes alone.
+    """
+    done = job.done
+    try:
+        with job.autocast.off():
+            return _run_batches(job, blocks)
+    except UnalignedTokensError:
+        job.done = done
+        job.plan = replace(job.plan, token_budget=1)
+        with job.autocast.off():
+            return _run_batches(job, blocks)
+
+
+def _run_batches(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientStore]]:
+    device = next(job.model.parameters()).device
+    stores = [(block, _new_store(job, block, len(job.responses))) for block in blocks]
+    norms = job.extra.empty(block.target.key for block in blocks)
+    paths = {block.target.module for block in blocks if block.target.kind != "head"}
+    if job.tied is not None and any(block.target.kind == "head" for block in blocks):
+        paths.add(job.tied)
+    first_pass = job.tokens.logprobs[0] is None
+    batches = make_batches(job.prompt, job.responses, job.plan.token_budget, device)
+    with Taps({path: job.model.get_submodule(path) for path in sorted(paths)}) as taps:
+        for batch in batches:
+            taps.listen(_collector(job, batch, batch.members, stores))
+            mask = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
+            with job.autocast.on():
+                hidden: Tensor = job.head.base(input_ids=batch.input_ids, use_cache=False, **mask).last_hidden_state
+            seen = _predictions(job, batch, hidden)
+            if first_pass:
+                _keep_tokens(job, batch, seen)
+            _backward(seen, taps, batch.members, stores, keep_graph=job.extra.count > 0)
+            for block, store in stores:
+                finite = [store.is_finite(i) for i in batch.members]
+                names = [job.ids[i] for i in batch.members]
+                require_finite(names, finite, f"the gradient over {block.target.key}")
+            _add_reweighted(job, batch, blocks, taps, seen, norms)
+            job.done += len(batch.members)
+            job.report(job.done // len(job.plan.passes))
+    job.extra.add(norms)
+    return stores
+
+
+def _add_reweighted(
+    job: Job, batch: Batch, blocks: Sequence[Block], taps: Taps, seen: _Predictions, norms: dict[str, Tensor]
+) -> None:
+    """Add the squared norms of the batch's reweighted scores, one more backward pass of its graph for each."""
+    rows = range(len(batch.members))
+    for index in range(job.extra.count):
+        stores = [(block, _new_store(job, block, len(rows), "factors")) for block in blocks]
+        taps.listen(_collector(job, batch, rows, stores))
+        other = seen.reweighted(job.extra.column(index, batch.members, seen.weights))
+        _backward(other, taps, rows, stores, keep_graph=index + 1 < job.extra.count)
+        for block, store in stores:
+            bias = job.extra.include_bias and block.target.has_bias
+            norms[block.target.key][index, list(batch.members)] += store.squared_norms(bias, job.plan.tile_bytes)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Predictions:
+    """A batch's last hidden states where they predict response tokens; R such positions."""
+
+    hidden: Tensor
+    """(B, T, D) with its graph."""
+    flat: Tensor
+    """(R, D) the predicting ones, detached."""
+    where: Tensor
+    """(R,) their flat positions."""
+    tokens: Tensor
+    """(R,) the tokens that they predict."""
+    weights: Tensor
+    """(R,) weight of each token's log-probability."""
+    spans: list[slice]
+    """Each row's positions among the R."""
+    scores: TokenScores
+
+    def reweighted(self, factor: Tensor) -> _Predictions:
+        """Return the same positions with weights (and the gradients they make) times the factor (R,)."""
+        gradient = self.scores.hidden_gradient
+        scores = replace(self.scores, hidden_gradient=gradient * factor.to(gradient.device, gradient.dtype)[:, None])
+        return replace(self, weights=self.weights * factor, scores=scores)
+
+
+def _backward(
+    seen: _Predictions,
+    taps: Taps,
+    rows: Sequence[int],
+    stores: Sequence[tuple[Block, GradientStore]],
+    *,
+    keep_graph: bool,
+) -> None:
+    """Send the gradient at the last hidden states down; it reaches the stores, in which `rows` are the batch's."""
+    for _, store in stores:
+        if isinstance(store, HeadStore):
+            for i, span in zip(rows, seen.spans, strict=True):
+                store.add_output(
+                    i, seen.flat[span], seen.tokens[span], seen.weights[span], seen.scores.normaliser[span]
+                )
+    if seen.hidden.requires_grad:
+        gradient = torch.zeros_like(seen.hidden).reshape(-1, seen.hidden.shape[-1])
+        gradient[seen.where] = seen.scores.hidden_gradient.to(gradient.dtype)
+        torch.autograd.backward(seen.hidden, gradient.view_as(seen.hidden), retain_graph=keep_graph)
+    taps.finish()
+
+
+def _new_store(job: Job, block: Block, count: int, keep: str | None = None) -> GradientStore:
+    rows = block.stop - block.start
+    kind = compute_dtype(job.dtype)
+    if block.target.kind == "head":
+        if job.head.weight is None:
+            raise GradvarError(
+                f"{block.target.key}: this model does more to its logits than this matrix product (soft-capping, "
+                "scaling), so the head cannot be measured; choose other targets"
+            )
+        return HeadStore(count, block.start, rows, job.head.weight, job.head.bias, job.temperature, kind)
+    device = next(job.model.get_submodule(block.target.module).parameters()).device
+    store = FactorStore if (keep or block.keep) == "factors" else MatrixStore
+    return store(count, rows, block.target.in_features, kind, device)
+
+
+def _collector(
+    job: Job, batch: Batch, rows: Sequence[int], stores: Sequence[tuple[Block, GradientStore]]
+) -> Callable[[str, Tensor, Tensor], None]:
+    """Return the sink that sorts a batch's factors into the stores' `rows`, response by response."""
+    shared: dict[int, tuple[Tensor, list[Tensor]]] = {}  # q, k and v get the same tensor: it is packed and kept once
+
+    def sink(path: str, a: Tensor, delta: Tensor) -> None:
+        outputs = batch.split(delta, path)
+        if path == job.tied:
+            ids = batch.split(a[..., None], path)
+            for _, store in stores:
+                if isinstance(store, HeadStore):
+                    for i, ids_i, delta_i in zip(rows, ids, outputs, strict=True):
+                        store.add_input(i, ids_i[:, 0], _embedding_gradient(job, ids_i[:, 0], delta_i))
+            return
+        if id(a) not in shared:
+            shared[id(a)] = (a, batch.split(a.detach(), path))
+        for block, store in stores:
+            if block.target.module == path:
+                for i, a_i, delta_i in zip(rows, shared[id(a)][1], outputs, strict=True):
+                    store.add(i, a_i, delta_i[:, block.start : block.stop])
+
+    return sink
+
+
+def _embedding_gradient(job: Job, ids: Tensor, outputs: Tensor) -> Tensor:
+    """Return (T, D) gradients of the rows that the tokens fed take from the input embedding."""
+    embedding = job.model.get_submodule(job.tied or "")
+    gradient = outputs.to(compute_dtype(job.dtype)) * job.tied_scale
+    skip = getattr(embedding, "padding_idx", None)  # torch gives that row no gradient
+    return gradient if skip is None else gradient * (ids != skip)[:, None]
+
+
+def _predictions(job: Job, batch: Batch, hidden: Tensor) -> _Predictions:
+    """Return where the batch's last hidden states predict response tokens, and what they say of them."""
+    length = batch.input_ids.shape[1]
+    first = len(job.prompt) - 1
+    where: list[int] = []
+    tokens: list[int] = []
+    weights: list[int] = []
+    spans = []
+    for row, i in enumerate(batch.members):
+        spans.append(slice(len(where), len(where) + len(job.responses[i])))
+        where += range(row * length + first, row * length + first + len(job.responses[i]))
+        tokens += job.responses[i]
+        weights += job.masks[i]
+    device = batch.input_ids.device
+    at = torch.tensor(where, device=hidden.device)
+    flat = hidden.detach().reshape(-1, hidden.shape[-1]).index_select(0, at)
+    chosen = torch.tensor(tokens, device=device)
+    weight = torch.tensor(weights, dtype=compute_dtype(job.dtype), device=device)
+    return _Predictions(
+        hidden=hidden,
+        flat=flat,
+        where=at,
+        tokens=chosen,
+        weights=weight,
+        spans=spans,
+        scores=job.head.token_scores(flat, chosen, weight, job.temperature),
+    )
+
+
+def _keep_tokens(job: Job, batch: Batch, seen: _Predictions) -> None:
+    scores = seen.scores
+    columns = [x.double().cpu().numpy() for x in (scores.logprobs, scores.entropy, scores.collision)]
+    names = [job.ids[i] for i in batch.members]
+    require_finite(names, [bool(np.isfinite(columns[0][span]).all()) for span in seen.spans], "a log-probability")
+    for i, span in zip(batch.members, seen.spans, strict=True):
+        job.tokens.logprobs[i] = columns[0][span].copy()
+        job.tokens.entropy[i] = columns[1][span].copy()
+        job.tokens.collision[i] = columns[2][span].copy()
+
+
+def whole(values: Sequence[NDArray[np.float64] | None]) -> TokenValues:
+    """Return the values of all responses, once every one has come in."""
+    return [value for value in values if value is not None]
+
+
+def require_finite(ids: Sequence[int], finite: Sequence[bool], what: str) -> None:
+    """Raise an error that names the responses whose value is not finite."""
+    bad = [str(i) for i, good in zip(ids, finite, strict=True) if not good]
+    if bad:
+        shown = ", ".join(bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
+        raise GradvarError(
+            f"{what} is not finite for response {shown}: leave these out, or measure in float32 with eager attention"
+        )
+
+
+def _model_dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())

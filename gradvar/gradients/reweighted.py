@@ -1,0 +1,100 @@
+"""Scores with other weights on their tokens, from the graph of the same forward pass: random signs.
+
+    s_i(w) = grad sum_t w_t m_it log pi(o_it | q, o_i,<t),  m the loss mask;  with independent signs eps_t = +1 or -1
+    E||s_i(eps)||^2 = sum_t m_it ||grad log pi_t||^2 = tau_i
+
+Each reweighting costs one more truncated backward pass. Only the squared norms are kept.
+
+Shape letters: N responses, L response tokens, K reweightings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gradvar.errors import GradvarError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TauEstimate:
+    """Sum of the squared norms of one response's token gradients, by random signs, for every response."""
+
+    target: str
+    value: NDArray[np.float64]
+    """(N,) tau_i, the mean over the probes: unbiased."""
+    error: NDArray[np.float64]
+    """(N,) its standard error, sd over the probes / sqrt(probes); NaN for a single probe."""
+    probes: int
+    seed: int
+
+
+@dataclass(kw_only=True, eq=False)
+class Reweightings:
+    """K weights a token for each response, and the squared norms of the scores they make."""
+
+    weights: list[NDArray[np.float64]]
+    """Per response, (K, L): they multiply the loss mask."""
+    include_bias: bool
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    """By target key, (K, N) squared norms in float64 of the rows measured so far."""
+
+    @property
+    def count(self) -> int:
+        """How many reweightings of each response there are."""
+        return len(self.weights[0]) if self.weights else 0
+
+    def empty(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Return zeros to add a pass's squared norms to."""
+        shape = (self.count, len(self.weights))
+        return {key: torch.zeros(shape, dtype=torch.float64) for key in keys} if self.count else {}
+
+    def add(self, norms: dict[str, Tensor]) -> None:
+        """Add the squared norms over a pass's rows."""
+        for key, values in norms.items():
+            self.norms[key] = self.norms[key] + values if key in self.norms else values
+
+    def column(self, index: int, members: Sequence[int], like: Tensor) -> Tensor:
+        """Return weights number `index` of the members' tokens, one after another, as `like` has dtype and device."""
+        values = np.concatenate([self.weights[i][index] for i in members])
+        return torch.from_numpy(values).to(like.device, like.dtype)
+
+
+def check_probes(probes: int, seed: int | None) -> None:
+    """Refuse a probe count or seed that means nothing.
+
+    Raises:
+        GradvarError: A negative count or seed, or probes without a seed.
+    """
+    if probes < 0:
+        raise GradvarError(f"probes: expected 0 or more, received {probes}")
+    if probes and seed is None:
+        raise GradvarError("probes are random signs: expected a seed, received none")
+    if seed is not None and seed < 0:
+        raise GradvarError(f"seed: expected 0 or more, received {seed}")
+
+
+def random_signs(seed: int, prompt: Sequence[int], rollout_id: int, length: int, probes: int) -> NDArray[np.float64]:
+    """Return (probes, length) signs, +1 or -1, of one response.
+
+    They depend on the seed, the prompt's tokens and the rollout's id alone, never on the other responses. The first
+    probes of a larger count are those of a smaller one.
+    """
+    entropy = [seed, abs(rollout_id), int(rollout_id < 0), *prompt]
+    bits = np.random.default_rng(np.random.SeedSequence(entropy)).random((probes, length)) < 0.5
+    return np.where(bits, 1.0, -1.0)
+
+
+def tau_estimate(target: str, norms: NDArray[np.float64], seed: int) -> TauEstimate:
+    """Return the mean over the probes of (K, N) squared norms, with its standard error."""
+    probes = len(norms)
+    with np.errstate(invalid="ignore"):
+        spread = norms.std(axis=0, ddof=1) if probes > 1 else np.full(norms.shape[1], np.nan)
+    return TauEstimate(
+        target=target, value=norms.mean(axis=0), error=spread / np.sqrt(probes), probes=probes, seed=seed
+    )
