@@ -115,6 +115,7 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, caption: str
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        show_edge=False,
         padding=(0, 1, 0, 0),
     )
     for column in columns:
