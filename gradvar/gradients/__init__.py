@@ -2,13 +2,14 @@
 
 from gradvar.gradients.check import PrecisionCheck, PrecisionRow, check_precision, float32_reference
 from gradvar.gradients.plan import Block, Plan
-from gradvar.gradients.reweighted import TauEstimate
+from gradvar.gradients.reweighted import PrefixNorms, TauEstimate
 from gradvar.gradients.scores import ScoreMeasurement, measure_scores, score_grams
 from gradvar.gradients.specs import PRESETS, check_targets, resolve_targets
 from gradvar.gradients.targets import Target, list_targets
 
 __all__ = [
     # measuring
+    "PrefixNorms",
     "ScoreMeasurement",
     "TauEstimate",
     "measure_scores",

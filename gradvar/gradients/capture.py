@@ -86,7 +86,10 @@ class Taps:
                 self._checked.add(path)
             if not output.requires_grad:
                 # the copy lets the model change its tensor in place, which it may not do to a leaf
-                output = output.detach().requires_grad_().clone()
+                leaf = output.detach().requires_grad_()
+                # its grad may be the very tensor that a sink keeps: another backward pass would add to it in place
+                leaf.register_post_accumulate_grad_hook(_forget_gradient)  # type: ignore[no-untyped-call]
+                output = leaf.clone()
 
             def at_backward(delta: Tensor) -> None:
                 if self._sink is not None:
@@ -102,6 +105,10 @@ class Taps:
             return output
 
         return at_forward
+
+
+def _forget_gradient(leaf: Tensor) -> None:
+    leaf.grad = None
 
 
 def _check_linear(path: str, module: nn.Module, value: Tensor, output: Tensor) -> None:

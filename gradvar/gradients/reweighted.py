@@ -1,7 +1,8 @@
-"""Scores with other weights on their tokens, from the graph of the same forward pass: random signs.
+"""Scores with other weights on their tokens, from the graph of the same forward pass: random signs and prefixes.
 
-    s_i(w) = grad sum_t w_t m_it log pi(o_it | q, o_i,<t),  m the loss mask;  with independent signs eps_t = +1 or -1
-    E||s_i(eps)||^2 = sum_t m_it ||grad log pi_t||^2 = tau_i
+    s_i(w) = grad sum_t w_t m_it log pi(o_it | q, o_i,<t),  m the loss mask
+    independent signs w_t = +1 or -1:    E||s_i(w)||^2 = sum_t m_it ||grad log pi_t||^2 = tau_i
+    w_t = 1 up to the l-th loss token:   s_i(w) = s_i^(1..l), the score of a prefix
 
 Each reweighting costs one more truncated backward pass. Only the squared norms are kept.
 
@@ -34,6 +35,17 @@ class TauEstimate:
     seed: int
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PrefixNorms:
+    """How each response's score grows along the response: ||s_i^(1..l)||^2 at k lengths l, evenly spaced."""
+
+    target: str
+    lengths: NDArray[np.int64]
+    """(N, k) loss tokens of each prefix, rising; the last is the whole response."""
+    value: NDArray[np.float64]
+    """(N, k) squared norms; the last is the Gram's diagonal."""
+
+
 @dataclass(kw_only=True, eq=False)
 class Reweightings:
     """K weights a token for each response, and the squared norms of the scores they make."""
@@ -42,7 +54,7 @@ class Reweightings:
     """Per response, (K, L): they multiply the loss mask."""
     include_bias: bool
     norms: dict[str, Tensor] = field(default_factory=dict)
-    """By target key, (K, N) squared norms in float64 of the rows measured so far."""
+    """By target key, (K, N) squared norms in float64 of the passes done so far."""
 
     @property
     def count(self) -> int:
@@ -65,14 +77,15 @@ class Reweightings:
         return torch.from_numpy(values).to(like.device, like.dtype)
 
 
-def check_probes(probes: int, seed: int | None) -> None:
-    """Refuse a probe count or seed that means nothing.
+def check_counts(probes: int, prefixes: int, seed: int | None) -> None:
+    """Refuse counts or a seed that mean nothing.
 
     Raises:
         GradvarError: A negative count or seed, or probes without a seed.
     """
-    if probes < 0:
-        raise GradvarError(f"probes: expected 0 or more, received {probes}")
+    for name, count in (("probes", probes), ("prefixes", prefixes)):
+        if count < 0:
+            raise GradvarError(f"{name}: expected 0 or more, received {count}")
     if probes and seed is None:
         raise GradvarError("probes are random signs: expected a seed, received none")
     if seed is not None and seed < 0:
@@ -98,3 +111,23 @@ def tau_estimate(target: str, norms: NDArray[np.float64], seed: int) -> TauEstim
     return TauEstimate(
         target=target, value=norms.mean(axis=0), error=spread / np.sqrt(probes), probes=probes, seed=seed
     )
+
+
+def prefix_lengths(loss_tokens: int, prefixes: int) -> NDArray[np.int64]:
+    """Return (k,) prefix lengths ceil(j n / k), j = 1 to k, of n loss tokens: equal ones where n < k."""
+    steps = np.arange(1, prefixes + 1, dtype=np.int64)
+    return -(-steps * loss_tokens // prefixes)
+
+
+def prefix_weights(mask: Sequence[int], prefixes: int) -> NDArray[np.float64]:
+    """Return (k - 1, L) weights, 1 up to each prefix's last loss token, for all but the whole response."""
+    ranks = np.cumsum(mask)
+    return (ranks <= prefix_lengths(int(ranks[-1]), prefixes)[:-1, None]).astype(np.float64)
+
+
+def prefix_norms(
+    target: str, norms: NDArray[np.float64], diagonal: NDArray[np.float64], masks: Sequence[Sequence[int]]
+) -> PrefixNorms:
+    """Return the (k - 1, N) squared norms of the prefixes beside the Gram's (N,) diagonal."""
+    lengths = np.stack([prefix_lengths(sum(mask), len(norms) + 1) for mask in masks])
+    return PrefixNorms(target=target, lengths=lengths, value=np.column_stack([*norms, diagonal]))

@@ -12,11 +12,21 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from gradvar.gradients.passes import Job, TokenValues, prepared, require_finite, run_pass, whole
 from gradvar.gradients.plan import Plan
-from gradvar.gradients.reweighted import Reweightings, TauEstimate, check_probes, random_signs, tau_estimate
+from gradvar.gradients.reweighted import (
+    PrefixNorms,
+    Reweightings,
+    TauEstimate,
+    check_counts,
+    prefix_norms,
+    prefix_weights,
+    random_signs,
+    tau_estimate,
+)
 from gradvar.runs.records import ScoreGram
 
 
@@ -42,6 +52,8 @@ class ScoreMeasurement:
     """How the work was split; no result depends on it."""
     taus: dict[str, TauEstimate] = field(default_factory=dict)
     """By target key, sum_t ||grad log pi_t||^2 of each response by random signs; empty without probes."""
+    prefixes: dict[str, PrefixNorms] = field(default_factory=dict)
+    """By target key, ||s_i^(1..l)||^2 along each response; empty where not asked for."""
 
 
 def measure_scores(
@@ -59,6 +71,7 @@ def measure_scores(
     on_progress: Callable[[int], None] | None = None,
     probes: int = 0,
     seed: int | None = None,
+    prefixes: int = 0,
 ) -> ScoreMeasurement:
     """Measure the score Grams of one prompt's responses, exactly, and their per-token log-probabilities.
 
@@ -78,11 +91,13 @@ def measure_scores(
         on_progress: Called after every batch with the number of responses done so far, of N.
         probes: K random-sign probes for `taus`, one more truncated backward pass for each.
         seed: Of the signs, required with probes. A response's signs depend on it, the prompt and the rollout id alone.
+        prefixes: k lengths for `prefixes`, evenly spaced along each response's loss tokens, the last the whole
+            response: k - 1 more truncated backward passes.
 
     Raises:
         GradvarError: The request does not fit the model, or a response's gradient is not finite.
     """
-    check_probes(probes, seed)
+    check_counts(probes, prefixes, seed)
     with prepared(
         model,
         prompt_ids,
@@ -95,7 +110,7 @@ def measure_scores(
         rollout_ids=rollout_ids,
         on_progress=on_progress,
     ) as job:
-        job.extra = _reweightings(job, include_bias, probes, seed)
+        job.extra = _reweightings(job, include_bias, probes, seed, prefixes)
         n, ids, tile = len(responses), job.ids, job.plan.tile_bytes
         sums = {target.key: torch.zeros((n, n), dtype=torch.float64) for target in job.targets}
         for blocks in job.plan.passes:
@@ -107,9 +122,7 @@ def measure_scores(
                 del store
     for key, total in sums.items():
         require_finite(ids, [bool(x) for x in total.diagonal().isfinite()], f"the gradient over {key}")
-    extra = {key: norms.numpy() for key, norms in job.extra.norms.items()}
-    for key, norms in extra.items():
-        require_finite(ids, [bool(x) for x in np.isfinite(norms).all(0)], f"a probe's gradient over {key}")
+    extra = _extra_norms(job)
     name = str(job.dtype).removeprefix("torch.")
     if job.autocast.dtype is not None:
         name += f" autocast {str(job.autocast.dtype).removeprefix('torch.')}"
@@ -133,7 +146,13 @@ def measure_scores(
         attention=str(getattr(getattr(model, "config", None), "_attn_implementation", "unknown")),
         head=job.head.description,
         plan=job.plan,
-        taus={key: tau_estimate(key, norms, seed or 0) for key, norms in extra.items()} if probes else {},
+        taus={key: tau_estimate(key, norms[:probes], seed or 0) for key, norms in extra.items()} if probes else {},
+        prefixes={
+            key: prefix_norms(key, norms[probes:], grams[key].gram().diagonal(), job.masks)
+            for key, norms in extra.items()
+        }
+        if prefixes
+        else {},
     )
 
 
@@ -178,11 +197,22 @@ def score_grams(
     ).grams
 
 
-def _reweightings(job: Job, include_bias: bool, probes: int, seed: int | None) -> Reweightings:
-    if not probes:
-        return Reweightings(weights=[], include_bias=include_bias)
-    weights = [
-        random_signs(seed or 0, job.prompt, name, len(response), probes)
-        for name, response in zip(job.ids, job.responses, strict=True)
-    ]
+def _reweightings(job: Job, include_bias: bool, probes: int, seed: int | None, prefixes: int) -> Reweightings:
+    """Return what `job.extra` is to measure: the probes, then the prefixes but for the last."""
+    weights = []
+    for name, response, mask in zip(job.ids, job.responses, job.masks, strict=True):
+        signs = random_signs(seed or 0, job.prompt, name, len(response), probes)
+        weights.append(np.concatenate([signs, prefix_weights(mask, prefixes)]))
     return Reweightings(weights=weights, include_bias=include_bias)
+
+
+def _extra_norms(job: Job) -> dict[str, NDArray[np.float64]]:
+    """Return the (K, N) squared norms of the reweighted scores, by target key."""
+    shape = (job.extra.count, len(job.responses))
+    found = {}
+    for target in job.targets:
+        norms = job.extra.norms[target.key].numpy() if job.extra.count else np.zeros(shape)
+        what = f"the gradient of a probe or prefix over {target.key}"
+        require_finite(job.ids, [bool(np.isfinite(column).all()) for column in norms.T], what)
+        found[target.key] = norms
+    return found

@@ -1,4 +1,4 @@
-"""Random-sign probes from the same pass, against one backward pass for each token."""
+"""Random-sign probes and prefixes from the same pass, against literal loops of backward passes."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 
 from gradvar.errors import GradvarError
 from gradvar.gradients import list_targets, measure_scores, resolve_targets
-from gradvar.gradients.reweighted import random_signs
+from gradvar.gradients.reweighted import prefix_lengths, random_signs
 from tests.gradients import references
 from tests.gradients.models import make_model, make_prompt_and_responses
 
@@ -110,10 +110,12 @@ def test_taus_are_unbiased_for_the_sum_of_token_norms(qwen):
             assert (i > 0) or tau.error[i] < 1e-10 * tau.value[i]  # one token: every sign gives its norm
 
 
-def test_the_grams_and_log_probs_stay_what_they_were(qwen):
+@pytest.mark.parametrize("budget", [1, 60, 10_000])
+def test_the_grams_and_log_probs_stay_what_they_were(qwen, budget):
+    """Later backward passes must not touch what the first one left (with a budget of 1 nothing is padded)."""
     prompt, responses = make_prompt_and_responses()
-    plain = measure_scores(qwen, prompt, responses, SPECS)
-    probed = measure_scores(qwen, prompt, responses, SPECS, probes=2, seed=0)
+    plain = measure_scores(qwen, prompt, responses, SPECS, token_budget=budget)
+    probed = measure_scores(qwen, prompt, responses, SPECS, probes=2, seed=0, token_budget=budget)
     assert plain.taus == {}
     for key, gram in plain.grams.items():
         assert np.array_equal(gram.gram(), probed.grams[key].gram())
@@ -151,9 +153,103 @@ def test_a_single_probe_has_no_standard_error(qwen):
     assert (tau.value > 0).all()
 
 
+# -- prefixes
+
+
+def literal_prefixes(model, targets, prompt, responses, prefixes, *, masks=None, **options):
+    """Per key, (N, k) squared norms: the score of the first loss tokens alone, counted one by one."""
+    found = {target.key: np.zeros((len(responses), prefixes)) for target in targets}
+    lengths = np.zeros((len(responses), prefixes), dtype=int)
+    for i, response in enumerate(responses):
+        mask = [1] * len(response) if masks is None or masks[i] is None else masks[i]
+        carriers = [t for t, m in enumerate(mask) if m]
+        for j in range(prefixes):
+            lengths[i, j] = int(np.ceil((j + 1) / prefixes * len(carriers) - 1e-9))
+            part = [float(t in carriers[: lengths[i, j]]) for t in range(len(response))]
+            for key, flat in references.flat_scores(
+                model, targets, prompt, [response], masks=[part], **options
+            ).items():
+                found[key][i, j] = flat[0] @ flat[0]
+    return found, lengths
+
+
+@pytest.mark.parametrize("prefixes", [1, 2, 4, 7])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.6, "include_bias": False},
+        {"loss_masks": [None, [1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 0, 1], [0, 0, 1, 1, 1]], "token_budget": 1},
+        {"memory_budget": 40_000},
+    ],
+)
+def test_prefixes_equal_the_literal_loop(qwen, options, prefixes):
+    prompt, responses = make_prompt_and_responses((1, 12, 5))
+    targets = resolve_targets(qwen, SPECS)
+    measured = measure_scores(qwen, prompt, responses, SPECS, prefixes=prefixes, **options)
+    shared = {name: options[name] for name in ("temperature", "include_bias") if name in options}
+    expected, lengths = literal_prefixes(
+        qwen, targets, prompt, responses, prefixes, masks=options.get("loss_masks"), **shared
+    )
+    assert measured.prefixes.keys() == expected.keys()
+    for key, norms in expected.items():
+        found = measured.prefixes[key]
+        assert np.array_equal(found.lengths, lengths)
+        # k and q see no gradient before the second token: zero up to rounding
+        np.testing.assert_allclose(found.value, norms, rtol=1e-10, atol=1e-12 * norms.max(), err_msg=key)
+        assert np.array_equal(found.value[:, -1], measured.grams[key].gram().diagonal())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "gemma2", "qwen2_tied"])
+def test_prefixes_of_other_architectures(name):
+    model = make_model(name)
+    targets = [t for t in list_targets(model) if t.kind != "head" or name == "qwen2_tied"]
+    prompt, responses = make_prompt_and_responses((9, 12, 5))
+    measured = measure_scores(model, prompt, responses, [t.key for t in targets], prefixes=3)
+    expected, _ = literal_prefixes(model, targets, prompt, responses, 3)
+    for key, norms in expected.items():
+        np.testing.assert_allclose(measured.prefixes[key].value, norms, rtol=1e-10, atol=1e-12 * norms.max())
+
+
+def test_a_prefix_is_the_score_of_the_shorter_response(qwen):
+    prompt, responses = make_prompt_and_responses((12, 30))
+    norms = next(iter(measure_scores(qwen, prompt, responses, "last:v", prefixes=3).prefixes.values()))
+    for j, _ in enumerate(norms.lengths[0]):
+        cut = [response[: norms.lengths[i, j]] for i, response in enumerate(responses)]
+        gram = next(iter(measure_scores(qwen, prompt, cut, "last:v").grams.values())).gram()
+        np.testing.assert_allclose(norms.value[:, j], gram.diagonal(), rtol=1e-11)
+
+
+def test_prefix_lengths_are_even_and_end_with_the_whole():
+    assert prefix_lengths(10, 4).tolist() == [3, 5, 8, 10]
+    assert prefix_lengths(2, 5).tolist() == [1, 1, 2, 2, 2]
+    for n in range(1, 40):
+        for k in range(1, 9):
+            lengths = prefix_lengths(n, k)
+            assert lengths[-1] == n
+            assert lengths[0] >= 1
+            assert (np.diff(lengths) >= 0).all()
+            assert np.ptp(np.diff(lengths, prepend=0)) <= 1
+
+
+def test_probes_and_prefixes_together_are_each_by_itself(qwen):
+    prompt, responses = make_prompt_and_responses()
+    both = measure_scores(qwen, prompt, responses, SPECS, prefixes=3, probes=2, seed=0)
+    probes = measure_scores(qwen, prompt, responses, SPECS, probes=2, seed=0)
+    prefixes = measure_scores(qwen, prompt, responses, SPECS, prefixes=3)
+    assert probes.prefixes == prefixes.taus == {}
+    for key, tau in probes.taus.items():
+        np.testing.assert_allclose(both.taus[key].value, tau.value, rtol=1e-13)
+        np.testing.assert_allclose(both.prefixes[key].value, prefixes.prefixes[key].value, rtol=1e-13)
+
+
+# -- refusals
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"prefixes": -1}, "prefixes: expected 0 or more, received -1"),
         ({"probes": -1}, "probes: expected 0 or more, received -1"),
         ({"probes": 2}, "expected a seed"),
         ({"probes": 2, "seed": -3}, "seed: expected 0 or more"),
