@@ -1,15 +1,16 @@
-"""Sequences into batches: length-sorted, padded on the right to a token budget.
+"""Sequences into batches: length-sorted, padded to a token budget.
 
 Shape letters: B sequences of a batch, T their padded length, R the real (unpadded) tokens of a batch.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradvar.errors import GradvarError
 
@@ -20,7 +21,7 @@ class UnalignedTokensError(GradvarError):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """Some responses behind their common prompt, padded on the right.
+    """Some responses behind their common prompt, padded on one side.
 
     The last token of a response is not fed: nothing is predicted from it.
     """
@@ -35,6 +36,15 @@ class Batch:
     """(R,) flat positions of the real tokens; None where all are real."""
     bounds: tuple[tuple[int, int], ...]
     """[start, stop) of each row's tokens among the R real ones."""
+    firsts: tuple[int, ...]
+    """Column of each row's first real token."""
+
+    @property
+    def positions(self) -> Tensor | None:
+        """(B, T) position of each token in its own sequence; None where that is its column."""
+        if not any(self.firsts) or self.attention_mask is None:
+            return None
+        return (self.attention_mask.cumsum(1) - 1).clamp_min(0)
 
     def split(self, values: Tensor, what: str) -> list[Tensor]:
         """Return each member's vectors, (its tokens times K, D), of a tensor with K vectors a token, D last.
@@ -62,8 +72,22 @@ class Batch:
         return [packed[start:stop].flatten(0, 1) for start, stop in self.bounds]
 
 
+def last_hidden(base: nn.Module, batch: Batch) -> Tensor:
+    """Return the (B, T, D) last hidden states of a batch."""
+    options: dict[str, Tensor] = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
+    positions = batch.positions
+    if positions is not None and "position_ids" in inspect.signature(type(base).forward).parameters:
+        options["position_ids"] = positions
+    hidden: Tensor = base(input_ids=batch.input_ids, use_cache=False, **options).last_hidden_state
+    return hidden
+
+
 def make_batches(
-    prompt_ids: Sequence[int], responses: Sequence[Sequence[int]], token_budget: int, device: torch.device
+    prompt_ids: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    token_budget: int,
+    device: torch.device,
+    padding_side: str = "right",
 ) -> list[Batch]:
     """Return batches of at most `token_budget` padded tokens (at least one response each), longest first."""
     order = sorted(range(len(responses)), key=lambda i: (-len(responses[i]), i))
@@ -77,15 +101,24 @@ def make_batches(
     # as many rows as tokens would make (T, B, D) look like (B, T, D)
     square = [g for g in groups if len(g) > 1 and len(g) == len(prompt_ids) + len(responses[g[0]]) - 1]
     groups += [[group.pop()] for group in square]
-    return [_pad(prompt_ids, responses, members, device) for members in groups]
+    return [_pad(prompt_ids, responses, members, device, padding_side) for members in groups]
 
 
 def _pad(
-    prompt_ids: Sequence[int], responses: Sequence[Sequence[int]], members: Sequence[int], device: torch.device
+    prompt_ids: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    members: Sequence[int],
+    device: torch.device,
+    padding_side: str,
 ) -> Batch:
     fed = [[*prompt_ids, *responses[i][:-1]] for i in members]
     length = max(len(sequence) for sequence in fed)
-    ids = torch.tensor([sequence + [0] * (length - len(sequence)) for sequence in fed], device=device)
+    gaps = [length - len(sequence) for sequence in fed]
+    firsts = [gap if padding_side == "left" else 0 for gap in gaps]
+    ids = torch.tensor(
+        [[0] * first + sequence + [0] * (gap - first) for sequence, gap, first in zip(fed, gaps, firsts, strict=True)],
+        device=device,
+    )
     bounds = []
     start = 0
     for sequence in fed:
@@ -93,8 +126,17 @@ def _pad(
         start += len(sequence)
     mask = real = None
     if start < ids.numel():
-        lengths = torch.tensor([len(sequence) for sequence in fed], device=device)
-        keep = torch.arange(length, device=device) < lengths[:, None]
+        columns = torch.arange(length, device=device)
+        begins = torch.tensor(firsts, device=device)[:, None]
+        ends = torch.tensor([first + len(row) for first, row in zip(firsts, fed, strict=True)], device=device)[:, None]
+        keep = (columns >= begins) & (columns < ends)
         mask = keep.long()
         real = keep.flatten().nonzero().flatten()
-    return Batch(members=tuple(members), input_ids=ids, attention_mask=mask, real=real, bounds=tuple(bounds))
+    return Batch(
+        members=tuple(members),
+        input_ids=ids,
+        attention_mask=mask,
+        real=real,
+        bounds=tuple(bounds),
+        firsts=tuple(firsts),
+    )

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradvar.errors import GradvarError
-from gradvar.gradients.batches import Batch, UnalignedTokensError, make_batches
+from gradvar.gradients.batches import Batch, UnalignedTokensError, last_hidden, make_batches
 from gradvar.gradients.capture import Taps
 from gradvar.gradients.gram import FactorStore, GradientStore, HeadStore, MatrixStore
 from gradvar.gradients.logprobs import Head, TokenScores, compute_dtype
 from gradvar.gradients.plan import Block, Plan, make_plan
-from gradvar.gradients.request import check_request, check_sharing
+from gradvar.gradients.request import check_padding, check_request, check_sharing
 from gradvar.gradients.reweighted import Reweightings
 from gradvar.gradients.specs import resolve_targets
 from gradvar.gradients.states import Autocast, frozen, full_precision
@@ -55,6 +55,7 @@ class Job:
     head: Head
     autocast: Autocast
     plan: Plan
+    padding_side: str
     dtype: torch.dtype
     tied: str | None
     """Path of the input embedding where it shares the chosen head's weight."""
@@ -80,6 +81,7 @@ def prepared(
     memory_budget: int | None = None,
     rollout_ids: Sequence[int] | None = None,
     on_progress: Callable[[int], None] | None = None,
+    padding_side: str = "right",
 ) -> Iterator[Job]:
     """Check a request and hold the model ready for `run_pass`; arguments as in `measure_scores`.
 
@@ -92,6 +94,7 @@ def prepared(
     with torch.inference_mode(False), torch.enable_grad(), frozen(model), full_precision():
         head = Head(model, list(prompt_ids)[-_PROBE_TOKENS:])
         tied, tied_scale = check_sharing(model, chosen, head)
+        check_padding(head.base, list(prompt_ids)[-_PROBE_TOKENS:], padding_side)
         dtype = _model_dtype(model)
         n = len(responses)
         yield Job(
@@ -112,6 +115,7 @@ def prepared(
                 token_budget=token_budget,
                 memory_budget=memory_budget,
             ),
+            padding_side=padding_side,
             dtype=dtype,
             tied=tied,
             tied_scale=tied_scale,
@@ -145,13 +149,12 @@ def _run_batches(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, Gradien
     if job.tied is not None and any(block.target.kind == "head" for block in blocks):
         paths.add(job.tied)
     first_pass = job.tokens.logprobs[0] is None
-    batches = make_batches(job.prompt, job.responses, job.plan.token_budget, device)
+    batches = make_batches(job.prompt, job.responses, job.plan.token_budget, device, job.padding_side)
     with Taps({path: job.model.get_submodule(path) for path in sorted(paths)}) as taps:
         for batch in batches:
             taps.listen(_collector(job, batch, batch.members, stores))
-            mask = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
             with job.autocast.on():
-                hidden: Tensor = job.head.base(input_ids=batch.input_ids, use_cache=False, **mask).last_hidden_state
+                hidden = last_hidden(job.head.base, batch)
             seen = _predictions(job, batch, hidden)
             if first_pass:
                 _keep_tokens(job, batch, seen)
@@ -280,14 +283,14 @@ def _embedding_gradient(job: Job, ids: Tensor, outputs: Tensor) -> Tensor:
 def _predictions(job: Job, batch: Batch, hidden: Tensor) -> _Predictions:
     """Return where the batch's last hidden states predict response tokens, and what they say of them."""
     length = batch.input_ids.shape[1]
-    first = len(job.prompt) - 1
     where: list[int] = []
     tokens: list[int] = []
     weights: list[int] = []
     spans = []
     for row, i in enumerate(batch.members):
         spans.append(slice(len(where), len(where) + len(job.responses[i])))
-        where += range(row * length + first, row * length + first + len(job.responses[i]))
+        start = row * length + batch.firsts[row] + len(job.prompt) - 1
+        where += range(start, start + len(job.responses[i]))
         tokens += job.responses[i]
         weights += job.masks[i]
     device = batch.input_ids.device

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gradvar.errors import GradvarError
+from gradvar.gradients.batches import last_hidden, make_batches
 from gradvar.gradients.logprobs import Head
 from gradvar.gradients.targets import Target
 
@@ -132,3 +133,27 @@ def _embedding_scale(module: nn.Module) -> float | None:
         if gap > 8 * torch.finfo(module.weight.dtype).eps * float(output.abs().max()):
             return None
     return scale
+
+
+def check_padding(base: nn.Module, probe: list[int], side: str) -> None:
+    """Refuse padding on the left where it moves the hidden states: a model that counts positions from the first column.
+
+    Raises:
+        GradvarError: Another side than "right" or "left", or the model's states depend on the padding.
+    """
+    if side not in ("right", "left"):
+        raise GradvarError(f'padding side: expected "right" or "left", received {side!r}')
+    if side == "right" or not probe:
+        return
+    device = next(base.parameters()).device
+    short, long = probe[-1:] * 2, probe[-1:] * 5  # what is fed: the probe and all of these but the last
+    with torch.no_grad():
+        (batch,) = make_batches(probe, [short, long], 10_000, device, side)
+        (alone,) = make_batches(probe, [short], 10_000, device, side)
+        row = batch.members.index(0)
+        moved = last_hidden(base, batch)[row, batch.firsts[row] :].double()
+        still = last_hidden(base, alone)[0].double()
+    kind = next(p.dtype for p in base.parameters() if p.is_floating_point())
+    epsilon = max(torch.finfo(kind).eps, torch.finfo(torch.float32).eps)  # some compute in float32 whatever the model
+    if not bool(((moved - still).abs() <= 64 * epsilon * still.abs().amax()).all()):
+        raise GradvarError("padding on the left changes this model's hidden states: pad on the right")

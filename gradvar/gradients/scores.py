@@ -72,6 +72,7 @@ def measure_scores(
     probes: int = 0,
     seed: int | None = None,
     prefixes: int = 0,
+    padding_side: str = "right",
 ) -> ScoreMeasurement:
     """Measure the score Grams of one prompt's responses, exactly, and their per-token log-probabilities.
 
@@ -93,6 +94,7 @@ def measure_scores(
         seed: Of the signs, required with probes. A response's signs depend on it, the prompt and the rollout id alone.
         prefixes: k lengths for `prefixes`, evenly spaced along each response's loss tokens, the last the whole
             response: k - 1 more truncated backward passes.
+        padding_side: "right" or "left". Changes nothing in the results; refused where it would.
 
     Raises:
         GradvarError: The request does not fit the model, or a response's gradient is not finite.
@@ -109,6 +111,7 @@ def measure_scores(
         memory_budget=memory_budget,
         rollout_ids=rollout_ids,
         on_progress=on_progress,
+        padding_side=padding_side,
     ) as job:
         job.extra = _reweightings(job, include_bias, probes, seed, prefixes)
         n, ids, tile = len(responses), job.ids, job.plan.tile_bytes

@@ -1,0 +1,114 @@
+"""How the work is done changes nothing: padding side, tile height."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gradvar.errors import GradvarError
+from gradvar.gradients import list_targets, measure_scores
+from gradvar.gradients.gram import FactorStore, MatrixStore
+from tests.gradients import references
+from tests.gradients.models import CONFIGS, FLOAT32_INSIDE, make_model, make_prompt_and_responses
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+SPECS = ["all:qkv", "last:o,mlp"]
+
+
+def grams(model, specs=SPECS, **options):
+    prompt, responses = make_prompt_and_responses()
+    return {key: g.gram() for key, g in measure_scores(model, prompt, responses, specs, **options).grams.items()}
+
+
+def largest_gap(one, other):
+    assert one.keys() == other.keys()
+    return max(references.error(one[key], other[key]) for key in one)
+
+
+# -- padding side
+
+NOT_FINITE_BESIDE_PADDING = ("bloom", "mpt")
+"""Their float32 masks make NaN of rows that see nothing, where the model is in float64."""
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_padding_side_does_not_matter(name):
+    model = make_model(name)
+    specs = [t.key for t in list_targets(model) if t.kind != "head"]
+    right = grams(model, specs, token_budget=60)
+    if name in NOT_FINITE_BESIDE_PADDING:
+        with pytest.raises(GradvarError, match="pad on the right"):
+            grams(model, specs, token_budget=60, padding_side="left")
+        return
+    left = grams(model, specs, token_budget=60, padding_side="left")
+    assert largest_gap(left, right) < (2e-5 if name in FLOAT32_INSIDE else 1e-10)
+
+
+def test_the_padding_side_does_not_matter_to_the_head_probes_and_prefixes():
+    model = make_model("qwen2_tied")
+    prompt, responses = make_prompt_and_responses()
+    options = {"token_budget": 60, "probes": 2, "seed": 0, "prefixes": 3}
+    right = measure_scores(model, prompt, responses, ["lm_head", "last:qkv"], **options)
+    left = measure_scores(model, prompt, responses, ["lm_head", "last:qkv"], padding_side="left", **options)
+    for key, gram in right.grams.items():
+        assert references.error(left.grams[key].gram(), gram.gram()) < 1e-10
+        np.testing.assert_allclose(left.taus[key].value, right.taus[key].value, rtol=1e-10)
+        np.testing.assert_allclose(left.prefixes[key].value, right.prefixes[key].value, rtol=1e-9, atol=1e-18)
+    for one, other in zip(left.logprobs, right.logprobs, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-12)
+
+
+class ByColumn(nn.Module):
+    """Positions counted from the first column, padding or not."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = table
+
+    def forward(self, positions):
+        return self.table(torch.arange(positions.shape[-1])[None])
+
+
+def test_padding_on_the_left_is_refused_where_it_moves_the_positions():
+    model = make_model("gpt2")
+    model.transformer.wpe = ByColumn(model.transformer.wpe)
+    grams(model, "last:qkv")
+    with pytest.raises(GradvarError, match="pad on the right"):
+        grams(model, "last:qkv", padding_side="left")
+    with pytest.raises(GradvarError, match="padding side: expected"):
+        grams(model, "last:qkv", padding_side="middle")
+
+
+# -- tile height
+
+
+@pytest.mark.parametrize("limit", [1, 1000, 3000, 1 << 30])
+def test_the_tile_height_does_not_matter(monkeypatch, limit):
+    model = make_model("qwen2_tied")
+    prompt, responses = make_prompt_and_responses()
+    specs = ["lm_head", *SPECS]
+    options = {"probes": 2, "seed": 0, "prefixes": 2}
+    usual = measure_scores(model, prompt, responses, specs, **options)
+    monkeypatch.setattr("gradvar.gradients.plan._TILE_LIMIT", limit)
+    other = measure_scores(model, prompt, responses, specs, **options)
+    assert other.plan.tile_bytes == min(limit, other.plan.tile_bytes) != usual.plan.tile_bytes
+    assert [[b.keep for b in p] for p in other.plan.passes] == [[b.keep for b in p] for p in usual.plan.passes]
+    for key, gram in usual.grams.items():
+        assert references.error(other.grams[key].gram(), gram.gram()) < 1e-12
+        np.testing.assert_allclose(other.taus[key].value, usual.taus[key].value, rtol=1e-12)
+
+
+@pytest.mark.parametrize("store", [FactorStore, MatrixStore])
+@pytest.mark.parametrize("height", [1, 2, 5, 7, 100])
+def test_tiles_of_any_height_add_up_to_the_whole(store, height):
+    generator = torch.Generator().manual_seed(0)
+    kept, expected = store(4, 7, 3, torch.float64, torch.device("cpu")), []
+    for i, tokens in enumerate((1, 5, 2, 9)):
+        a, delta = (torch.randn(tokens, width, generator=generator, dtype=torch.float64) for width in (3, 7))
+        kept.add(i, a, delta)
+        expected.append(torch.cat([(delta.T @ a).flatten(), delta.sum(0)]).numpy())
+    gram = kept.gram(True, height * 4 * 3 * 8).numpy()
+    assert references.error(gram, references.gram_of(expected)) < 1e-13
+    norms = kept.squared_norms(True, height * 3 * 8).numpy()
+    np.testing.assert_allclose(norms, gram.diagonal(), rtol=1e-13)
