@@ -97,8 +97,10 @@ def verdict(text: Any, *, short: bool = False) -> str:
         "proportional to length": "green",
         "supported": "green",
         "resolved": "green",
+        "holds": "green",
         "not proportional": "red",
         "rejected": "red",
+        "violated": "red",
     }
     style = styles.get(str(text), "yellow")
     words = str(text).removesuffix(" to length") if short else str(text)

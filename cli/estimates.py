@@ -1,4 +1,4 @@
-"""Commands that turn Grams into numbers: fit, cv."""
+"""Commands that turn Grams into numbers: fit, cv, alpha."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
     app.command()(fit)
     app.command()(cv)
+    app.command()(alpha)
 
 
 def fit(
@@ -75,3 +76,38 @@ def cv(
     with target.locked():
         stage(target, settings, console.Terminal())
     verdicts.show_cv(target, as_json=as_json)
+
+
+def alpha(
+    run: o.RunPath,
+    group_size: o.GroupSize = None,
+    advantage: o.Advantage = None,
+    rule: o.Rules = None,
+    level: o.Level = None,
+    seed: o.Seed = None,
+    config: o.ConfigFile = None,
+    as_json: o.Json = False,
+) -> None:
+    """Say which alpha to use: efficiency, bias and noise of VL Norm over alpha, beside the other aggregators.
+
+    Efficiency eta is cos² rho, between 0 and 1: 1 - eta is the least relative squared error of one update, whatever the
+    learning rate. Also: whether the paper's order of CVs holds given the lengths, and CV against group size.
+    """
+    settings = o.given(
+        config,
+        group_size=group_size,
+        advantage=advantage,
+        rules=tuple(rule) if rule else None,
+        level=level,
+        seed=seed,
+    )
+
+    from gradvar.runs import open_run
+    from gradvar.stages import alpha as stage
+
+    from . import choices, console
+
+    target = open_run(run)
+    with target.locked():
+        stage(target, settings, console.Terminal())
+    choices.show_alpha(target, as_json=as_json)

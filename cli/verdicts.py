@@ -42,7 +42,7 @@ def show_cv(run: Run, *, as_json: bool) -> None:
 
 def show_results(run: Run, figures: Sequence[Path], *, as_json: bool) -> None:
     """Show the verdict, the aggregators, and where everything was saved."""
-    from gradvar.stages import disagreement
+    from gradvar.stages import advice, disagreement
 
     law, identity, cv = run.table("law"), run.table("identity"), run.table("cv")
     tables = sorted((run.path / "tables").glob("*.parquet"))
@@ -54,6 +54,7 @@ def show_results(run: Run, figures: Sequence[Path], *, as_json: bool) -> None:
                 "law": console.records(law),
                 "identity": console.records(identity),
                 "cv": console.records(cv),
+                "advice": advice(run),
                 "tables": [str(path) for path in tables],
                 "figures": [str(path) for path in figures],
             }
@@ -65,31 +66,34 @@ def show_results(run: Run, figures: Sequence[Path], *, as_json: bool) -> None:
     _print_identity(identity)
     _print_exponents(law)
     _print_aggregators(cv)
+    console.result.print(advice(run), style="bold", markup=False)
     for kind, paths in (("figures", [p for p in figures if p.suffix == ".png"]), ("tables", tables)):
         console.result.print(f"{kind}:", style="bold")
         for path in paths:
             console.result.print(f"  {path}", markup=False, soft_wrap=True)
-    console.result.print(f"next: gradvar info {run.path}; gradvar cv {run.path} --group-size 16", markup=False)
+    console.result.print(f"next: gradvar alpha {run.path}; gradvar info {run.path}", markup=False)
 
 
-def _overall(table: pd.DataFrame) -> pd.DataFrame:
+def overall_rows(table: pd.DataFrame) -> pd.DataFrame:
     """Return the rows over all prompts, as drawn; of the one prompt where there is only one."""
     from gradvar.estimators.intervals import THESE_PROMPTS
 
     pooled = table[table["prompt_id"].isna()]
     if len(pooled):
-        return pooled[pooled["estimand"] == THESE_PROMPTS]
+        both = "estimand" in pooled  # some tables are about these prompts alone
+        return pooled[pooled["estimand"] == THESE_PROMPTS] if both else pooled
     return table[table["prompt_id"] == table["prompt_id"].iloc[0]] if len(table) else table
 
 
-def _last_target(table: pd.DataFrame) -> str:
+def last_target(table: pd.DataFrame) -> str:
+    """Return the sum of targets where the table has it, else its last target."""
     targets = [t for t in table["target"].unique() if t != "any"]
     return "sum" if "sum" in targets else targets[-1]
 
 
 def _print_identity(identity: pd.DataFrame) -> None:
     rows = identity[identity["quantity"] == "identity_signal"]
-    rows = rows[rows["target"] == _last_target(rows)]
+    rows = rows[rows["target"] == last_target(rows)]
     pooled = rows[rows["prompt_id"].isna()]
     row = (pooled if len(pooled) else rows).iloc[0]
     console.result.print(
@@ -102,12 +106,12 @@ def _print_exponents(law: pd.DataFrame) -> None:
     from gradvar.runs import target_label
 
     main = law[(law["scope"] == "all responses") & law["quantity"].isin([f"{what}_exponent" for what in _WHAT])]
-    overall = _overall(main)
-    last = _last_target(main)
+    overall = overall_rows(main)
+    last = last_target(main)
     for kind in overall["advantage"].unique():
         name = "score (A = 1)" if kind == "score" else f"gradient with {kind} advantages"
         for what, words in _WHAT.items():
-            row = _one(overall, target=last, advantage=kind, quantity=f"{what}_exponent")
+            row = one_row(overall, target=last, advantage=kind, quantity=f"{what}_exponent")
             if row is None:
                 continue
             console.result.print(
@@ -146,7 +150,7 @@ def _print_exponents(law: pd.DataFrame) -> None:
 def _print_law_by_prompt(law: pd.DataFrame) -> None:
     from gradvar.runs import target_label
 
-    last = _last_target(law)
+    last = last_target(law)
     rows = law[(law["scope"] == "all responses") & (law["target"] == last) & law["prompt_id"].notna()]
     rows = rows[rows["quantity"].isin([f"{what}_exponent" for what in _WHAT])]
     if rows["prompt_id"].nunique() < 2:
@@ -169,8 +173,8 @@ def _print_law_by_prompt(law: pd.DataFrame) -> None:
 def _print_aggregators(cv: pd.DataFrame) -> None:
     from gradvar.runs import target_label
 
-    last = _last_target(cv)
-    overall = _overall(cv[(cv["target"] == last) & cv["rule"].notna()])
+    last = last_target(cv)
+    overall = overall_rows(cv[(cv["target"] == last) & cv["rule"].notna()])
     values = overall[overall["quantity"] == "cv"]
     if values.empty:
         console.result.print("[yellow]No aggregator can be compared: every reward is equal within its prompt.[/yellow]")
@@ -179,8 +183,8 @@ def _print_aggregators(cv: pd.DataFrame) -> None:
     unresolved = bool(values["value"].isna().any())
     for _, row in values.iterrows():
         same = {"rule": row["rule"], "alpha": row["alpha"]}
-        rho = _one(overall, quantity="rho", **same)
-        ratio = _one(overall, quantity="cv_ratio", **same)
+        rho = one_row(overall, quantity="rho", **same)
+        ratio = one_row(overall, quantity="cv_ratio", **same)
         cells = [
             str(row["rule"]) + ("" if pd.isna(row["alpha"]) else f" α={row['alpha']:g}"),
             number(row["value"]) if pd.notna(row["value"]) else f"> {number(row['low'])}",
@@ -203,7 +207,7 @@ def _print_aggregators(cv: pd.DataFrame) -> None:
 
 
 def _print_prompts(cv: pd.DataFrame) -> None:
-    last = _last_target(cv)
+    last = last_target(cv)
     rows = cv[(cv["target"] == last) & cv["prompt_id"].notna() & (cv["quantity"] == "cv")]
     columns: list[str] = []
     table: dict[str, dict[str, str]] = {}
@@ -221,7 +225,8 @@ def _print_prompts(cv: pd.DataFrame) -> None:
     console.table("CV prompt by prompt (> : unresolved, lower bound)", ["prompt", *columns, ""], shown)
 
 
-def _one(table: pd.DataFrame, **labels: Any) -> Any:
+def one_row(table: pd.DataFrame, **labels: Any) -> Any:
+    """Return the first row with these labels (None and NaN mean missing), or None."""
     rows = table
     for name, value in labels.items():
         missing = value is None or (isinstance(value, float) and pd.isna(value))

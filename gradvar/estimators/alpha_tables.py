@@ -35,7 +35,7 @@ from gradvar.estimators.groups import PERMUTATIONS, draw_groups, group_coefficie
 from gradvar.estimators.inputs import arrange, generator, is_silent
 from gradvar.estimators.intervals import THESE_PROMPTS, check_level
 from gradvar.estimators.tables import expand_rules
-from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
+from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, target_label
 
 ALPHA_GRID = tuple(np.arange(13) * 0.25)
 """0 to 3 by quarters."""
@@ -239,7 +239,9 @@ def recommendation(table: pd.DataFrame, law: pd.DataFrame, *, target: str) -> st
         if math.isfinite(beta["low"]):
             fitted += f" ({beta['low']:.2f} to {beta['high']:.2f})"
     if star.empty or not math.isfinite(star.iloc[0]["value"]):
-        return f"The data cannot tell which alpha is best for {target}: no signal above the noise{fitted}."
+        return (
+            f"The data cannot tell which alpha is best for {target_label(target)}: no signal above the noise{fitted}."
+        )
     best = star.iloc[0]
     span = f"{best['low']:g} to {best['high']:g}"
     inside = [a for a in (0.75, 1.0) if best["low"] <= a <= best["high"]]
@@ -250,7 +252,7 @@ def recommendation(table: pd.DataFrame, law: pd.DataFrame, *, target: str) -> st
     )
     all_alphas = mine[(mine["quantity"] == "eta") & (mine["rule"] == "vl_norm")]["alpha"]
     if best["low"] <= all_alphas.min() and best["high"] >= all_alphas.max():
-        return f"The data cannot tell one alpha from another for {target} ({span} all fit){fitted}."
+        return f"The data cannot tell one alpha from another for {target_label(target)} ({span} all fit){fitted}."
     resting = f"efficiency on {int(best['clusters'])} prompt(s), {int(best['n'])} responses"
-    advice = f"Use vl_norm with alpha = {best['value']:g} ({span} fit as well) for {target}"
+    advice = f"Use vl_norm with alpha = {best['value']:g} ({span} fit as well) for {target_label(target)}"
     return f"{advice}: {paper}; rests on {resting}{fitted}."

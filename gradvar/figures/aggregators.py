@@ -52,3 +52,31 @@ def plot_aggregator_cv(axes: Axes, rows: pd.DataFrame, *, title: str = "") -> No
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("total CV of the aggregated update")
     axes.set_title(title)
+
+
+def plot_alpha_curve(axes: Axes, rows: pd.DataFrame, *, title: str = "") -> None:
+    """Plot the efficiency of vl_norm over alpha with its band, the other rules as level lines.
+
+    Args:
+        axes: Where to draw.
+        rows: Rows of the table `alpha` of one target and prompt (or pooled): quantity, rule, alpha, value, low, high.
+            The alphas not told apart from the best are shaded.
+        title: Above the panel.
+    """
+    eta = rows[(rows["quantity"] == "eta") & rows["rule"].notna()]
+    curve = eta[eta["alpha"].notna()].sort_values("alpha")
+    best = rows[(rows["quantity"] == "alpha_star_eta") & rows["value"].notna()]
+    if len(best):
+        low, high = float(best["low"].iloc[0]), float(best["high"].iloc[0])
+        axes.axvspan(low, high, color="#dddddd", alpha=0.6, linewidth=0, label="not told apart from the best")
+    axes.plot(curve["alpha"], curve["value"], color=RULE_COLOURS["vl_norm"], linewidth=1.6, label="vl_norm")
+    axes.fill_between(
+        curve["alpha"], curve["low"], curve["high"], color=RULE_COLOURS["vl_norm"], alpha=0.18, linewidth=0
+    )
+    for _, row in eta[eta["alpha"].isna()].iterrows():
+        colour = RULE_COLOURS.get(str(row["rule"]), MUTED)
+        axes.axhline(row["value"], color=colour, linewidth=1.2, linestyle="--", label=str(row["rule"]))
+    axes.set_xlabel("alpha")
+    axes.set_ylabel("efficiency of one update")
+    axes.set_ylim(bottom=min(0.0, *curve["low"].dropna(), 0.0))
+    axes.set_title(title)

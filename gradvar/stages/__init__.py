@@ -1,6 +1,6 @@
 """One function a stage: read the run, call one room, write that stage's files."""
 
-from gradvar.stages.estimate import cv, fit
+from gradvar.stages.estimate import advice, alpha, cv, fit
 from gradvar.stages.figures import draw_figures
 from gradvar.stages.listener import Listener, Silent
 from gradvar.stages.measure import disagreement, measure, sampler_agreements
@@ -12,6 +12,8 @@ __all__ = [
     "Listener",
     "Preparation",
     "Silent",
+    "advice",
+    "alpha",
     "cv",
     "demo",
     "disagreement",

@@ -1,4 +1,4 @@
-"""Stages fit and cv: score Grams to tables of estimates."""
+"""Stages fit, cv and alpha: score Grams to tables of estimates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from typing import Any
 import pandas as pd
 
 from gradvar.errors import GradvarError
-from gradvar.estimators import cv_table, identity_table, law_table
+from gradvar.estimators import (
+    alpha_table,
+    cv_table,
+    find_rule,
+    form_table,
+    identity_table,
+    law_table,
+    planning_table,
+    recommendation,
+)
 from gradvar.runs import SUM, EstimateConfig, PromptScores, Run
 from gradvar.stages.identity import agreed_config
 from gradvar.stages.listener import Listener, Silent
@@ -77,6 +86,52 @@ def cv(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> 
     run.write_estimates("cv", table)
     run.finish("cv")
     return table
+
+
+GROUP_SIZES = (4, 8, 16, 32, 64, 128)
+"""Sizes for which the CV is estimated, or extrapolated where the rollouts do not hold three such groups."""
+
+
+def alpha(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> dict[str, pd.DataFrame]:
+    """Estimate efficiency, bias and pressure over alpha, the paper's order, and CV against group size.
+
+    Writes and returns the tables `alpha`, `forms` (the CVs given the lengths, and whether the paper's inequality holds)
+    and `planning`.
+
+    Args:
+        run: A run with Grams and rewards.
+        given: Settings of `EstimateConfig` given now.
+        listener: Who is told.
+
+    Raises:
+        GradvarError: Nothing was measured, or too few rollouts for the group size.
+    """
+    listener = listener or Silent()
+    config = agreed_config(run, EstimateConfig, given)
+    groups = estimated_groups(run)
+    run.begin("alpha", config)
+    common: dict[str, Any] = {"advantage": config.advantage, "level": config.level, "seed": config.seed}
+    rules = tuple(rule for rule in config.rules if not find_rule(rule).takes_alpha)
+    with listener.task("alpha", 3) as advance:
+        tables = {"alpha": alpha_table(groups, rules=rules, group_size=config.group_size, **common)}
+        advance(1)
+        tables["forms"] = form_table(groups, rules=config.rules, alphas=config.alphas, **common)
+        advance(1)
+        tables["planning"] = planning_table(groups, sizes=GROUP_SIZES, **common)
+        advance(1)
+    for name, table in tables.items():
+        run.write_estimates(name, table)
+    run.finish("alpha")
+    return tables
+
+
+def advice(run: Run) -> str | None:
+    """Return which alpha to use and what that rests on, in one sentence; None before `alpha` and `fit` ran."""
+    if not all((run.path / "tables" / f"{name}.parquet").exists() for name in ("alpha", "law")):
+        return None
+    table = run.table("alpha")
+    target = SUM if SUM in set(table["target"]) else str(table["target"].iloc[0])
+    return recommendation(table, run.table("law"), target=target)
 
 
 def estimated_groups(run: Run) -> list[PromptScores]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from gradvar.estimators import advantages, deviations
 from gradvar.estimators.intervals import THESE_PROMPTS
 from gradvar.estimators.law_tables import ALL_RESPONSES
-from gradvar.figures import panels, plot_aggregator_cv, plot_length_law, save, style
+from gradvar.figures import panels, plot_aggregator_cv, plot_alpha_curve, plot_length_law, save, style
 from gradvar.runs import SUM, EstimateConfig, PromptScores, Run, target_label
 from gradvar.stages.listener import Listener, Silent
 
@@ -24,9 +24,9 @@ SHOWN_PROMPTS = 3
 def draw_figures(run: Run, listener: Listener | None = None) -> list[Path]:
     """Draw every figure the run has data for and return the files' paths.
 
-    `length_law_score` and `length_law_<advantage>`: deviation against length, one panel a target, all prompts (each
-    divided by its own mean deviation) and the first prompts alone; `aggregator_cv`: the aggregators' CV, pooled and for
-    the first prompts.
+    `length_law_score` and `length_law_<advantage>`: deviation against length, one panel a target, all prompts (aligned
+    by their mean deviations) and the first prompts alone; `aggregator_cv`: the aggregators' CV, and `alpha_curve`:
+    efficiency over alpha, both pooled and for the first prompts.
 
     Raises:
         GradvarError: Nothing was measured or fitted yet.
@@ -52,6 +52,10 @@ def draw_figures(run: Run, listener: Listener | None = None) -> list[Path]:
             paths += _aggregators(folder, run.table("cv"), targets[-1], shown)
         else:
             listener.say(f"no figure of the aggregators: run `gradvar cv {run.path}` first")
+        if (run.path / "tables" / "alpha.parquet").exists():
+            paths += _alpha_curves(folder, run.table("alpha"), targets[-1], shown)
+        else:
+            listener.say(f"no figure of alpha: run `gradvar alpha {run.path}` first")
         advance(1)
     return paths
 
@@ -137,3 +141,18 @@ def _aggregators(folder: Path, table: pd.DataFrame, target: str, shown: Sequence
     for axes, (title, part) in zip(figure.axes, parts, strict=False):
         plot_aggregator_cv(axes, part, title=f"{title}, group of {part['group_size'].iloc[0]}")
     return save(figure, folder, "aggregator_cv")
+
+
+def _alpha_curves(folder: Path, table: pd.DataFrame, target: str, shown: Sequence[str]) -> list[Path]:
+    rows = table[table["target"] == target]
+    parts = [("all prompts", rows[rows["prompt_id"].isna()])]
+    parts += [(f"prompt {prompt_id}", rows[rows["prompt_id"] == prompt_id]) for prompt_id in shown]
+    parts = [(title, part) for title, part in parts if (part["quantity"].eq("eta") & part["alpha"].notna()).any()]
+    if not parts:
+        return []
+    figure = panels(len(parts), columns=4)
+    for axes, (title, part) in zip(figure.axes, parts, strict=False):
+        plot_alpha_curve(axes, part, title=f"{title}, group of {part['group_size'].iloc[0]}")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
+    return save(figure, folder, "alpha_curve")

@@ -13,7 +13,7 @@ from gradvar.models import load_skeleton
 from gradvar.rollouts.engines import check_engine
 from gradvar.rollouts.rewards import choose_reward
 from gradvar.runs import EstimateConfig, MeasureConfig, RewardConfig, Run, SampleConfig
-from gradvar.stages.estimate import cv, fit
+from gradvar.stages.estimate import alpha, cv, fit
 from gradvar.stages.figures import draw_figures
 from gradvar.stages.identity import agreed_config
 from gradvar.stages.listener import Listener, Silent
@@ -56,6 +56,7 @@ def run_all(
         listener.warn(line)
     fit(run, given, listener)
     cv(run, given, listener)
+    alpha(run, given, listener)
     return draw_figures(run, listener)
 
 

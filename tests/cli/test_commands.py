@@ -48,7 +48,7 @@ def test_the_demo_ends_with_verdict_table_and_paths(finished_run, tmp_path):
     assert "\x1b[" not in done.stdout  # no colour where no terminal is
 
 
-@pytest.mark.parametrize("name", ["info", "fit", "cv", "figures", "reward", "measure", "sample"])
+@pytest.mark.parametrize("name", ["info", "fit", "cv", "alpha", "figures", "reward", "measure", "sample"])
 def test_json_is_json(call, run, name):
     document = json.loads(call(name, run, "--json"))
     assert isinstance(document, dict)
@@ -75,7 +75,9 @@ def test_a_dry_run_shows_the_prompt_and_writes_nothing(call, tmp_path):
 def test_figures_are_written_and_hold_vector_text(call, run):
     shutil.rmtree(run / "figures")
     files = json.loads(call("figures", run, "--json"))["files"]
-    assert {"length_law_score.png", "length_law_grpo.pdf", "aggregator_cv.png"} <= {f.rpartition("/")[2] for f in files}
+    assert {"length_law_score.png", "length_law_grpo.pdf", "aggregator_cv.png", "alpha_curve.png"} <= {
+        f.rpartition("/")[2] for f in files
+    }
     for name in ("length_law_score.pdf", "aggregator_cv.pdf"):
         assert b"/Type3" not in (run / "figures" / name).read_bytes()
 

@@ -48,7 +48,7 @@ def assert_same_run(run: Path, whole: Path) -> None:
         assert grams[0].keys() == grams[1].keys()
         for target in grams[0]:
             np.testing.assert_array_equal(grams[0][target].matrix, grams[1][target].matrix)
-    for table in ("law", "identity", "cv"):
+    for table in ("law", "identity", "cv", "alpha", "forms", "planning"):
         pd.testing.assert_frame_equal(gradvar.open_run(run).table(table), gradvar.open_run(whole).table(table))
 
 
