@@ -65,6 +65,12 @@ def plot_alpha_curve(axes: Axes, rows: pd.DataFrame, *, title: str = "") -> None
     """
     eta = rows[(rows["quantity"] == "eta") & rows["rule"].notna()]
     curve = eta[eta["alpha"].notna()].sort_values("alpha")
+    axes.set_title(title)
+    axes.set_xlabel("alpha")
+    axes.set_ylabel("efficiency of one update")
+    if curve["value"].isna().all():
+        axes.text(0.5, 0.5, "unresolved:\nno signal above the noise", ha="center", transform=axes.transAxes, fontsize=8)
+        return
     best = rows[(rows["quantity"] == "alpha_star_eta") & rows["value"].notna()]
     if len(best):
         low, high = float(best["low"].iloc[0]), float(best["high"].iloc[0])
@@ -76,7 +82,4 @@ def plot_alpha_curve(axes: Axes, rows: pd.DataFrame, *, title: str = "") -> None
     for _, row in eta[eta["alpha"].isna()].iterrows():
         colour = RULE_COLOURS.get(str(row["rule"]), MUTED)
         axes.axhline(row["value"], color=colour, linewidth=1.2, linestyle="--", label=str(row["rule"]))
-    axes.set_xlabel("alpha")
-    axes.set_ylabel("efficiency of one update")
-    axes.set_ylim(bottom=min(0.0, *curve["low"].dropna(), 0.0))
-    axes.set_title(title)
+    axes.set_ylim(bottom=min(0.0, *curve["low"].dropna()))

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gradvar.figures import panels, plot_aggregator_cv, plot_length_law, save, style
+from gradvar.figures import panels, plot_aggregator_cv, plot_alpha_curve, plot_length_law, save, style
 
 
 @pytest.fixture
@@ -73,3 +73,27 @@ def test_panels_for_one_prompt_or_many(count, rows, columns):
     shown = [axes for axes in figure.axes if axes.axison]
     assert len(shown) == count
     assert figure.axes[0].get_gridspec().get_geometry() == (rows, columns)
+
+
+def test_the_alpha_curve_its_band_and_the_other_rules(axes):
+    eta = {"quantity": "eta", "rule": "vl_norm", "low": 0.1, "high": 0.3}
+    rows = pd.DataFrame(
+        [
+            {**eta, "alpha": 1.0, "value": 0.2},
+            {**eta, "alpha": 0.0, "value": 0.15},
+            {**eta, "rule": "grpo", "alpha": np.nan, "value": 0.18},
+            {"quantity": "alpha_star_eta", "rule": "vl_norm", "alpha": np.nan, "value": 1.0, "low": 0.5, "high": 1.5},
+        ]
+    )
+    plot_alpha_curve(axes, rows)
+    curve = next(line for line in axes.lines if line.get_label() == "vl_norm")
+    np.testing.assert_array_equal(curve.get_xdata(), [0, 1])
+    np.testing.assert_array_equal(curve.get_ydata(), [0.15, 0.2])
+    assert next(line for line in axes.lines if line.get_label() == "grpo").get_ydata()[0] == 0.18
+
+
+def test_an_unresolved_alpha_curve_says_so(axes):
+    rows = pd.DataFrame([{"quantity": "eta", "rule": "vl_norm", "alpha": 1.0, "value": np.nan, "low": 0, "high": 1}])
+    plot_alpha_curve(axes, rows)
+    assert "unresolved" in axes.texts[0].get_text()
+    assert not axes.lines
