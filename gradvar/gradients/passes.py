@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gradvar.errors import GradvarError
 from gradvar.gradients.batches import Batch, UnalignedTokensError, last_hidden, make_batches
 from gradvar.gradients.capture import Taps
+from gradvar.gradients.checkpointing import checkpointed, choose_checkpointing
 from gradvar.gradients.gram import FactorStore, GradientStore, HeadStore, MatrixStore
 from gradvar.gradients.logprobs import Head, TokenScores, compute_dtype
 from gradvar.gradients.plan import Block, Plan, make_plan
@@ -82,6 +83,7 @@ def prepared(
     rollout_ids: Sequence[int] | None = None,
     on_progress: Callable[[int], None] | None = None,
     padding_side: str = "right",
+    checkpointing: str | None = None,
 ) -> Iterator[Job]:
     """Check a request and hold the model ready for `run_pass`; arguments as in `measure_scores`.
 
@@ -91,7 +93,10 @@ def prepared(
     ids = tuple(range(len(responses))) if rollout_ids is None else tuple(rollout_ids)
     masks = check_request(model, prompt_ids, responses, loss_masks, temperature, ids)
     chosen = resolve_targets(model, targets)
-    with torch.inference_mode(False), torch.enable_grad(), frozen(model), full_precision():
+    kind = choose_checkpointing(model, checkpointing)
+    with (
+        torch.inference_mode(False), torch.enable_grad(), frozen(model), full_precision(), checkpointed(model, kind)
+    ):  # fmt: skip
         head = Head(model, list(prompt_ids)[-_PROBE_TOKENS:])
         tied, tied_scale = check_sharing(model, chosen, head)
         check_padding(head.base, list(prompt_ids)[-_PROBE_TOKENS:], padding_side)
@@ -114,6 +119,7 @@ def prepared(
                 device=next(model.parameters()).device,
                 token_budget=token_budget,
                 memory_budget=memory_budget,
+                checkpointing=kind,
             ),
             padding_side=padding_side,
             dtype=dtype,

@@ -45,6 +45,8 @@ class Plan:
     """Bytes for gradients and tiles."""
     tile_bytes: int
     passes: tuple[tuple[Block, ...], ...]
+    checkpointing: str = "off"
+    """Activation checkpointing above the lowest target: "off", "reentrant" or "non_reentrant"."""
 
 
 def free_memory(device: torch.device) -> int:
@@ -69,6 +71,7 @@ def make_plan(
     device: torch.device,
     token_budget: int | None,
     memory_budget: int | None,
+    checkpointing: str = "off",
 ) -> Plan:
     """Return which rows of which targets are kept how, in which pass.
 
@@ -79,6 +82,7 @@ def make_plan(
         device: Where the factors are kept.
         token_budget: Padded tokens of a batch; None chooses by device.
         memory_budget: Bytes for gradients and tiles; None takes 60% of what is free.
+        checkpointing: Noted in the plan.
 
     Raises:
         GradvarError: A budget is not positive, or too small for a single row of a target.
@@ -114,6 +118,7 @@ def make_plan(
         memory_budget=budget,
         tile_bytes=tile,
         passes=tuple(tuple(blocks) for blocks in passes),
+        checkpointing=checkpointing,
     )
 
 

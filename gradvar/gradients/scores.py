@@ -73,6 +73,7 @@ def measure_scores(
     seed: int | None = None,
     prefixes: int = 0,
     padding_side: str = "right",
+    checkpointing: str | None = None,
 ) -> ScoreMeasurement:
     """Measure the score Grams of one prompt's responses, exactly, and their per-token log-probabilities.
 
@@ -95,6 +96,9 @@ def measure_scores(
         prefixes: k lengths for `prefixes`, evenly spaced along each response's loss tokens, the last the whole
             response: k - 1 more truncated backward passes.
         padding_side: "right" or "left". Changes nothing in the results; refused where it would.
+        checkpointing: "off", "reentrant" or "non_reentrant": above the lowest target a layer's activations are made
+            again at backward instead of kept. None honours what is switched on in the model. Changes memory and
+            speed, not results.
 
     Raises:
         GradvarError: The request does not fit the model, or a response's gradient is not finite.
@@ -112,6 +116,7 @@ def measure_scores(
         rollout_ids=rollout_ids,
         on_progress=on_progress,
         padding_side=padding_side,
+        checkpointing=checkpointing,
     ) as job:
         job.extra = _reweightings(job, include_bias, probes, seed, prefixes)
         n, ids, tile = len(responses), job.ids, job.plan.tile_bytes

@@ -13,16 +13,26 @@ from torch import nn
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Put every parameter out of the graph and every module in eval mode (no dropout); restore both on leaving."""
+    """Put every parameter out of the graph and every module in eval mode (no dropout); restore both on leaving.
+
+    A graph that a hook begins at the input embedding (transformers' `enable_input_require_grads`, which comes with
+    checkpointing and adapters) is cut there too: backward would run through every layer for nothing.
+    """
     training = [(module, module.training) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+    hook = None
     try:
+        if embedding is not None:
+            hook = embedding.register_forward_hook(lambda module, args, output: output.detach())
         for module, _ in training:
             module.training = False
         for parameter, _ in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
+        if hook is not None:
+            hook.remove()
         for module, was in training:
             module.training = was
         for parameter, was in trainable:

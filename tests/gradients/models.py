@@ -162,3 +162,26 @@ def make_prompt_and_responses(lengths=(1, 2, 17, 9, 30, 4), prompt=5, seed=1):
         return torch.randint(3, VOCABULARY, (count,), generator=generator).tolist()
 
     return tokens(prompt), [tokens(length) for length in lengths]
+
+
+def state(model):
+    """Everything about a model that a measurement must leave as it was."""
+    return (
+        [p.requires_grad for p in model.parameters()],
+        [m.training for m in model.modules()],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
+        [m.__dict__.get("forward") for m in model.modules()],
+        [p.dtype for p in model.parameters()],
+        [p.grad is None for p in model.parameters()],
+        torch.get_float32_matmul_precision(),
+        torch.is_grad_enabled(),
+    )
+
+
+def uneven(name="qwen2"):
+    """A model in a state of its own: part frozen, part in training mode."""
+    model = make_model(name, attention_dropout=0.5)
+    model.train()
+    model.model.layers[0].eval()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    return model

@@ -10,7 +10,7 @@ from gradvar.gradients import list_targets, measure_scores, resolve_targets, sco
 from gradvar.gradients.batches import make_batches
 from gradvar.gradients.gram import FactorStore
 from tests.gradients import references
-from tests.gradients.models import VOCABULARY, make_model, make_prompt_and_responses
+from tests.gradients.models import VOCABULARY, make_model, make_prompt_and_responses, state, uneven
 
 SPECS = ["all:qkv", "last:o,mlp"]
 
@@ -200,27 +200,6 @@ def test_rollout_ids_name_the_rows(qwen):
 
 
 # -- the user's model is left as it was
-
-
-def state(model):
-    return (
-        [p.requires_grad for p in model.parameters()],
-        [m.training for m in model.modules()],
-        [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
-        ["forward" in m.__dict__ for m in model.modules()],
-        [p.grad is None for p in model.parameters()],
-        torch.get_float32_matmul_precision(),
-        torch.is_grad_enabled(),
-    )
-
-
-def uneven(name="qwen2"):
-    """A model in a state of its own: part frozen, part in training mode."""
-    model = make_model(name, attention_dropout=0.5)
-    model.train()
-    model.model.layers[0].eval()
-    model.model.embed_tokens.weight.requires_grad_(False)
-    return model
 
 
 @pytest.mark.parametrize("name", ["qwen2", "phi3", "gemma2"])
