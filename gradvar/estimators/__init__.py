@@ -3,6 +3,7 @@
 from gradvar.estimators.advantages import ADVANTAGES, advantages
 from gradvar.estimators.aggregation import RULES, Rule, aggregation_weights, find_rule
 from gradvar.estimators.alpha_tables import alpha_table, recommendation
+from gradvar.estimators.audit import audit_table
 from gradvar.estimators.cv import aggregator_cv, aggregator_rho, cv_from_rho, cv_ratio
 from gradvar.estimators.forms import conditional_cv, form_table
 from gradvar.estimators.identity import IdentityCheck, score_identity
@@ -11,6 +12,7 @@ from gradvar.estimators.law_tables import law_table
 from gradvar.estimators.planning import planning_table
 from gradvar.estimators.spread import deviations, within_length_variance
 from gradvar.estimators.tables import cv_table, identity_table
+from gradvar.estimators.token_covariance import TokenShare, token_covariance
 from gradvar.estimators.transforms import authors_vl_norm, overlong_penalty, soft_overlong
 
 __all__ = [
@@ -41,8 +43,11 @@ __all__ = [
     # assumptions
     "IdentityCheck",
     "score_identity",
+    "TokenShare",
+    "token_covariance",
     # tables
     "alpha_table",
+    "audit_table",
     "cv_table",
     "form_table",
     "identity_table",

@@ -116,3 +116,41 @@ def gamma_quasi_score(theta, lengths, y, n_centred, vbar):
         slope = (1 - 2 / n_centred) * v * np.array([1.0, math.log(length)])
         total += (value - mu) / mu**2 * slope
     return total
+
+
+def length_bin_signals(gradients, bins):
+    """(sum_b p_b ||m_b - m||^2, ||m||^2) without bias: products of different responses, by loops."""
+    n, count = len(gradients), max(bins) + 1
+    share = [sum(b == k for b in bins) / n for k in range(count)]
+
+    def product(b, c):
+        pairs = [(i, j) for i in range(n) for j in range(n) if i != j and bins[i] == b and bins[j] == c]
+        return sum(float(gradients[i] @ gradients[j]) for i, j in pairs) / len(pairs)
+
+    whole = sum(share[b] * share[c] * product(b, c) for b in range(count) for c in range(count))
+    return sum(share[b] * product(b, b) for b in range(count)) - whole, whole
+
+
+def baseline_parts(vectors, rewards, lengths, permutations, rule, kind, *, without=None):
+    """Variances and norms of ghat with the group's baseline and that of all, by loops; `without` leaves one out."""
+    kept = [i for i in range(len(rewards)) if i != without]
+    everyone = dict(zip(kept, advantage([rewards[i] for i in kept], kind, [lengths[i] for i in kept]), strict=True))
+    found = []
+    for common in (False, True):
+        same, cross, norms = [], [], []
+        for groups in permutations:
+            updates = []
+            for g in groups:
+                members = list(g)
+                if without in members:
+                    continue
+                x = weights(rule, [lengths[i] for i in members])
+                inside = advantage([rewards[i] for i in members], kind, [lengths[i] for i in members])
+                a = [everyone[i] for i in members] if common else inside
+                terms = [x[m] * a[m] * vectors[i] for m, i in enumerate(members)]
+                updates.append(sum(terms))
+                norms.append(sum(float(t @ t) for t in terms))
+            same += [float(u @ u) for u in updates]
+            cross += [float(u @ v) for u, v in itertools.permutations(updates, 2)]
+        found.append((np.mean(same) - np.mean(cross), np.mean(norms)))
+    return np.array([found[0][0], found[1][0], found[0][1], found[1][1]])

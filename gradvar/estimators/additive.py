@@ -1,0 +1,162 @@
+"""Statistics of sums over prompts: a jackknife over responses, one over prompts, and a ratio whose divisor may be 0.
+
+Every prompt contributes a vector of P sums or means with its delete-one replicates; a statistic is a function of the
+vectors' total. Shape letters: N responses of one prompt, K prompts, P parts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradvar.estimators.intervals import (
+    MINIMUM_PROMPTS,
+    PROMPTS_LIKE_THESE,
+    THESE_PROMPTS,
+    effective_degrees,
+    jackknife_variance,
+    t_quantile,
+)
+from gradvar.runs.records import Estimate
+
+Array = NDArray[np.float64]
+Statistic = Callable[[Array], Array]
+"""Parts (..., P) to statistic (...)."""
+UNRESOLVED_NOTE = "; unresolved"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sums:
+    """What one prompt contributes."""
+
+    value: Array
+    """(P,)."""
+    without: Array
+    """(N, P) delete-one replicates; NaN where they do not exist."""
+
+
+def of_these_prompts(
+    prompts: Sequence[Sums],
+    statistic: Statistic,
+    *,
+    level: float,
+    method: str,
+    back: Callable[[float], float] = lambda x: x,
+) -> Estimate:
+    """Statistic of the total, responses drawn again inside prompts; `back` takes value and ends to another scale.
+
+    Without interval where a replicate is undefined; NaN where the statistic is.
+    """
+    n, clusters = sum(len(p.without) for p in prompts), len(prompts)
+    total = np.sum([p.value for p in prompts], axis=0)
+    method = f"{method}; {THESE_PROMPTS}"
+    with np.errstate(all="ignore"):
+        value = float(statistic(total))
+        replicates = [np.asarray(statistic(total - p.value + p.without)) for p in prompts]
+    if not math.isfinite(value):
+        return _record(math.nan, math.nan, math.nan, level, method + UNRESOLVED_NOTE, n, clusters)
+    half = math.nan
+    if all(len(r) > 1 and np.isfinite(r).all() for r in replicates):
+        influence = np.concatenate([r.mean() - r for r in replicates])
+        error = math.sqrt(sum(float(jackknife_variance(r)) for r in replicates))
+        half = t_quantile(level, effective_degrees(influence, n - clusters)) * error
+    else:
+        method += "; no interval, one response carries a part"
+    return _record(back(value), back(value - half), back(value + half), level, method, n, clusters)
+
+
+def of_prompts_like_these(
+    prompts: Sequence[Sums],
+    statistic: Statistic,
+    *,
+    level: float,
+    method: str,
+    back: Callable[[float], float] = lambda x: x,
+) -> Estimate:
+    """Statistic of the total, prompts drawn again: delete-one-prompt jackknife, t over K - 1, from 4 prompts on."""
+    n, clusters = sum(len(p.without) for p in prompts), len(prompts)
+    method = f"{method}, over prompts; {PROMPTS_LIKE_THESE}"
+    if clusters < MINIMUM_PROMPTS:
+        note = f"; not given below {MINIMUM_PROMPTS} prompts"
+        return _record(math.nan, math.nan, math.nan, level, method + note, n, clusters)
+    values = np.array([p.value for p in prompts])
+    total = values.sum(axis=0)
+    with np.errstate(all="ignore"):
+        value = float(statistic(total))
+        replicates = np.asarray(statistic(total - values))
+    if not (math.isfinite(value) and np.isfinite(replicates).all()):
+        return _record(math.nan, math.nan, math.nan, level, method + UNRESOLVED_NOTE, n, clusters)
+    half = t_quantile(level, clusters - 1) * math.sqrt(float(jackknife_variance(replicates)))
+    return _record(back(value), back(value - half), back(value + half), level, method, n, clusters)
+
+
+def ratio_of_signals(
+    prompts: Sequence[Sums], *, margin: float, level: float, method: str, across: bool = False
+) -> tuple[Estimate, int, float]:
+    """Ratio of two signals, both at least 0 in truth, by Fieller's set: part 0 over part 1 of the total.
+
+    {theta : |a - theta b| <= t error(a - theta b)} stays valid where b is not told apart from 0. Then it is unbounded:
+    value NaN, and only a lower end is left where a is above 0, none otherwise.
+
+    Args:
+        prompts: With two parts, unbiased estimates of the signals.
+        margin: The ratio's margin from above.
+        level: Nominal coverage.
+        method: Of the record.
+        across: For prompts like these (K >= 4) instead of these prompts.
+
+    Returns:
+        (ratio, 1 inside the margin, -1 outside, 0 undetermined, responses that would decide).
+    """
+    n, clusters = sum(len(p.without) for p in prompts), len(prompts)
+    values = np.array([p.value for p in prompts])
+    a, b = (float(v) for v in values.sum(axis=0))
+    aim = np.array([1.0, -margin])
+    if across:
+        method = f"{method}, over prompts; {PROMPTS_LIKE_THESE}"
+        if clusters < MINIMUM_PROMPTS:
+            note = f"; not given below {MINIMUM_PROMPTS} prompts"
+            return _record(math.nan, math.nan, math.nan, level, method + note, n, clusters), 0, math.nan
+        centred = values - values.mean(axis=0)
+        covariance = clusters / (clusters - 1) * centred.T @ centred
+        quantile = t_quantile(level, clusters - 1)
+    else:
+        method = f"{method}; {THESE_PROMPTS}"
+        if not all(len(p.without) > 1 and np.isfinite(p.without).all() for p in prompts):
+            return _record(math.nan, math.nan, math.nan, level, method + "; no interval", n, clusters), 0, math.nan
+        moved = [p.without.mean(axis=0) - p.without for p in prompts]
+        covariance = np.sum([(len(m) - 1) / len(m) * m.T @ m for m in moved], axis=0)
+        quantile = t_quantile(level, effective_degrees(np.concatenate(moved) @ aim, n - clusters))
+    low, high = _fieller(a, b, covariance, quantile)
+    inside = 1 if high <= margin else -1 if low > margin else 0
+    value = a / b if math.isfinite(low) and math.isfinite(high) else math.nan
+    distance, half = abs(a - margin * b), quantile * math.sqrt(max(float(aim @ covariance @ aim), 0.0))
+    needed = float(n) if inside else float(math.ceil(n * max(1.0, (half / distance) ** 2))) if distance else math.inf
+    note = "" if math.isfinite(value) else UNRESOLVED_NOTE
+    return _record(value, low, high, level, method + note, n, clusters), inside, needed
+
+
+def _fieller(a: float, b: float, covariance: Array, quantile: float) -> tuple[float, float]:
+    square = quantile**2
+    first = b**2 - square * float(covariance[1, 1])
+    middle = a * b - square * float(covariance[0, 1])
+    last = a**2 - square * float(covariance[0, 0])
+    inner = middle**2 - first * last
+    if first > 0.0 and inner >= 0.0:
+        if b < 0.0:
+            # A negative square: neither signal is there, whatever the noise says.
+            return -math.inf, math.inf
+        root = math.sqrt(inner)
+        return (middle - root) / first, (middle + root) / first
+    if first < 0.0 < inner and last > 0.0 and a > 0.0:
+        # Two rays, one on each side of 0: the ratio of two squares lies on the upper one.
+        return (middle - math.sqrt(inner)) / first, math.inf
+    return -math.inf, math.inf
+
+
+def _record(value: float, low: float, high: float, level: float, method: str, n: int, clusters: int) -> Estimate:
+    return Estimate(value=value, low=low, high=high, level=level, method=method, n=n, clusters=clusters, seed=None)

@@ -1,0 +1,129 @@
+"""Assumption 3: responses are independent given the group's baseline.
+
+A baseline taken inside the group ties its responses together. The update with the group's baseline is set beside the
+update with the baseline of all N responses, on the same groups:
+
+    variance ratio   tr Var(ghat, group) / tr Var(ghat, all)
+    norm ratio       E sum_i ||c_i s_i||^2, group over all: the change of scale alone (a group's std, silent groups)
+    ratio            variance ratio / norm ratio: what the ties add or take away; 1 where responses are independent
+
+The variance ratio alone would condemn every mean baseline at n = 8, whose factor (n - 1)/n on E A^2 is only a scale.
+Every advantage is affine in the rewards, A = p r + q, and so is the replicate in which one response is left out of the
+baseline too. Shape letters: N responses, n of a group, B groups, P permutations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradvar.estimators.additive import Sums
+from gradvar.estimators.advantages import advantages
+from gradvar.estimators.aggregation import Rule
+from gradvar.estimators.groups import group_coefficients, group_moments
+
+Array = NDArray[np.float64]
+
+
+def affine_advantage(rewards: Array, kind: str, lengths: Array) -> tuple[Array, Array]:
+    """(p, q), each (1 + N,): A = p r + q over all responses, then over all but each.
+
+    Both are 0 where the rewards in question are all equal and the kind has a baseline.
+    """
+    n = len(rewards)
+    whole = _affine(rewards[None], kind, lengths[None])
+    if n < 3:
+        nothing = np.full(n, np.nan)
+        return np.concatenate([whole[0], nothing]), np.concatenate([whole[1], nothing])
+    others = np.nonzero(~np.eye(n, dtype=bool))[1].reshape(n, n - 1)
+    without = _affine(rewards[others], kind, lengths[others])
+    return np.concatenate([whole[0], without[0]]), np.concatenate([whole[1], without[1]])
+
+
+def _affine(rewards: Array, kind: str, lengths: Array) -> tuple[Array, Array]:
+    """(p, q) of every row."""
+    factors = advantages(rewards, kind, lengths=lengths)
+
+    def ends(values: Array, where: NDArray[np.intp]) -> Array:
+        return np.take_along_axis(values, where[:, None], axis=1)[:, 0]
+
+    lowest, highest = rewards.argmin(axis=1), rewards.argmax(axis=1)
+    span = ends(rewards, highest) - ends(rewards, lowest)
+    # A constant reward has one advantage, without a slope.
+    slope = (ends(factors, highest) - ends(factors, lowest)) / np.where(span == 0.0, 1.0, span)
+    return slope, ends(factors, lowest) - slope * ends(rewards, lowest)
+
+
+def baseline_sums(
+    gram: Array,
+    groups: NDArray[np.intp],
+    rewards: Array,
+    lengths: Array,
+    rule: Rule,
+    *,
+    advantage: str,
+    alpha: float | None = None,
+    max_length: float | None = None,
+) -> Sums:
+    """Four parts: variance with the group's baseline, with everyone's, and the norms of both.
+
+    Args:
+        gram: (N, N) score Gram.
+        groups: (P, B, n) disjoint groups.
+        rewards: (N,) verified rewards.
+        lengths: (N,) tokens.
+        rule: Aggregation.
+        advantage: Kind of `advantages`.
+        alpha: Exponent of vl_norm.
+        max_length: M in tokens.
+    """
+    options: dict[str, Any] = {"alpha": alpha, "max_length": max_length}
+    # Rewards around their mean keep p r + q free of cancellation.
+    centred = rewards - rewards.mean()
+    own = group_coefficients(
+        groups, centred if advantage != "raw" else rewards, lengths, rule, advantage=advantage, **options
+    )
+    weights = group_coefficients(groups, rewards, lengths, rule, advantage="score", **options)
+    weighted = weights * centred[groups]
+    p, q = affine_advantage(rewards, advantage, lengths)
+    q = q + p * rewards.mean()
+    norms = np.diagonal(gram)
+    parts = []
+    for measure in (_variance, _norm):
+        group, squares, ones, both = (
+            measure(gram, norms, groups, c) for c in (own, weighted, weights, weighted + weights)
+        )
+        mixed = (both - squares - ones) / 2.0
+        parts += [group, p**2 * squares + 2.0 * p * q * mixed + q**2 * ones]
+    table = np.stack([parts[0], parts[1], parts[2], parts[3]], axis=1)
+    return Sums(value=table[0], without=table[1:])
+
+
+def _variance(gram: Array, norms: Array, groups: NDArray[np.intp], coefficients: Array) -> Array:
+    found = group_moments(gram, groups, coefficients)
+    return np.concatenate([[found.same - found.cross], found.same_without - found.cross_without])
+
+
+def _norm(gram: Array, norms: Array, groups: NDArray[np.intp], coefficients: Array) -> Array:
+    values = (coefficients**2 * norms[groups]).sum(axis=-1)
+    members = groups.reshape(-1)
+    gone = np.bincount(members, weights=np.repeat(values.reshape(-1), groups.shape[2]), minlength=len(norms))
+    left = values.size - np.bincount(members, minlength=len(norms))
+    return np.concatenate([[values.mean()], (values.sum() - gone) / np.where(left > 0, left, np.nan)])
+
+
+def log_variance_ratio(parts: Array) -> Array:
+    """Log of the variance ratio."""
+    return np.asarray(np.log(parts[..., 0]) - np.log(parts[..., 1]))
+
+
+def log_norm_ratio(parts: Array) -> Array:
+    """Log of the norm ratio."""
+    return np.asarray(np.log(parts[..., 2]) - np.log(parts[..., 3]))
+
+
+def log_independence_ratio(parts: Array) -> Array:
+    """Log of variance ratio over norm ratio."""
+    return log_variance_ratio(parts) - log_norm_ratio(parts)
