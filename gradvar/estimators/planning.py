@@ -1,8 +1,12 @@
-"""How large a group: CV and silent share against group size, and the responses that CV <= 1 takes.
+"""How large a group: CV, efficiency and silent share against group size, and the responses that CV <= 1 takes.
 
 Up to a third of the responses the CV is estimated; beyond, extrapolated by CV^2 proportional to 1/n from the largest
 estimated size, and marked so. The noise scale of a rule, in responses, is n CV^2 there: tr Sigma / ||E ghat||^2 per
-response. Shape letters: N responses, n of a group.
+response. The efficiency eta = cos^2 rho goes on with the same law, its direction kept:
+
+    eta(n) = <E ghat, grad J>^2 / (||grad J||^2 (||E ghat||^2 + tr Var(ghat) n0 / n))
+
+Shape letters: N responses, n of a group, n0 of the largest estimated one.
 """
 
 from __future__ import annotations
@@ -16,6 +20,16 @@ import pandas as pd
 
 from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import check_advantage
+from gradvar.estimators.bias import (
+    Array,
+    Products,
+    Statistic,
+    eta_estimate,
+    jackknifed,
+    log_noise,
+    products,
+    reward_direction,
+)
 from gradvar.estimators.cv import SILENT, cv_from_rho, pooled_rho, resolution
 from gradvar.estimators.groups import PERMUTATIONS, GroupMoments, draw_groups, group_coefficients, group_moments
 from gradvar.estimators.groups import silent_share as share_of_silent
@@ -38,9 +52,10 @@ def planning_table(
     permutations: int = PERMUTATIONS,
     seed: int,
 ) -> pd.DataFrame:
-    """CV against group size for one rule, per prompt and pooled over prompts.
+    """CV and efficiency against group size for one rule, per prompt and pooled over prompts.
 
-    Quantities, for every target: "rho" and "cv" at each size (verdict "resolved", "unresolved" or "extrapolated"),
+    Quantities, for every target: "rho", "cv" and "eta" at each size (verdict "resolved", "unresolved" or
+    "extrapolated"; no rho where extrapolated; an eta without a resolved direction is NaN and "unresolved" anywhere),
     "silent_share" where it can be counted, and "responses_for_cv_1": n CV^2 at the largest estimated size, the noise
     scale in responses to a prompt, with the image of that CV's interval.
 
@@ -75,6 +90,7 @@ def planning_table(
                 none = _plain(math.nan, level, f"not estimated; {SILENT}", len(scores.verified().lengths), seed)
                 rows.append(TableRow(quantity="cv", estimate=none, prompt_id=name, verdict=SILENT, **labels))
         moments: dict[int, dict[str, GroupMoments]] = {n: {} for n in ordered}
+        aimed: dict[int, dict[str, Products]] = {n: {} for n in ordered}
         for name, scores in used.items():
             count = len(scores.lengths)
             limit = float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max())
@@ -92,6 +108,8 @@ def planning_table(
                         drawn, scores.rewards, scores.lengths, found, advantage=advantage, alpha=a, max_length=limit
                     )
                     moments[n][name] = group_moments(scores.gram, drawn, c)
+                    aims = reward_direction(scores.rewards, drawn)
+                    aimed[n][name] = products(scores.gram, drawn, c[None], aims[None])
         if used and not any(moments.values()):
             raise GradvarError(
                 f"no prompt holds three groups of {ordered[0]} verified responses: sample more, or take smaller sizes"
@@ -101,8 +119,43 @@ def planning_table(
             pools.append((None, list(used)))
         for label, names in pools:
             held = {n: [m[name] for name in names] for n, m in moments.items() if all(name in m for name in names)}
-            rows += _rows_of_pool(held, ordered, {**labels, "prompt_id": label}, level=level, seed=seed)
+            named = {**labels, "prompt_id": label}
+            rows += _rows_of_pool(held, ordered, named, level=level, seed=seed)
+            pointed = {n: [aimed[n][name] for name in names] for n in held}
+            rows += _efficiency_rows(pointed, ordered, named, level=level, seed=seed)
     return estimate_table(rows)
+
+
+def _efficiency_rows(
+    held: dict[int, list[Products]], sizes: Sequence[int], labels: dict[str, Any], *, level: float, seed: int
+) -> list[TableRow]:
+    rows: list[TableRow] = []
+    if not held:
+        return rows
+    largest = max(held)
+    for n in sizes:
+        far = n > largest
+        if n not in held and not far:
+            continue
+        parts = held[largest if far else n]
+        method = "permutation groups, delete-one jackknife of log(1 - eta), t"
+        if far:
+            method = f"extrapolated from n = {largest}, variance as 1/n; {method}"
+        noise = jackknifed(parts, _noise_at(largest / n if far else 1.0))
+        eta = replace(eta_estimate(parts, noise, 0, level=level, method=method), seed=seed)
+        verdict = "unresolved" if math.isnan(eta.value) else "extrapolated" if far else "resolved"
+        rows.append(TableRow(quantity="eta", estimate=eta, group_size=n, verdict=verdict, **labels))
+    return rows
+
+
+def _noise_at(share: float) -> Statistic:
+    """log(1 - eta) where a share of tr Var(ghat) is left."""
+
+    def statistic(same: Array, cross: Array, mixed: Array, direction: Array) -> Array:
+        left = same if share == 1.0 else cross + share * (same - cross)
+        return log_noise(left, cross, mixed, direction)
+
+    return statistic
 
 
 def _rows_of_pool(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gradvar.errors import GradvarError
-from gradvar.estimators import cv_table, planning_table
+from gradvar.estimators import alpha_table, cv_table, planning_table
 from tests.estimators import references
 from tests.estimators.test_tables import only, pick, prompts
 
@@ -29,6 +29,53 @@ def test_rows_agree_with_the_cv_table_and_extrapolate_by_the_square_root(groups)
     assert needed["value"] == pytest.approx(32 * at32["value"] ** 2)
     assert needed["low"] == pytest.approx(32 * at32["low"] ** 2)
     assert not pick(table, quantity="cv", prompt_id=None, group_size=8).empty
+
+
+def test_eta_is_the_alpha_tables_and_goes_on_beyond(groups):
+    table = planning_table(groups, sizes=(8, 16, 32, 64), permutations=64, seed=4)
+    other = alpha_table(groups, rules=("grpo",), permutations=64, seed=4)
+    for prompt in ("p0", "p1", None):
+        row = only(table, quantity="eta", prompt_id=prompt, group_size=8)
+        same = only(other, quantity="eta", prompt_id=prompt, rule="grpo")
+        assert (row["value"], row["low"], row["high"]) == pytest.approx((same["value"], same["low"], same["high"]))
+        assert row["verdict"] == "resolved"
+    far = only(table, quantity="eta", prompt_id=None, group_size=64)
+    assert far["verdict"] == "extrapolated"
+    assert far["method"].startswith("extrapolated from n = 32")
+    assert far["value"] > only(table, quantity="eta", prompt_id=None, group_size=32)["value"]
+    assert far["low"] < far["value"] < far["high"]
+
+
+def test_extrapolated_eta_by_its_formula():
+    """Estimated at n = 128 from 600 responses, extrapolated to it from 120 of them.
+
+    One length, two rewards whose scores point apart: grad J is p (1 - p) (m1 - m0).
+    """
+    rng = np.random.default_rng(1)
+    base = prompts(1, n=600, targets=("a",))[0]
+    rewards = (rng.random(600) < 0.5).astype(float)
+    scores = rng.normal(size=(600, 10)) * 0.5
+    scores[:, 0] += np.where(rewards == 1, 1.0, -1.0)
+    one = replace(
+        base,
+        gram=scores @ scores.T,
+        rewards=rewards,
+        lengths=np.full(600, 9.0),
+        truncated=np.zeros(600, dtype=bool),
+    )
+    near = planning_table([one], sizes=(8, 128), advantage="mean", permutations=128, seed=0)
+    far = planning_table([one.select(np.arange(120))], sizes=(8, 128), advantage="mean", permutations=128, seed=0)
+    estimated, extrapolated = (only(t, quantity="eta", group_size=128) for t in (near, far))
+    assert (estimated["verdict"], extrapolated["verdict"]) == ("resolved", "extrapolated")
+    assert extrapolated["value"] == pytest.approx(estimated["value"], abs=0.02)
+    assert only(near, quantity="eta", group_size=8)["value"] < estimated["value"]
+
+
+def test_eta_without_a_direction_is_unresolved():
+    table = planning_table(prompts(1, n=48, targets=("a",), signal=0.0), sizes=(8, 64), permutations=32, seed=0)
+    eta = table[table["quantity"] == "eta"]
+    assert set(eta["verdict"]) == {"unresolved"}
+    assert eta["value"].isna().all()
 
 
 def test_the_square_root_law_holds_where_nothing_else_changes(groups):
