@@ -1,7 +1,8 @@
 """Responses to score Grams: targets, capture, log-probabilities, Gram, checks. Importing this loads torch."""
 
 from gradvar.gradients.check import PrecisionCheck, PrecisionRow, check_precision, float32_reference
-from gradvar.gradients.plan import Block, Plan
+from gradvar.gradients.cost import plan_measurement
+from gradvar.gradients.plan import Block, Cost, Plan
 from gradvar.gradients.reweighted import PrefixNorms, TauEstimate
 from gradvar.gradients.scores import ScoreMeasurement, measure_scores, score_grams
 from gradvar.gradients.specs import PRESETS, check_targets, resolve_targets
@@ -22,7 +23,9 @@ __all__ = [
     "resolve_targets",
     # how the work is split
     "Block",
+    "Cost",
     "Plan",
+    "plan_measurement",
     # checking
     "PrecisionCheck",
     "PrecisionRow",

@@ -50,6 +50,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def chunk_bytes(device: torch.device) -> int:
+    """Return the size of the largest chunk of logits on a device."""
+    return _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cpu"])
+
+
 class Head:
     """What the model does between its last hidden state and the logits, probed once.
 
@@ -131,9 +136,8 @@ class Head:
             weights: (T,) 1 where the token carries loss, else 0.
             temperature: Divides the logits.
         """
-        vocabulary = self.weight.shape[0] if self.weight is not None else self._vocabulary()
-        size = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cpu"])
-        chunk = max(1, size // (vocabulary * (8 if hidden.dtype == torch.float64 else 4)))
+        vocabulary = self.shape()[0]
+        chunk = max(1, chunk_bytes(hidden.device) // (vocabulary * (8 if hidden.dtype == torch.float64 else 4)))
         parts = [
             self._chunk(hidden[i : i + chunk], tokens[i : i + chunk], weights[i : i + chunk], temperature)
             for i in range(0, hidden.shape[0], chunk)
@@ -146,6 +150,11 @@ class Head:
             collision=columns[3],
             normaliser=columns[4],
         )
+
+    def shape(self) -> tuple[int, int]:
+        """Return (vocabulary, hidden width)."""
+        width = int(self._template["last_hidden_state"].shape[-1])
+        return (self.weight.shape[0] if self.weight is not None else self._vocabulary(), width)
 
     def _vocabulary(self) -> int:
         size = getattr(self.module, "out_features", None)

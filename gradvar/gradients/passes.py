@@ -151,12 +151,9 @@ def _run_batches(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, Gradien
     device = next(job.model.parameters()).device
     stores = [(block, _new_store(job, block, len(job.responses))) for block in blocks]
     norms = job.extra.empty(block.target.key for block in blocks)
-    paths = {block.target.module for block in blocks if block.target.kind != "head"}
-    if job.tied is not None and any(block.target.kind == "head" for block in blocks):
-        paths.add(job.tied)
     first_pass = job.tokens.logprobs[0] is None
     batches = make_batches(job.prompt, job.responses, job.plan.token_budget, device, job.padding_side)
-    with Taps({path: job.model.get_submodule(path) for path in sorted(paths)}) as taps:
+    with Taps({path: job.model.get_submodule(path) for path in tapped_paths(job, blocks)}) as taps:
         for batch in batches:
             taps.listen(_collector(job, batch, batch.members, stores))
             with job.autocast.on():
@@ -174,6 +171,14 @@ def _run_batches(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, Gradien
             job.report(job.done // len(job.plan.passes))
     job.extra.add(norms)
     return stores
+
+
+def tapped_paths(job: Job, blocks: Sequence[Block]) -> list[str]:
+    """Return the modules whose factors the blocks need, the tied input embedding among them."""
+    paths = {block.target.module for block in blocks if block.target.kind != "head"}
+    if job.tied is not None and any(block.target.kind == "head" for block in blocks):
+        paths.add(job.tied)
+    return sorted(paths)
 
 
 def _add_reweighted(

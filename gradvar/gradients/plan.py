@@ -36,6 +36,41 @@ class Block:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a measurement would take, estimated: bytes at one time, FLOP in all."""
+
+    batches: int
+    """Batches of a pass."""
+    tokens: int
+    """Tokens fed in a pass, the prompt's counted for each response."""
+    padded_tokens: int
+    """The same with padding."""
+    kept_bytes: int
+    """Gradients or factors of the largest pass."""
+    tile_bytes: int
+    """The largest tile of the Gram."""
+    activation_bytes: int
+    """What the graph of the largest batch keeps for backward, with one layer made again under checkpointing."""
+    logits_bytes: int
+    """A chunk of logits and what is made of it."""
+    forward_flop: int
+    backward_flop: int
+    """Truncated at the lowest target, probes and prefixes included, layers made again too."""
+    gram_flop: int
+    """Gradients from factors, and the Grams' products."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """All that is held at one time beside the model, at most."""
+        return self.kept_bytes + max(self.tile_bytes, self.activation_bytes + self.logits_bytes)
+
+    @property
+    def flop(self) -> int:
+        """Multiplications and additions of all passes."""
+        return self.forward_flop + self.backward_flop + self.gram_flop
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Batching and memory of one measurement."""
 
@@ -47,6 +82,8 @@ class Plan:
     passes: tuple[tuple[Block, ...], ...]
     checkpointing: str = "off"
     """Activation checkpointing above the lowest target: "off", "reentrant" or "non_reentrant"."""
+    cost: Cost | None = None
+    """Set by `plan_measurement` alone."""
 
 
 def free_memory(device: torch.device) -> int:
