@@ -10,6 +10,8 @@ from gradvar.estimators.identity import IdentityCheck, score_identity
 from gradvar.estimators.law import FamilyFit, VarianceLaw, fit_variance_law
 from gradvar.estimators.law_tables import law_table
 from gradvar.estimators.planning import planning_table
+from gradvar.estimators.prefixes import PrefixGrowth, prefix_growth
+from gradvar.estimators.proxies import proxy_table
 from gradvar.estimators.spread import deviations, within_length_variance
 from gradvar.estimators.tables import cv_table, identity_table
 from gradvar.estimators.token_covariance import TokenShare, token_covariance
@@ -45,6 +47,8 @@ __all__ = [
     "score_identity",
     "TokenShare",
     "token_covariance",
+    "PrefixGrowth",
+    "prefix_growth",
     # tables
     "alpha_table",
     "audit_table",
@@ -53,5 +57,6 @@ __all__ = [
     "identity_table",
     "law_table",
     "planning_table",
+    "proxy_table",
     "recommendation",
 ]

@@ -186,7 +186,7 @@ def fit_variance_law(
         line_slope=line,
         line_intercept=intercept,
         line_r2=line_r2,
-        rank_correlation=_rank_correlation(x, y, codes, level),
+        rank_correlation=rank_correlation(x, y, codes, level),
     )
 
 
@@ -479,7 +479,7 @@ def _least_squares(
     )
 
 
-def _rank_correlation(x: Array, y: Array, codes: NDArray[np.intp], level: float) -> Estimate:
+def rank_correlation(x: Array, y: Array, codes: NDArray[np.intp], level: float) -> Estimate:
     """Spearman's correlation inside clusters, ranks scaled to the cluster; interval by Bonett and Wright (2000)."""
     clusters = int(codes.max()) + 1
     ranks = []

@@ -1,0 +1,137 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from gradvar.errors import GradvarError
+from gradvar.estimators import advantages, proxy_table
+from gradvar.estimators.proxies import predictions
+from gradvar.runs.records import TABLE_COLUMNS
+from tests.estimators.test_tables import only, pick, prompts, same
+
+
+@pytest.fixture(scope="module")
+def groups():
+    return prompts(5, n=48, targets=("a", "b"))
+
+
+@pytest.fixture(scope="module")
+def table(groups):
+    return proxy_table(groups, seed=1)
+
+
+def test_numbers_by_scipy(table, groups):
+    g = next(g for g in groups if g.prompt_id == "p1" and g.target == "a")
+    a = advantages(g.rewards, "grpo")
+    truth = a**2 * np.diagonal(g.gram)
+    for proxy, x in (("length", g.lengths), ("advantage_square", a**2), ("advantage_square_length", a**2 * g.lengths)):
+        where = {"prompt_id": "p1", "target": "a", "proxy": proxy, "truth": "norm_square"}
+        rank = only(table, quantity="rank_correlation", **where)
+        assert rank["value"] == pytest.approx(stats.spearmanr(x, truth).statistic)
+        line = only(table, quantity="explained_variance", **where)
+        assert line["value"] == pytest.approx(stats.linregress(x, truth).rvalue ** 2)
+        z = [math.atanh(stats.linregress(np.delete(x, i), np.delete(truth, i)).rvalue) for i in range(48)]
+        error = math.sqrt(47 / 48 * ((np.array(z) - np.mean(z)) ** 2).sum())
+        middle = math.atanh(stats.linregress(x, truth).rvalue)
+        assert math.tanh(middle + 1.9 * error) ** 2 < line["high"], "t at most N - 1 degrees"
+
+
+def test_scopes_truths_and_columns(table):
+    assert list(table.columns[: len(TABLE_COLUMNS)]) == list(TABLE_COLUMNS)
+    assert set(table["truth"]) == {"norm_square", "within"}
+    pooled = pick(table, target="sum", prompt_id=None)
+    assert set(pooled["scope"]) == {"within prompts", "between prompts"}
+    row = only(
+        pooled, scope="between prompts", proxy="reward_variance", truth="norm_square", quantity="rank_correlation"
+    )
+    assert (row["clusters"], row["n"]) == (5, 240)
+    assert pick(table, scope="within prompts", proxy="reward_variance").empty
+    assert (table["seed"] == 1).all()
+    keys = ["prompt_id", "target", "quantity", "scope", "proxy", "truth"]
+    assert not table.duplicated(keys).any()
+
+
+def test_pooled_is_a_line_with_a_constant_a_prompt(table, groups):
+    mine = [g for g in groups if g.target == "a"]
+    x = [g.lengths - g.lengths.mean() for g in mine]
+    y = []
+    for g in mine:
+        truth = advantages(g.rewards, "grpo") ** 2 * np.diagonal(g.gram)
+        y.append(truth - truth.mean())
+    x, y = np.concatenate(x), np.concatenate(y)
+    row = only(
+        table,
+        quantity="explained_variance",
+        prompt_id=None,
+        target="a",
+        proxy="length",
+        truth="norm_square",
+        scope="within prompts",
+    )
+    assert row["value"] == pytest.approx((x @ y) ** 2 / (x @ x) / (y @ y))
+
+
+def test_given_proxies_come_alone_and_weighted(groups):
+    mine = [g for g in groups if g.target == "a"]
+    exact = {g.prompt_id: np.diagonal(g.gram).copy() for g in mine}
+    exact["p0"][3] = np.nan
+    table = proxy_table(mine, proxies={"entropy": exact}, seed=0)
+    row = only(
+        table, quantity="explained_variance", prompt_id="p0", proxy="advantage_square_entropy", truth="norm_square"
+    )
+    assert row["value"] == pytest.approx(1.0)
+    assert row["n"] == 47
+    assert not pick(table, proxy="entropy").empty
+    score = proxy_table(mine, proxies={"entropy": exact}, advantage="score", seed=0)
+    assert only(score, quantity="rank_correlation", prompt_id="p1", proxy="entropy", truth="norm_square")[
+        "value"
+    ] == pytest.approx(1.0)
+    with pytest.raises(GradvarError, match="entropy"):
+        proxy_table(mine, proxies={"entropy": {"p0": np.ones(3)}}, seed=0)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.7])
+def test_coverage_with_known_truth(rho):
+    """Normal pairs, truth by a large draw: rank correlation and R^2 (at rho 0 its lower end must be 0)."""
+    trials = 300
+
+    def draw(rng, n):
+        x = rng.normal(size=n)
+        return x, rho * x + math.sqrt(1 - rho**2) * rng.normal(size=n)
+
+    x, y = draw(np.random.default_rng(0), 400_000)
+    truths = (stats.spearmanr(x, y).statistic, rho**2)
+    covered = np.zeros(2)
+    for t in range(trials):
+        x, y = draw(np.random.default_rng([2, t]), 64)
+        found = predictions([(x, y)], level=0.95)
+        covered += [e.low <= truth <= e.high for (_, e, _), truth in zip(found, truths, strict=True)]
+    bound = 5 * math.sqrt(0.95 * 0.05 / trials)
+    assert (np.abs(covered / trials - 0.95) < bound).all(), covered / trials
+
+
+def test_degenerate(groups):
+    mine = [g for g in groups if g.target == "a"][:3]
+    mine[0] = replace(mine[0], rewards=np.zeros(48))
+    mine[1] = replace(mine[1], lengths=np.full(48, 5.0))
+    table = proxy_table(mine, seed=0)
+    assert only(table, prompt_id="p0")["verdict"] == "silent: all rewards equal"
+    row = only(table, quantity="rank_correlation", prompt_id="p1", proxy="length", truth="within")
+    assert (row["verdict"], math.isnan(row["value"])) == ("constant", True)
+    between = pick(table, scope="between prompts")
+    assert set(between["verdict"]) == {"undetermined"}
+    few = proxy_table([mine[2].select(np.arange(6))], seed=0)
+    row = only(few, quantity="explained_variance", proxy="length", truth="norm_square")
+    assert math.isfinite(row["value"])
+    assert math.isnan(row["low"])
+    two = proxy_table([mine[2].select(np.arange(2))], seed=0, advantage="score")
+    assert "fewer than 3" in only(two)["method"]
+    holes = replace(mine[2], rewards=np.where(np.arange(48) < 5, np.nan, mine[2].rewards))
+    assert set(proxy_table([holes], seed=0)["n"]) == {43}
+
+
+def test_repeats_and_does_not_depend_on_other_prompts(table, groups):
+    alone = proxy_table([g for g in groups if g.prompt_id == "p2"], seed=1)
+    same(pick(alone, prompt_id="p2"), pick(table, prompt_id="p2"))
