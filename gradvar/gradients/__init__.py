@@ -2,6 +2,7 @@
 
 from gradvar.gradients.check import PrecisionCheck, PrecisionRow, check_precision, float32_reference
 from gradvar.gradients.cost import plan_measurement
+from gradvar.gradients.fit import fit_measurement
 from gradvar.gradients.plan import Block, Cost, Plan
 from gradvar.gradients.reweighted import PrefixNorms, TauEstimate
 from gradvar.gradients.scores import ScoreMeasurement, measure_scores, score_grams
@@ -25,6 +26,7 @@ __all__ = [
     "Block",
     "Cost",
     "Plan",
+    "fit_measurement",
     "plan_measurement",
     # checking
     "PrecisionCheck",
