@@ -4,6 +4,7 @@ from gradvar.estimators.advantages import ADVANTAGES, advantages
 from gradvar.estimators.aggregation import RULES, Rule, aggregation_weights, find_rule
 from gradvar.estimators.alpha_tables import alpha_table, recommendation
 from gradvar.estimators.audit import audit_table
+from gradvar.estimators.comparison import compare_table
 from gradvar.estimators.cv import aggregator_cv, aggregator_rho, cv_from_rho, cv_ratio
 from gradvar.estimators.forms import conditional_cv, form_table
 from gradvar.estimators.identity import IdentityCheck, score_identity
@@ -52,6 +53,7 @@ __all__ = [
     # tables
     "alpha_table",
     "audit_table",
+    "compare_table",
     "cv_table",
     "form_table",
     "identity_table",

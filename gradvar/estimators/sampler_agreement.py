@@ -1,4 +1,8 @@
-"""Does the sampler's distribution agree with the policy's? Log-probabilities of the same tokens, compared."""
+"""Does the sampler's distribution agree with the policy's? Two tests on log-probabilities.
+
+With the sampler's log-probabilities at hand, token by token; without them, by the policy's alone: a token drawn from
+the policy has E[log p + H] = 0 given what came before, H the policy's entropy there.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from gradvar.runs.records import Estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,4 +64,56 @@ def sampler_agreement(
         worst_response=worst,
         worst_token=int(np.argmax(np.abs(differences[worst]))),
         n_tokens=n_tokens,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyBalance:
+    """Whether the sampled tokens are as likely under the policy as its own samples are."""
+
+    surplus: Estimate
+    """Mean over responses of sum_t (log p_t + H_t), nats a response; 0 under the policy, above 0 for a sampler that is
+    too sure (a lower temperature, top-p, top-k), below 0 for one that is not sure enough."""
+    p_value: float
+    """Two-sided, Student t over responses."""
+
+
+def entropy_balance(log_probs: Sequence[ArrayLike], entropies: Sequence[ArrayLike], *, level: float) -> EntropyBalance:
+    """Test E[sum_t (log p_t + H_t)] = 0, the prompts' mean of a per-response martingale.
+
+    Args:
+        log_probs: K arrays (N_k,), summed log-probability of each response of a prompt under the policy, in nats.
+        entropies: K arrays (N_k,), summed entropy of the policy along it, in nats.
+        level: Nominal coverage of the interval.
+
+    Returns:
+        The mean with its interval, responses drawn again within these prompts, and the p value.
+
+    Raises:
+        ValueError: Fewer than two responses to a prompt.
+    """
+    surpluses = [
+        np.asarray(lp, dtype=np.float64) + np.asarray(h, dtype=np.float64)
+        for lp, h in zip(log_probs, entropies, strict=True)
+    ]
+    if not surpluses or min(len(one) for one in surpluses) < 2:
+        raise ValueError("the entropy balance needs at least two responses to every prompt")
+    n = sum(len(one) for one in surpluses)
+    value = float(np.concatenate(surpluses).mean())
+    variance = sum(len(one) * np.var(one, ddof=1) for one in surpluses) / n**2
+    degrees = n - len(surpluses)
+    half = float(stats.t.ppf(0.5 + level / 2, degrees) * np.sqrt(variance))
+    z = value / np.sqrt(variance) if variance > 0 else (0.0 if value == 0 else np.inf)
+    return EntropyBalance(
+        surplus=Estimate(
+            value=value,
+            low=value - half,
+            high=value + half,
+            level=level,
+            method="mean of sum_t (log p + H), t over responses within prompts",
+            n=n,
+            clusters=len(surpluses),
+            seed=None,
+        ),
+        p_value=float(2 * stats.t.sf(abs(z), degrees)),
     )
