@@ -98,6 +98,7 @@ def verdict(text: Any, *, short: bool = False) -> str:
         "supported": "green",
         "resolved": "green",
         "holds": "green",
+        "not rejected": "green",
         "not proportional": "red",
         "rejected": "red",
         "violated": "red",

@@ -25,6 +25,7 @@ def show_law(run: Run, *, as_json: bool) -> None:
         return
     _print_identity(identity)
     _print_exponents(law)
+    _print_difference(law)
     _print_law_by_prompt(law)
     console.result.print(f"every number: {run.path / 'tables' / 'law.parquet'}", markup=False, soft_wrap=True)
 
@@ -92,14 +93,35 @@ def last_target(table: pd.DataFrame) -> str:
 
 
 def _print_identity(identity: pd.DataFrame) -> None:
-    rows = identity[identity["quantity"] == "identity_signal"]
-    rows = rows[rows["target"] == last_target(rows)]
-    pooled = rows[rows["prompt_id"].isna()]
-    row = (pooled if len(pooled) else rows).iloc[0]
+    from gradvar.runs import target_label
+
+    pooled = identity[identity["prompt_id"].isna()]
+    rows = pooled if len(pooled) else identity
+    signals = rows[rows["quantity"] == "identity_signal"]
+    if len(signals):
+        row = signals[signals["target"] == last_target(signals)].iloc[0]
+        p_values = rows[(rows["quantity"] == "identity_p_value") & rows["target"].isin(signals["target"])]
+        worst = p_values.sort_values("value").iloc[0]
+        console.result.print(
+            f"[bold]Rollouts come from this policy (E s = 0):[/bold] {verdict(row['verdict'])}, ||E s||² is "
+            f"{number(row['value'])} {interval(row)} of the noise in a group of {row['group_size']}; smallest p "
+            f"{number(worst['value'])} ({target_label(str(worst['target']))})"
+        )
+    surplus, p = one_row(rows, quantity="entropy_surplus"), one_row(rows, quantity="entropy_p_value")
+    if surplus is None:
+        return
     console.result.print(
-        f"[bold]Rollouts come from this policy (E s = 0):[/bold] {verdict(row['verdict'])}, "
-        f"||E s||² is {number(row['value'])} {interval(row)} of the noise in a group of {row['group_size']}"
+        f"[bold]Tokens as likely as the policy's own:[/bold] {verdict(surplus['verdict'])}, E(log p + entropy) is "
+        f"{number(surplus['value'])} {interval(surplus)} nats a response, p {number(p['value'])}"
     )
+    if surplus["verdict"] == "rejected":
+        sure = "surer" if surplus["value"] > 0 else "less sure"
+        console.result.print(
+            f"THESE ROLLOUTS DO NOT COME FROM THIS POLICY AT THIS TEMPERATURE: their sampler was {sure} than the "
+            "policy (another temperature, top-p, top-k, checkpoint or tokenizer). What follows does not hold for it.",
+            style="bold red",
+            markup=False,
+        )
 
 
 def _print_exponents(law: pd.DataFrame) -> None:
@@ -117,6 +139,7 @@ def _print_exponents(law: pd.DataFrame) -> None:
             console.result.print(
                 f"[bold]{name}, {words}[/bold] grows as length to the power "
                 f"[bold]{number(row['value'])}[/bold] {interval(row)}: {verdict(row['verdict'])}"
+                f"{_across(main, last, kind, what)}"
                 if pd.notna(row["value"])
                 else f"[bold]{name}, {words}:[/bold] {verdict(row['verdict'])} ({row['method']})"
             )
@@ -142,9 +165,28 @@ def _print_exponents(law: pd.DataFrame) -> None:
         ["target", "A", "quantity", "exponent", f"{level} interval", "verdict", "N needed"],
         rows,
         caption="deviation: squared distance from the mean gradient; within: variance among responses of like length.\n"
-        "A: 1 is the score alone. N needed: responses that would decide.\n"
-        "Per target, Euclidean geometry, on policy, no clipping.",
+        "A: 1 is the score alone. N needed: responses of all prompts together that would decide. Intervals: "
+        "these prompts, responses drawn again.\nPer target, Euclidean geometry, on policy, no clipping.",
     )
+
+
+def _across(law: pd.DataFrame, target: str, kind: str, what: str) -> str:
+    """Return the exponent's interval for prompts like these, where enough prompts give one."""
+    from gradvar.estimators.intervals import PROMPTS_LIKE_THESE
+
+    if "estimand" not in law:
+        return ""
+    rows = law[law["prompt_id"].isna() & (law["estimand"] == PROMPTS_LIKE_THESE)]
+    row = one_row(rows, target=target, advantage=kind, quantity=f"{what}_exponent")
+    return "" if row is None or pd.isna(row["low"]) else f"; prompts like these {interval(row)}"
+
+
+def _print_difference(law: pd.DataFrame) -> None:
+    overall = overall_rows(law[(law["scope"] == "all responses") & (law["quantity"] == "exponent_difference")])
+    rows = overall[overall["target"] == last_target(overall)] if len(overall) else overall
+    for _, row in rows.iterrows():
+        name = "score" if row["advantage"] == "score" else f"{row['advantage']} gradient"
+        console.result.print(f"{name}: deviation's exponent minus within's {number(row['value'])} {interval(row)}")
 
 
 def _print_law_by_prompt(law: pd.DataFrame) -> None:
@@ -199,14 +241,18 @@ def _print_aggregators(cv: pd.DataFrame) -> None:
     console.table(
         f"Total CV of each aggregator's update: {target_label(last)}, group of {first['group_size']}, "
         f"{first['advantage']} advantages, {first['clusters']} prompts",
-        [*columns, "N needed"] if unresolved else columns,
+        [*columns, "N a prompt"] if unresolved else columns,
         rows,
-        caption="Lower is less noise. Lengths random, as training sees them; ratios are paired."
+        caption="Lower is less noise. Lengths random, as training sees them; these prompts, responses drawn "
+        "again.\nRatios are paired; "
+        "vl_norm's rest on rare short responses and their intervals can be too narrow (benchmarks/calibration.csv)."
         + (open_ended if unresolved else ""),
     )
 
 
 def _print_prompts(cv: pd.DataFrame) -> None:
+    from gradvar.runs import target_label
+
     last = last_target(cv)
     rows = cv[(cv["target"] == last) & cv["prompt_id"].notna() & (cv["quantity"] == "cv")]
     columns: list[str] = []
@@ -222,7 +268,12 @@ def _print_prompts(cv: pd.DataFrame) -> None:
     if len(table) < 2:
         return
     shown = [[prompt, *[cells.get(name, "") for name in columns], cells.get("", "")] for prompt, cells in table.items()]
-    console.table("CV prompt by prompt (> : unresolved, lower bound)", ["prompt", *columns, ""], shown)
+    first = rows.iloc[0]
+    title = (
+        f"CV prompt by prompt: {target_label(last)}, group of {first['group_size']}, {first['advantage']} advantages "
+        "(> : unresolved, lower bound)"
+    )
+    console.table(title, ["prompt", *columns, ""], shown)
 
 
 def one_row(table: pd.DataFrame, **labels: Any) -> Any:

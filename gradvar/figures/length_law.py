@@ -29,7 +29,7 @@ def plot_length_law(
         lengths: (N,) tokens.
         squares: (N,) squared norms, for example ||g_i - mean g||^2; points at 0 or below cannot be drawn and are
             counted in the panel.
-        curve: The fitted mean law: columns length, value, low, high.
+        curve: The fitted mean of the quantity: columns length, value, low, high.
         rewards: (N,) colours the points by right (above 0) and wrong; NaN is unverified.
         truncated: (N,) responses cut by the limit are drawn hollow.
         label: Name of the quantity on the y axis.
@@ -56,7 +56,7 @@ def plot_length_law(
                 label=f"{name}, truncated" if hollow else name,
             )
     if curve is not None and len(curve):
-        axes.plot(curve["length"], curve["value"], color="#222222", linewidth=1.4, label="fitted law")
+        axes.plot(curve["length"], curve["value"], color="#222222", linewidth=1.4, label="fitted mean, 95% band")
         axes.fill_between(curve["length"], curve["low"], curve["high"], color="#222222", alpha=0.15, linewidth=0)
     axes.set_xscale("log")
     axes.set_yscale("log")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -18,7 +20,8 @@ from gradvar.estimators import (
     planning_table,
     recommendation,
 )
-from gradvar.runs import SUM, EstimateConfig, PromptScores, Run
+from gradvar.estimators.sampler_agreement import EntropyBalance, entropy_balance
+from gradvar.runs import SUM, EstimateConfig, PromptScores, Run, TableRow, estimate_table
 from gradvar.stages.identity import agreed_config
 from gradvar.stages.listener import Listener, Silent
 
@@ -43,6 +46,8 @@ def fit(run: Run, given: Mapping[str, Any], listener: Listener | None = None) ->
         law = law_table(groups, advantages_studied=studied, level=config.level, margin=config.margin, seed=config.seed)
         advance(1)
         identity = identity_table(groups, seed=config.seed, level=config.level)
+        balance = _entropy_rows(run, config.level)
+        identity = pd.concat([identity, balance], ignore_index=True) if len(balance) else identity
         advance(1)
     tables = {"law": law, "identity": identity}
     for name, table in tables.items():
@@ -86,6 +91,34 @@ def cv(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> 
     run.write_estimates("cv", table)
     run.finish("cv")
     return table
+
+
+MISMATCH = 1e-3
+"""p value of the entropy balance below which rollouts are said not to come from the policy."""
+
+
+def _entropy_rows(run: Run, level: float) -> pd.DataFrame:
+    """Rows of the entropy balance, prompt by prompt and over all: a test of sampler and policy free of any gradient."""
+    found = {}
+    for scores in run.scores(run.targets[0]):
+        if scores.log_probs is not None and len(scores.log_probs) > 1:
+            found[scores.prompt_id] = (scores.log_probs, run.measures(scores.prompt_id).entropy[: len(scores.lengths)])
+    if not found:
+        return pd.DataFrame()
+    tests: dict[str | None, EntropyBalance] = {
+        name: entropy_balance([lp], [h], level=level) for name, (lp, h) in found.items()
+    }
+    if len(found) > 1:
+        log_probs, entropies = zip(*found.values(), strict=True)
+        tests[None] = entropy_balance(log_probs, entropies, level=level)
+    rows = []
+    for name, test in tests.items():
+        verdict = "rejected" if test.p_value < MISMATCH / len(found) else "not rejected"
+        labels: dict[str, Any] = {"target": "any", "prompt_id": name, "advantage": "score"}
+        p_value = replace(test.surplus, value=test.p_value, low=math.nan, high=math.nan)
+        rows.append(TableRow(quantity="entropy_surplus", estimate=test.surplus, verdict=verdict, **labels))
+        rows.append(TableRow(quantity="entropy_p_value", estimate=p_value, **labels))
+    return estimate_table(rows)
 
 
 GROUP_SIZES = (4, 8, 16, 32, 64, 128)

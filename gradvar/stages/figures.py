@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 
 from gradvar.estimators import advantages, deviations
 from gradvar.estimators.intervals import THESE_PROMPTS
@@ -85,13 +87,20 @@ def _length_panel(axes: Axes, target: str, groups: Sequence[PromptScores], kind:
         axes.set_title(target_label(target))
         axes.text(0.5, 0.5, "every advantage is zero", ha="center", transform=axes.transAxes)
         return
-    # Prompts differ by a constant each: they are aligned at the geometric mean of their mean deviations.
-    centre = np.exp(np.mean([np.log(squares.mean()) for _, squares in rows]))
     lengths = np.concatenate([group.lengths for group, _ in rows])
     curve, note = None, ""
-    if "deviation_exponent" in law.index and "deviation_level" in law.index:
-        exponent, level = (law.loc[[name]].iloc[0] for name in ("deviation_exponent", "deviation_level"))
-        curve = _curve(exponent, level, np.geomspace(lengths.min(), lengths.max(), 60))
+    scales = [1.0] * len(rows)
+    fitted = law[law["value"].notna()]
+    if {"deviation_exponent", "deviation_level"} <= set(fitted.index):
+        exponent, level = (fitted.loc[[name]].iloc[0] for name in ("deviation_exponent", "deviation_level"))
+        # Prompts differ by a constant each: they are brought together where the law has the pooled level.
+        constants = [_constant(group.lengths, squares, exponent, level) for group, squares in rows]
+        scales = [float(level["value"]) / constant for constant in constants]
+        floor = float(
+            np.exp(np.mean([np.log(_floor(squares) * s) for (_, squares), s in zip(rows, scales, strict=True)]))
+        )
+        grid = np.geomspace(lengths.min(), lengths.max(), 60)
+        curve = _curve(exponent, level, grid, shrink=1 - 2 * len(rows) / len(lengths), floor=floor)
         note = (
             f"exponent {exponent['value']:.2f} [{exponent['low']:.2f}, {exponent['high']:.2f}]\n{exponent['verdict']}"
         )
@@ -99,27 +108,47 @@ def _length_panel(axes: Axes, target: str, groups: Sequence[PromptScores], kind:
     plot_length_law(
         axes,
         lengths,
-        np.concatenate([squares * (centre / squares.mean()) for _, squares in rows]),
+        np.concatenate([squares * scale for (_, squares), scale in zip(rows, scales, strict=True)]),
         curve=curve,
         rewards=np.concatenate([group.rewards for group, _ in rows]),
         truncated=np.concatenate([group.truncated for group, _ in rows]),
-        label=rf"$\|{symbol}_i - \bar {symbol}\|^2$" + (", prompts aligned" if len(groups) > 1 else ""),
+        label=rf"$\|{symbol}_i - \bar {symbol}\|^2$"
+        + ("" if kind == "score" else f", {kind} advantages")
+        + (", prompts aligned" if len(groups) > 1 else ""),
         title=target_label(target),
         note=note,
     )
 
 
-def _curve(exponent: pd.Series, level: pd.Series, grid: NDArray[np.float64]) -> pd.DataFrame:
-    """Return the fitted v(L) and its pointwise band; level and exponent have uncorrelated errors."""
+def _floor(squares: NDArray[np.float64]) -> float:
+    """Return vbar/N: what the noise of the mean gradient adds to every deviation; sum D = (N - 1) vbar."""
+    return float(squares.sum() / (len(squares) - 1) / len(squares))
+
+
+def _constant(lengths: NDArray[np.float64], squares: NDArray[np.float64], exponent: Any, level: Any) -> float:
+    """Return one prompt's v at the reference length under the pooled exponent: mean of D / fitted D is 1."""
+    shape = (1 - 2 / len(lengths)) * (lengths / float(level["reference_length"])) ** float(exponent["value"])
+    floor = _floor(squares)
+    ratio = squares / shape
+    if np.mean(squares / floor) <= 1:
+        return float(ratio.mean())
+    top = 2 * float(ratio.max())
+    return float(brentq(lambda c: float(np.mean(squares / (c * shape + floor))) - 1, 0.0, top))
+
+
+def _curve(exponent: Any, level: Any, grid: NDArray[np.float64], *, shrink: float, floor: float) -> pd.DataFrame:
+    """Return the fitted mean of D, (1 - 2/N) v(L) + vbar/N, and its pointwise band.
+
+    Level and exponent have uncorrelated errors, so those of log v(L) add in squares.
+    """
     steps = np.log(grid / float(level["reference_length"]))
     middle = np.log(float(level["value"])) + float(exponent["value"]) * steps
     half = np.hypot(
         np.log(float(level["high"]) / float(level["value"])),
         (float(exponent["high"]) - float(exponent["value"])) * steps,
     )
-    return pd.DataFrame(
-        {"length": grid, "value": np.exp(middle), "low": np.exp(middle - half), "high": np.exp(middle + half)}
-    )
+    columns = {"value": middle, "low": middle - half, "high": middle + half}
+    return pd.DataFrame({"length": grid, **{name: shrink * np.exp(v) + floor for name, v in columns.items()}})
 
 
 def _deviations(group: PromptScores, kind: str) -> NDArray[np.float64]:
@@ -139,7 +168,7 @@ def _aggregators(folder: Path, table: pd.DataFrame, target: str, shown: Sequence
         return []
     figure = panels(len(parts), columns=4)
     for axes, (title, part) in zip(figure.axes, parts, strict=False):
-        plot_aggregator_cv(axes, part, title=f"{title}, group of {part['group_size'].iloc[0]}")
+        plot_aggregator_cv(axes, part, title=f"{title}: {target_label(target)}, n = {part['group_size'].iloc[0]}")
     return save(figure, folder, "aggregator_cv")
 
 
@@ -152,7 +181,7 @@ def _alpha_curves(folder: Path, table: pd.DataFrame, target: str, shown: Sequenc
         return []
     figure = panels(len(parts), columns=4)
     for axes, (title, part) in zip(figure.axes, parts, strict=False):
-        plot_alpha_curve(axes, part, title=f"{title}, group of {part['group_size'].iloc[0]}")
+        plot_alpha_curve(axes, part, title=f"{title}: {target_label(target)}, n = {part['group_size'].iloc[0]}")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
     return save(figure, folder, "alpha_curve")
