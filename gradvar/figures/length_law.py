@@ -56,7 +56,7 @@ def plot_length_law(
                 label=f"{name}, truncated" if hollow else name,
             )
     if curve is not None and len(curve):
-        axes.plot(curve["length"], curve["value"], color="#222222", linewidth=1.4, label="fitted mean, 95% band")
+        axes.plot(curve["length"], curve["value"], color="#222222", linewidth=1.4, label="fitted mean and band")
         axes.fill_between(curve["length"], curve["low"], curve["high"], color="#222222", alpha=0.15, linewidth=0)
     axes.set_xscale("log")
     axes.set_yscale("log")

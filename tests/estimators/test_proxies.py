@@ -94,7 +94,7 @@ def test_given_proxies_come_alone_and_weighted(groups):
 
 @pytest.mark.parametrize("rho", [0.0, 0.7])
 def test_coverage_with_known_truth(rho):
-    """Normal pairs, truth by a large draw: rank correlation and R^2 (at rho 0 its lower end must be 0)."""
+    """Normal pairs: rank correlation and R^2 (at rho 0 its lower end must be 0); lognormal ones for R^2 of the logs."""
     trials = 300
 
     def draw(rng, n):
@@ -102,14 +102,25 @@ def test_coverage_with_known_truth(rho):
         return x, rho * x + math.sqrt(1 - rho**2) * rng.normal(size=n)
 
     x, y = draw(np.random.default_rng(0), 400_000)
-    truths = (stats.spearmanr(x, y).statistic, rho**2)
-    covered = np.zeros(2)
+    truths = (stats.spearmanr(x, y).statistic, rho**2, rho**2)
+    covered = np.zeros(3)
     for t in range(trials):
         x, y = draw(np.random.default_rng([2, t]), 64)
-        found = predictions([(x, y)], level=0.95)
-        covered += [e.low <= truth <= e.high for (_, e, _), truth in zip(found, truths, strict=True)]
+        plain = predictions([(x, y)], level=0.95)
+        logs = predictions([(np.exp(x), np.exp(y))], level=0.95)
+        found = [plain[0][1], plain[1][1], logs[2][1]]
+        covered += [e.low <= truth <= e.high for e, truth in zip(found, truths, strict=True)]
     bound = 5 * math.sqrt(0.95 * 0.05 / trials)
     assert (np.abs(covered / trials - 0.95) < bound).all(), covered / trials
+
+
+def test_logs_leave_out_what_is_not_positive():
+    x = np.arange(20.0)
+    y = x**3
+    y[5] = 0.0
+    quantity, explained, verdict = predictions([(x, y)], level=0.95)[2]
+    assert (quantity, verdict, explained.n) == ("explained_variance_log", None, 18)
+    assert explained.value == pytest.approx(1.0)
 
 
 def test_degenerate(groups):

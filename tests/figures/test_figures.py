@@ -30,7 +30,7 @@ def test_every_response_is_a_point_and_those_at_zero_are_counted(axes):
     assert {(10.0, 1.0), (20.0, 2.0), (80.0, 8.0), (160.0, 16.0)} <= drawn
     assert "1 responses at 0 not drawn" in axes.texts[0].get_text()
     labels = axes.get_legend_handles_labels()[1]
-    assert labels == ["rewarded", "rewarded, truncated", "not rewarded", "unverified", "fitted mean, 95% band"]
+    assert labels == ["rewarded", "rewarded, truncated", "not rewarded", "unverified", "fitted mean and band"]
     assert axes.get_xscale() == axes.get_yscale() == "log"
     np.testing.assert_array_equal(axes.lines[0].get_ydata(), lengths)
 
