@@ -61,9 +61,10 @@ def proxy_table(
     Quantities: "rank_correlation" (Spearman; Bonett and Wright's interval), "explained_variance" (R^2 of a straight
     line with a constant a prompt; delete-one jackknife of Fisher's z) and "explained_variance_log" (the same of the
     logs, over responses where both are positive). With lengths lognormal and a law of L^2 the raw R^2 rests on the few
-    longest responses: its interval then covers 85 to 91%, that of the logs 94 to 96% (N of 16 to 512). Columns: `proxy`, `truth` ("norm_square" or
-    "within"), `scope` ("within prompts", or "between prompts": the prompts' means, from 4 prompts on). Verdict
-    "constant" where proxy or truth takes one value, "silent: all rewards equal" for prompts left out.
+    longest responses: its interval covers 85 to 91%, that of the logs 94 to 96% (500 draws at N of 16, 64, 128, 512).
+    Columns: `proxy`, `truth` ("norm_square" or "within"), `scope` ("within prompts", or "between prompts": the prompts'
+    means, from 4 prompts on). Verdict "constant" where proxy or truth takes one value, "silent: all rewards equal" for
+    prompts left out, "undetermined" where there are too few.
 
     Args:
         groups: Prompts by targets; several targets get their sum as well.
