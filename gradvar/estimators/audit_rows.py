@@ -350,7 +350,7 @@ def length_rows(audit: Audit, target: str, prompts: Mapping[str, PromptScores], 
 
 
 def _bin_rows(audit: Audit, products: BinProducts, **common: Any) -> None:
-    count = len(products.shares)
+    count = len(products.lengths)
     for b in range(count):
         square = of_these_prompts([products.pair(b, b)], lambda parts: parts[..., 0], level=audit.level, method=_MEANS)
         ends = (float(products.lengths[b, 0]), float(products.lengths[b, 1]))
