@@ -23,6 +23,7 @@ token_sum_norm), later by n M as Dr. GRPO does; a constant factor changes no CV.
 from __future__ import annotations
 
 import math
+import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,7 +126,9 @@ def find_rule(rule: str) -> Rule:
     try:
         return _BY_ANY_NAME[rule]
     except KeyError:
-        raise GradvarError(f"unknown rule {rule!r}: expected one of {', '.join(sorted(_BY_ANY_NAME))}") from None
+        near = difflib.get_close_matches(rule, _BY_ANY_NAME, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise GradvarError(f"unknown rule {rule!r}{hint}: expected one of {', '.join(sorted(_BY_ANY_NAME))}") from None
 
 
 def check_rule_arguments(rule: Rule, *, alpha: float | None, max_length: float | None) -> None:

@@ -408,7 +408,7 @@ def _scales(fit: QuasiFit, centre: float, level: float) -> tuple[Estimate, Estim
             value, low, high = (float(np.exp(log_value + step)) for step in (0.0, -half, half))
         return Estimate(value=value, low=low, high=high, level=level, method=method, n=n, clusters=clusters, seed=None)
 
-    return at(-centre), at(pivot), math.exp(centre + pivot)
+    return at(-centre), at(pivot), _exp(centre + pivot)
 
 
 def _curvature(fit: QuasiFit, level: float) -> Estimate:
@@ -420,19 +420,25 @@ def _curvature(fit: QuasiFit, level: float) -> Estimate:
     return _estimate(float(fit.shape[1]), half, level, method, n, clusters)
 
 
+def _exp(value: float) -> float:
+    """Exponential that overflows to infinity, as a fit without a finite scale deserves."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(value))
+
+
 def _families(fits: dict[str, QuasiFit], x: Array, centre: float) -> dict[str, FamilyFit]:
     base = fits["constant"].deviance
 
     def parameters(name: str, fit: QuasiFit) -> dict[str, float]:
         constant = float(fit.constants.mean())
         if name == "constant":
-            return {"c": math.exp(constant)}
+            return {"c": _exp(constant)}
         if name == "proportional":
-            return {"c": math.exp(constant - centre)}
+            return {"c": _exp(constant - centre)}
         if name == "affine":
-            value, s = math.exp(constant), float(fit.shape[0])
+            value, s = _exp(constant), float(fit.shape[0])
             return {"a": value * (1.0 - s), "b": value * s / float(x.mean())}
-        return {"c": math.exp(constant - float(fit.shape[0]) * centre), "beta": float(fit.shape[0])}
+        return {"c": _exp(constant - float(fit.shape[0]) * centre), "beta": float(fit.shape[0])}
 
     return {
         name: FamilyFit(
