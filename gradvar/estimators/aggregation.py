@@ -22,8 +22,8 @@ token_sum_norm), later by n M as Dr. GRPO does; a constant factor changes no CV.
 
 from __future__ import annotations
 
-import math
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
