@@ -115,7 +115,7 @@ def test_no_name_stands_for_two_rules():
 @pytest.mark.parametrize(
     ("rule", "arguments", "words"),
     [
-        ("gspo", {}, "unknown rule 'gspo': expected one of"),
+        ("gspo", {}, r"unknown rule 'gspo' \(did you mean grpo\?\): expected one of"),
         ("dr_grpo", {}, "give max_length"),
         ("vl_norm", {"max_length": 10}, "needs alpha"),
         ("vl_norm", {"max_length": 10, "alpha": float("nan")}, "alpha must be a finite number"),
