@@ -51,7 +51,11 @@ class Terminal:
             def advance(units: int) -> None:
                 progress.advance(task, units)
 
-            yield advance
+            try:
+                yield advance
+            except BaseException:
+                progress.live.transient = True  # a refusal is one line, without the bar that never moved
+                raise
 
 
 def print_json(value: Any) -> None:

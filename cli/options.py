@@ -132,10 +132,13 @@ def given(config: Path | None, **options: Any) -> dict[str, Any]:
     Raises:
         GradvarError: The file is missing, malformed, or has a setting that does not exist.
     """
+    from gradvar.errors import GradvarError
     from gradvar.runs.config import read_settings
 
     settings = read_settings(config) if config is not None else {}
-    ids = options.get("prompt_ids")
-    if ids is not None:
-        options["prompt_ids"] = tuple(part.strip() for part in ids.split(",") if part.strip())
-    return {**settings, **{name: value for name, value in options.items() if value not in (None, [], ())}}
+    merged = {**settings, **{name: value for name, value in options.items() if value not in (None, [], ())}}
+    if isinstance(ids := merged.get("prompt_ids"), str):
+        merged["prompt_ids"] = tuple(part.strip() for part in ids.split(",") if part.strip())
+        if not merged["prompt_ids"]:
+            raise GradvarError(f"--prompt-ids: expected row numbers such as 3,17, received {ids!r}")
+    return merged

@@ -145,6 +145,12 @@ def encode(text: str, tokenizer: Any, *, add_special_tokens: bool) -> list[int]:
 
 def _build_prompt(problem: Problem, template: Template, tokenizer: Any) -> Prompt:
     text = template.render(problem)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise GradvarError(
+            f"prompt {problem.row}: its text is not valid Unicode (lone surrogate at character {error.start}); mend it"
+        ) from error
     token_ids = encode(text, tokenizer, add_special_tokens=template.add_special_tokens)
     if not token_ids:
         raise GradvarError(f"prompt {problem.row}: the template {template.name!r} makes no tokens of it; it is empty")

@@ -25,9 +25,17 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 ADVANTAGES = ("grpo", "mean", "rloo", "raw", "score", "opo")
 
 
+_OPTIONS = {"alphas": "alpha", "rules": "rule", "include_bias": "bias"}
+
+
+def _option(name: str) -> str:
+    """Return a setting's name on the command line."""
+    return "--" + _OPTIONS.get(name, name).replace("_", "-")
+
+
 def _require(condition: bool, name: str, expected: str, received: object) -> None:
     if not condition:
-        raise GradvarError(f"--{name.replace('_', '-')}: expected {expected}, received {received!r}")
+        raise GradvarError(f"{_option(name)}: expected {expected}, received {received!r}")
 
 
 def _is_positive(value: float) -> bool:
@@ -231,6 +239,8 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
     for option in options:
         if typing.get_origin(option) is tuple:
             item = typing.get_args(option)[0]
+            if isinstance(value, dict):
+                continue
             values = [value] if isinstance(value, str | int | float) else list(value)
             return tuple(_converted(name, one, item) for one in values)
         if option is bool and isinstance(value, bool):
@@ -242,4 +252,4 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
         if option is str and isinstance(value, str | int) and not isinstance(value, bool):
             return str(value)
     expected = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
-    raise GradvarError(f"--{name.replace('_', '-')}: expected {expected}, received {value!r}")
+    raise GradvarError(f"{_option(name)}: expected {expected}, received {value!r}")

@@ -177,6 +177,9 @@ class RunFiles:
         arrays, metadata = storage.read_arrays(path)
         try:
             about = json.loads(metadata["gradvar"])
+            for name, matrix in arrays.items():
+                if not (np.isfinite(matrix).all() and np.allclose(matrix, matrix.T) and (matrix.diagonal() >= 0).all()):
+                    raise ValueError(f"{name} is not a Gram matrix (finite, symmetric, no negative square)")
             return {
                 name.removesuffix("/gram"): ScoreGram(
                     target=name.removesuffix("/gram"),

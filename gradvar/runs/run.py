@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gradvar.errors import GradvarError
 from gradvar.runs import provenance, storage
 from gradvar.runs.config import CONFIGS, Config, as_json, resolve
-from gradvar.runs.files import RunFiles
+from gradvar.runs.files import RunFiles, rollouts_digest
 from gradvar.runs.records import PromptScores, Rollout
 
 FORMAT_VERSION = 1
@@ -45,14 +45,16 @@ class Run(RunFiles):
         """Write run.json."""
         storage.write_json(self.path / "run.json", self.info)
 
-    def begin(self, stage: str, config: Config | None = None, *, device: str | None = None) -> None:
+    def begin(
+        self, stage: str, config: Config | None = None, *, device: str | None = None, started: str | None = None
+    ) -> None:
         """Note in run.json that a stage started, with its settings and what it runs on."""
         if config is not None:
             self.info["config"][_section(type(config))] = as_json(config)
         self.info["status"] = f"{stage}: running"
         self.info["stages"][stage] = {
             "status": "running",
-            "started": provenance.utc_now(),
+            "started": started or provenance.utc_now(),
             "packages": provenance.package_versions(),
             "git": provenance.git_state(),
             "host": provenance.host(),
@@ -130,6 +132,8 @@ class Run(RunFiles):
         known = self.targets
         if target != SUM and target not in known:
             raise GradvarError(f"target {target!r} is not in {self.path}: known are {', '.join([SUM, *known])}")
+        if self.info["stages"].get("reward", {}).get("status") == "running":
+            raise GradvarError(f"scoring {self.path} was not finished: run `gradvar reward {self.path}` again")
         max_length = int(self.info["config"].get("sample", {}).get("max_tokens", 0))
         scores = []
         for prompt_id in prompt_ids:
@@ -142,6 +146,11 @@ class Run(RunFiles):
                     f"run `gradvar measure {self.path}` again"
                 )
             count = len(parts[0].rollout_ids)
+            if self.grams_label(prompt_id) != rollouts_digest(rollouts[:count]):
+                raise GradvarError(
+                    f"the Grams of prompt {prompt_id!r} were measured on other tokens: "
+                    f"run `gradvar measure {self.path}` again"
+                )
             has_rewards = self.file("rewards", prompt_id).exists()
             rewards = self.rewards(prompt_id)[:count] if has_rewards else np.full(count, np.nan)
             if len(rewards) != count:
@@ -189,7 +198,11 @@ def open_run(path: str | os.PathLike[str]) -> Run:
         raise GradvarError(
             f"{folder} is not a gradvar run: it has no run.json; `gradvar sample {folder} ...` makes one"
         )
-    info = storage.read_json(folder / "run.json")
+    try:
+        info = storage.read_json(folder / "run.json")
+    except GradvarError as error:
+        reason = str(error).rpartition(";")[0]
+        raise GradvarError(f"{reason}; put a copy of it back: without it the run cannot be read") from error
     if not isinstance(info, dict) or not isinstance(info.get("format_version"), int):
         raise storage.damaged(folder / "run.json", "no format_version")
     if info["format_version"] > FORMAT_VERSION:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from gradvar.estimators import (
 )
 from gradvar.estimators.sampler_agreement import EntropyBalance, entropy_balance
 from gradvar.runs import SUM, EstimateConfig, PromptScores, Run, TableRow, estimate_table
+from gradvar.runs.provenance import utc_now
 from gradvar.stages.identity import agreed_config
 from gradvar.stages.listener import Listener, Silent
 
@@ -39,8 +40,8 @@ def fit(run: Run, given: Mapping[str, Any], listener: Listener | None = None) ->
     """
     listener = listener or Silent()
     config = agreed_config(run, EstimateConfig, given)
-    groups = estimated_groups(run)
-    run.begin("fit", config)
+    started = utc_now()
+    groups = estimated_groups(run, listener)
     with listener.task("fit", 2) as advance:
         studied = list(dict.fromkeys(["score", config.advantage]))
         law = law_table(groups, advantages_studied=studied, level=config.level, margin=config.margin, seed=config.seed)
@@ -49,6 +50,7 @@ def fit(run: Run, given: Mapping[str, Any], listener: Listener | None = None) ->
         balance = _entropy_rows(run, config.level)
         identity = pd.concat([identity, balance], ignore_index=True) if len(balance) else identity
         advance(1)
+    run.begin("fit", config, started=started)  # nothing is written before the settings proved good
     tables = {"law": law, "identity": identity}
     for name, table in tables.items():
         run.write_estimates(name, table)
@@ -69,14 +71,9 @@ def cv(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> 
     """
     listener = listener or Silent()
     config = agreed_config(run, EstimateConfig, given)
-    groups = estimated_groups(run)
-    fewest = min(groups, key=lambda group: len(group.lengths))
-    if config.group_size > len(fewest.lengths):
-        raise GradvarError(
-            f"--group-size: expected at most the {len(fewest.lengths)} rollouts of prompt {fewest.prompt_id!r}, "
-            f"received {config.group_size}"
-        )
-    run.begin("cv", config)
+    started = utc_now()
+    groups = estimated_groups(run, listener)
+    _check_group_size(groups, config)
     with listener.task("cv", 1) as advance:
         table = cv_table(
             groups,
@@ -88,6 +85,7 @@ def cv(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> 
             seed=config.seed,
         )
         advance(1)
+    run.begin("cv", config, started=started)
     run.write_estimates("cv", table)
     run.finish("cv")
     return table
@@ -141,8 +139,9 @@ def alpha(run: Run, given: Mapping[str, Any], listener: Listener | None = None) 
     """
     listener = listener or Silent()
     config = agreed_config(run, EstimateConfig, given)
-    groups = estimated_groups(run)
-    run.begin("alpha", config)
+    started = utc_now()
+    groups = estimated_groups(run, listener)
+    _check_group_size(groups, config)
     common: dict[str, Any] = {"advantage": config.advantage, "level": config.level, "seed": config.seed}
     rules = tuple(rule for rule in config.rules if not find_rule(rule).takes_alpha)
     with listener.task("alpha", 3) as advance:
@@ -152,10 +151,20 @@ def alpha(run: Run, given: Mapping[str, Any], listener: Listener | None = None) 
         advance(1)
         tables["planning"] = planning_table(groups, sizes=GROUP_SIZES, **common)
         advance(1)
+    run.begin("alpha", config, started=started)
     for name, table in tables.items():
         run.write_estimates(name, table)
     run.finish("alpha")
     return tables
+
+
+def _check_group_size(groups: Sequence[PromptScores], config: EstimateConfig) -> None:
+    fewest = min(groups, key=lambda group: len(group.lengths))
+    if config.group_size > len(fewest.lengths):
+        raise GradvarError(
+            f"--group-size: expected at most the {len(fewest.lengths)} rollouts of prompt {fewest.prompt_id!r}, "
+            f"received {config.group_size}"
+        )
 
 
 def advice(run: Run) -> str | None:
@@ -167,7 +176,22 @@ def advice(run: Run) -> str | None:
     return recommendation(table, run.table("law"), target=target)
 
 
-def estimated_groups(run: Run) -> list[PromptScores]:
-    """Return every measured prompt for every target, and for their sum where there are several."""
+def estimated_groups(run: Run, listener: Listener | None = None) -> list[PromptScores]:
+    """Return every measured prompt for every target, and for their sum where there are several.
+
+    What the run holds beyond what was measured is told: it is not in the estimates.
+    """
     names = [*run.targets, SUM] if len(run.targets) > 1 else run.targets or [SUM]
-    return [group for name in names for group in run.scores(name)]
+    groups = [group for name in names for group in run.scores(name)]
+    measured = {group.prompt_id: len(group.lengths) for group in groups}
+    waiting = [
+        name
+        for name in run.prompt_ids
+        if not run.file("rollouts", name).exists() or len(run.rollouts(name)) > measured.get(name, 0)
+    ]
+    if waiting and listener is not None:
+        listener.warn(
+            f"{len(waiting)} prompts (first: {waiting[0]}) have rollouts that are missing or not measured and are not "
+            f"in these estimates: run `gradvar sample {run.path}`, `reward` and `measure`"
+        )
+    return groups

@@ -65,6 +65,9 @@ def draw_figures(run: Run, listener: Listener | None = None) -> list[Path]:
 def _length_law(
     folder: Path, stem: str, scores: dict[str, list[PromptScores]], kind: str, law: pd.DataFrame
 ) -> list[Path]:
+    everyone = [group for groups in scores.values() for group in groups]
+    if all(_deviations(group if kind == "score" else group.verified(), kind).sum() == 0 for group in everyone):
+        return []  # every advantage is zero: there is nothing to draw
     figure = panels(len(scores), columns=4)
     for axes, (target, groups) in zip(figure.axes, scores.items(), strict=False):
         chosen = law[(law["target"] == target) & (law["advantage"] == kind) & (law["scope"] == ALL_RESPONSES)]

@@ -26,6 +26,9 @@ def agreed_config(run: Run, kind: type[Config], given: Mapping[str, Any]) -> Con
     section = next(name for name, each in CONFIGS.items() if each is kind)
     asked = {name: value for name, value in given.items() if not (value == "auto" and name in stored)}
     config = resolve(kind, stored, asked)
+    made = {"sample": "rollouts", "measure": "grams"}.get(section)
+    if made is None or not any((run.path / made).glob("[!.]*")):
+        return config  # nothing was made yet that another value would contradict
     for name in IDENTITY.get(section, ()):
         if name in stored and getattr(config, name) != getattr(resolve(kind, stored), name):
             raise GradvarError(

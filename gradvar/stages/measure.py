@@ -47,7 +47,7 @@ def measure(run: Run, given: Mapping[str, Any], listener: Listener | None = None
     work = []
     for prompt in prompts:
         rollouts = run.rollouts(prompt.prompt_id)
-        fresh = run.grams_label(prompt.prompt_id) == rollouts_digest(rollouts)
+        fresh = _is_fresh(run, prompt, rollouts)
         have = list(run.grams(prompt.prompt_id)) if fresh else []
         missing = [key for key in targets if key not in have]
         if not fresh and run.file("grams", prompt.prompt_id).exists():
@@ -135,12 +135,18 @@ def _measure_prompt(
         )
     except GradvarError as error:
         raise GradvarError(f"prompt {prompt.prompt_id!r}: {error}") from error
-    fresh = run.grams_label(prompt.prompt_id) == digest
+    fresh = _is_fresh(run, prompt, rollouts)
     if not fresh:
         run.write_measures(prompt.prompt_id, _measures(measured, rollouts))
     grams = {**(run.grams(prompt.prompt_id) if fresh else {}), **measured.grams}
     run.write_grams(prompt.prompt_id, grams, rollouts_digest=digest)
     run.log("grams written", prompt_id=prompt.prompt_id, targets=list(grams))
+
+
+def _is_fresh(run: Run, prompt: Prompt, rollouts: Sequence[Rollout]) -> bool:
+    """Whether Grams and measures are there and belong to these rollouts."""
+    there = run.file("measures", prompt.prompt_id).exists()
+    return there and run.grams_label(prompt.prompt_id) == rollouts_digest(rollouts)
 
 
 def _mask(rollout: Rollout) -> list[int]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from gradvar.errors import GradvarError
 from gradvar.rollouts.rewards import MathPool, RewardResult, choose_reward, score_rollouts
-from gradvar.runs import RewardConfig, Rollout, Run, rollouts_digest
+from gradvar.runs import Prompt, RewardConfig, Rollout, Run, rollouts_digest
 from gradvar.stages.identity import agreed_config
 from gradvar.stages.listener import Listener, Silent
 from gradvar.stages.sample import IMPORTED
@@ -32,6 +32,11 @@ def reward(run: Run, given: Mapping[str, Any], listener: Listener | None = None)
     sampled = [prompt for prompt in run.prompts() if run.file("rollouts", prompt.prompt_id).exists()]
     if not sampled:
         raise GradvarError(f"{run.path} holds no rollouts: run `gradvar sample {run.path}` first")
+    chosen = {
+        prompt.prompt_id: choose_reward(prompt.data_source, prompt.ground_truth, config.reward)
+        for prompt in sampled
+        if config.reward is not None or (prompt.ground_truth is not None and not _is_imported(run, prompt))
+    }
     run.begin("reward", config)
     reasons: Counter[str] = Counter()
     unverified: Counter[str] = Counter()
@@ -43,24 +48,26 @@ def reward(run: Run, given: Mapping[str, Any], listener: Listener | None = None)
             rollouts = run.rollouts(prompt.prompt_id)
             digest = rollouts_digest(rollouts)
             old = run.rewards_label(prompt.prompt_id)
-            if config.reward is None and old == (digest, IMPORTED):
+            if prompt.prompt_id not in chosen and old == (digest, IMPORTED):
                 reasons["imported with the rollouts"] += 1
                 advance(len(rollouts))
                 continue
-            if config.reward is None and prompt.ground_truth is None:
+            if prompt.prompt_id not in chosen:
                 label, result = (digest, "none"), _no_gold_answer(rollouts)
                 reasons["none: no gold answer in the data"] += 1
             else:
-                chosen = choose_reward(prompt.data_source, prompt.ground_truth, config.reward)
-                label, result = (digest, chosen.label), None
-                reasons[chosen.why] += 1
+                rule = chosen[prompt.prompt_id]
+                label, result = (digest, rule.label), None
+                reasons[rule.why] += 1
             if old == label:
                 advance(len(rollouts))
                 continue
             if result is None:
-                result = score_rollouts(chosen, prompt, rollouts, pool=pool, on_progress=advance)
+                result = score_rollouts(rule, prompt, rollouts, pool=pool, on_progress=advance)
             unverified.update(result.unverified.values())
             run.write_rewards(prompt.prompt_id, [r.rollout_id for r in rollouts], result.rewards, label=label)
+    if config.reward is None and len({rule.name for rule in chosen.values()}) > 1:
+        listener.warn("prompts are scored by different rewards (below); give one by --reward if that is not meant")
     for reason, count in reasons.items():
         listener.say(f"reward: {reason} ({count} prompts)")
     for reason, count in unverified.items():
@@ -72,6 +79,10 @@ def reward(run: Run, given: Mapping[str, Any], listener: Listener | None = None)
             "something"
         )
     run.finish("reward", unverified=int(sum(np.isnan(r).sum() for r in rewards)))
+
+
+def _is_imported(run: Run, prompt: Prompt) -> bool:
+    return run.rewards_label(prompt.prompt_id) == (rollouts_digest(run.rollouts(prompt.prompt_id)), IMPORTED)
 
 
 def _no_gold_answer(rollouts: Sequence[Rollout]) -> RewardResult:

@@ -14,6 +14,7 @@ from gradvar.models import ModelFolder, find_model, load_tokenizer, resolve_devi
 from gradvar.rollouts.engines import (
     SamplingRequest,
     SamplingSettings,
+    check_engine,
     default_engine,
     end_token_ids,
     prompt_seed,
@@ -52,7 +53,11 @@ def prepare(run: Run, given: Mapping[str, Any]) -> Preparation:
     Raises:
         GradvarError: Bad input, or a change of the run's identity.
     """
-    config = _settled(agreed_config(run, SampleConfig, given))
+    config = agreed_config(run, SampleConfig, given)
+    stored = run.stored(SampleConfig)
+    if config.engine == IMPORTED and stored.get("engine") != IMPORTED:
+        raise GradvarError("--engine: expected vllm, transformers or auto, received 'imported'; use --from FILE")
+    config = _settled(replace(config, rollouts=max(config.rollouts, stored.get("rollouts", 0))))
     if given.get("prompt_ids") and given.get("n_prompts") is None:
         config = replace(config, n_prompts=None)  # what was asked for last time gives way
     elif given.get("n_prompts") is not None and not given.get("prompt_ids"):
@@ -61,6 +66,7 @@ def prepare(run: Run, given: Mapping[str, Any]) -> Preparation:
         raise GradvarError(
             f"the rollouts of {run.path} were imported: add to them with `gradvar sample RUN --from FILE`"
         )
+    check_engine(config.engine)
     folder = find_model(config.model, config.revision)
     agree_on_model(run, config.model, digest := folder.weights_hash())
     tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
@@ -113,6 +119,8 @@ def sample(run: Run, given: Mapping[str, Any], listener: Listener | None = None)
     ready = prepare(run, given)
     config, folder, prompts, digest = ready.config, ready.folder, ready.prompts, ready.weights_hash
     read = ready.problems_read
+    if (given.get("rollouts") or config.rollouts) < config.rollouts:
+        listener.say(f"the run holds {config.rollouts} rollouts a prompt: they stay, none is taken away")
     listener.say(
         f"{read['file']}: {read['schema']}, {read['problems']} problems, {read['chosen']} chosen, "
         f"template {read['template']}"
@@ -185,14 +193,20 @@ def import_rollouts(run: Run, source: Path, given: Mapping[str, Any], listener: 
         end_token_ids=end_token_ids(folder.path, tokenizer),
     )
     device = resolve_device(config.device)
-    longest = max(rollout.length for one in imported for rollout in one.rollouts)
+    for one in imported:
+        if len(one.rollouts) < 2:
+            raise GradvarError(
+                f"{source}: prompt {one.prompt.prompt_id!r} has 1 rollout, expected at least 2 (a variance needs two)"
+            )
+    longest = max(len(rollout.token_ids) for one in imported for rollout in one.rollouts)
+    before = run.stored(SampleConfig)
     config = replace(
         config,
         prompts=str(source),
-        rollouts=max(2, max(len(one.rollouts) for one in imported)),
+        rollouts=max(before.get("rollouts", 0), *(len(one.rollouts) for one in imported)),
         device=device,
         dtype=resolve_dtype(config.dtype, device),
-        max_tokens=config.max_tokens if given.get("max_tokens") else longest,
+        max_tokens=config.max_tokens if given.get("max_tokens") else max(before.get("max_tokens", 0), longest),
     )
     config = _as_imported(config)
     prompts = agreed_prompts(run, [one.prompt for one in imported])

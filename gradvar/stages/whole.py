@@ -9,8 +9,7 @@ from typing import Any
 from gradvar.errors import GradvarError
 from gradvar.estimators import find_rule
 from gradvar.gradients import check_targets
-from gradvar.models import load_skeleton
-from gradvar.rollouts.engines import check_engine
+from gradvar.models import find_model, load_skeleton
 from gradvar.rollouts.rewards import choose_reward
 from gradvar.runs import EstimateConfig, MeasureConfig, RewardConfig, Run, SampleConfig
 from gradvar.stages.estimate import alpha, cv, fit
@@ -45,6 +44,9 @@ def run_all(
     listener = listener or Silent()
     check_estimates(run, given)
     if source is not None:
+        made = agreed_config(run, SampleConfig, given)
+        skeleton = load_skeleton(find_model(made.model, made.revision), trust_remote_code=made.trust_remote_code)
+        check_targets(skeleton, agreed_config(run, MeasureConfig, given).targets)
         import_rollouts(run, source, given, listener)
     elif run.stored(SampleConfig).get("engine") != IMPORTED:
         check_sampling(run, given)
@@ -79,7 +81,6 @@ def check_sampling(run: Run, given: Mapping[str, Any]) -> None:
         GradvarError: The first mistake found.
     """
     ready = prepare(run, given)
-    check_engine(ready.config.engine)
     group_size = agreed_config(run, EstimateConfig, given).group_size
     if 2 * group_size > ready.config.rollouts:
         raise GradvarError(

@@ -222,3 +222,56 @@ def test_equal_rewards_are_said_plainly_and_the_score_is_still_fitted(run, tmp_p
 def test_debug_shows_the_traceback(tmp_path):
     with pytest.raises(gradvar.GradvarError):
         main(["--debug", "fit", str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["cv", "--rule", "grpoo"],
+        ["cv", "--group-size", "24"],
+        ["alpha", "--group-size", "500"],
+        ["fit", "--advantage", "gae"],
+        ["reward", "--reward", "nowhere.py:f"],
+        ["reward", "--reward", "gsm8k"],
+        ["measure", "--targets", "99:qkv"],
+        ["sample", "--temperature", "0.5"],
+        ["sample", "--engine", "imported"],
+        ["sample", "--prompt-ids", ","],
+        ["run", "--rule", "grpoo"],
+    ],
+)
+def test_a_refused_command_changes_nothing(refused, run, arguments):
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+    refused(arguments[0], run, *arguments[1:])
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"} == before
+
+
+def test_a_scoring_that_broke_off_is_not_pooled(refused, run, tmp_path):
+    source = "calls = []\ndef f(**k):\n    calls.append(1)\n    assert len(calls) < 30, 'no more'\n    return 1.0\n"
+    path = write(tmp_path / "mine.py", source)
+    assert "no more" in refused("reward", run, "--reward", f"{path}:f")
+    assert "scoring" in refused("fit", run)
+    with pytest.raises(SystemExit) as left:
+        main(["reward", str(run), "--reward", "countdown"])
+    assert left.value.code == 0
+
+
+def test_an_import_of_single_responses(refused, tmp_path):
+    path = write(tmp_path / "r.jsonl", json.dumps({"prompt_token_ids": [1, 2], "response_token_ids": [3, 4]}))
+    assert "expected at least 2" in refused("sample", tmp_path / "r", "--model", policy_path(), "--from", path)
+
+
+def test_a_prompt_that_is_not_unicode(refused, tmp_path):
+    path = write(tmp_path / "p.jsonl", '{"prompt": "\\ud800 a", "answer": "1"}\n')
+    options = ["--template", "none", *asked(prompts=path)[:4], "--max-tokens", "64"]
+    assert "not valid Unicode" in refused("sample", tmp_path / "r", *options)
+
+
+def test_a_gram_that_is_none(refused, run):
+    opened = gradvar.open_run(run)
+    prompt_id = opened.prompt_ids[0]
+    grams = opened.grams(prompt_id)
+    first = next(iter(grams.values()))
+    first.matrix[0, 1] = 1e30
+    opened.write_grams(prompt_id, grams, rollouts_digest=opened.grams_label(prompt_id))
+    assert "not a Gram matrix" in refused("fit", run)

@@ -7,12 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-from gradvar.rollouts.engines.vllm_worker import _die_with_parent
+from gradvar.rollouts.engines.vllm_worker import die_with_parent
 
 HOW = os.environ["FAKE_WORKER"]
 
 if __name__ == "__main__":
-    _die_with_parent()
+    die_with_parent()
     job = json.loads(Path(sys.argv[1]).read_text())
     with os.fdopen(int(sys.argv[2]), "w") as messages:
 

@@ -32,7 +32,7 @@ def test_lists_become_tuples_and_whole_numbers_become_floats():
         (MeasureConfig, {"memory_budget": -1.0}, "--memory-budget"),
         (EstimateConfig, {"advantage": "gae"}, "one of grpo, mean, rloo, raw, score, opo"),
         (EstimateConfig, {"level": 1.0}, "--level"),
-        (EstimateConfig, {"alphas": ["x"]}, "--alphas: expected float, received 'x'"),
+        (EstimateConfig, {"alphas": ["x"]}, "--alpha: expected float, received 'x'"),
         (EstimateConfig, {"group_size": 1}, "--group-size"),
     ],
 )

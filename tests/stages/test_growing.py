@@ -1,5 +1,6 @@
 """What may change in a run: identity is refused, additions are made, the rest is free."""
 
+import contextlib
 import shutil
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import gradvar
 from gradvar.demo import policy_path
 from gradvar.errors import GradvarError
-from gradvar.runs import SampleConfig
+from gradvar.runs import SampleConfig, create_run
 from gradvar.stages import cv, fit, measure, reward, sample
 from gradvar.stages.identity import agreed_prompts
 
@@ -140,3 +141,49 @@ def test_the_run_says_where_it_came_from(run):
     assert info["stages"]["measure"]["attention"]
     assert run.config(SampleConfig).seed == 0
     assert (run.path / "log.jsonl").read_text().count("rollouts written") == 3
+
+
+class Heard:
+    """A listener that remembers what it was told."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+    warn = say
+
+    @contextlib.contextmanager
+    def task(self, description, total, done=0):
+        yield lambda _: None
+
+
+def test_fewer_rollouts_take_none_away_and_are_told(run):
+    heard = Heard()
+    sample(run, {"rollouts": 8}, heard)
+    assert any("holds 24 rollouts" in line for line in heard.lines)
+    assert run.config(SampleConfig).rollouts == 24
+
+
+def test_estimates_say_what_is_not_measured_yet(run):
+    sample(run, {"rollouts": 32})
+    heard = Heard()
+    fit(run, {}, heard)
+    assert any("not measured" in line and "gradvar sample" in line for line in heard.lines)
+
+
+def test_lost_measures_are_made_again(run):
+    path = run.file("measures", run.prompt_ids[1])
+    before = path.read_bytes()
+    path.unlink()
+    measure(run, {})
+    assert path.read_bytes() == before
+
+
+def test_settings_bind_only_once_something_was_made(run, tmp_path):
+    new = create_run(tmp_path / "new")
+    new.begin("sample", run.config(SampleConfig))
+    sample(new, {"temperature": 0.7, "n_prompts": 1, "rollouts": 2})
+    with pytest.raises(GradvarError, match=r"temperature = 0\.7"):
+        sample(new, {"temperature": 1.0})

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 def main(job_file: str, descriptor: int) -> None:
     """Runs one job."""
-    _die_with_parent()
+    die_with_parent()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     with os.fdopen(descriptor, "w", encoding="utf-8") as messages:
         try:
@@ -119,7 +119,7 @@ def _send(messages: IO[str], message: dict[str, Any]) -> None:
     messages.flush()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ends this session's processes when standard input ends, which is when the parent does."""
 
     def watch() -> None:
