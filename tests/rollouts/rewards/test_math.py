@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -144,14 +145,17 @@ def test_deep_nesting_ends_in_time(hasty: MathPool) -> None:
     assert len(result.unverified) == np.isnan(result.rewards).sum()
 
 
-@pytest.mark.parametrize(("gold", "words"), [("}{", "no expression"), (GCD, "did not finish within 1.5 s")])
+@pytest.mark.parametrize(("gold", "words"), [("}{", "no expression"), (GCD, "did not finish within 1.5 s|used more than")])
 def test_a_gold_that_cannot_be_read_leaves_all_unverified(gold: str, words: str, hasty: MathPool) -> None:
     done: list[int] = []
     result = score(gold, r"\boxed{5}", r"\boxed{6}", "x", pool=hasty, on_progress=done.append)
     assert np.isnan(result.rewards).all()
     assert sorted(result.unverified) == [10, 11, 12]
     assert sum(done) == 3
-    assert all(words in reason and repr(gold)[:20] in reason for reason in result.unverified.values())
+    # On a fast machine the hanging gold reaches the memory limit before the time limit: both are right.
+    for reason in result.unverified.values():
+        assert re.search(words, reason), reason
+        assert repr(gold)[:20] in reason
 
 
 def test_a_killed_worker_costs_one_response() -> None:
