@@ -145,7 +145,7 @@ def test_deep_nesting_ends_in_time(hasty: MathPool) -> None:
     assert len(result.unverified) == np.isnan(result.rewards).sum()
 
 
-@pytest.mark.parametrize(("gold", "words"), [("}{", "no expression"), (GCD, "did not finish within 1.5 s|used more than")])
+@pytest.mark.parametrize(("gold", "words"), [("}{", "no expression"), (GCD, "did not finish within|used more than")])
 def test_a_gold_that_cannot_be_read_leaves_all_unverified(gold: str, words: str, hasty: MathPool) -> None:
     done: list[int] = []
     result = score(gold, r"\boxed{5}", r"\boxed{6}", "x", pool=hasty, on_progress=done.append)
