@@ -123,7 +123,8 @@ def test_hangs_are_unverified_and_the_rest_is_scored(hasty: MathPool) -> None:
     assert time.monotonic() - start < 20
     np.testing.assert_array_equal(result.rewards, [np.nan, 1, np.nan, np.nan, 0])
     assert sorted(result.unverified) == [10, 12, 13]
-    assert set(result.unverified.values()) == {"math-verify did not finish within 1.5 s"}
+    for reason in result.unverified.values():  # a fast machine may meet the memory limit first
+        assert re.search("^math-verify (did not finish within 1.5 s|used more than)", reason), reason
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
