@@ -6,15 +6,17 @@ from gradvar.estimators.alpha_tables import alpha_table, recommendation
 from gradvar.estimators.audit import audit_table
 from gradvar.estimators.comparison import compare_table
 from gradvar.estimators.cv import aggregator_cv, aggregator_rho, cv_from_rho, cv_ratio
+from gradvar.estimators.cv_tables import cv_table
 from gradvar.estimators.forms import conditional_cv, form_table
 from gradvar.estimators.identity import IdentityCheck, score_identity
-from gradvar.estimators.law import FamilyFit, VarianceLaw, fit_variance_law
+from gradvar.estimators.identity_tables import identity_table
+from gradvar.estimators.law import VarianceLaw, fit_variance_law
+from gradvar.estimators.law_estimates import FamilyFit
 from gradvar.estimators.law_tables import law_table
 from gradvar.estimators.planning import planning_table
 from gradvar.estimators.prefixes import PrefixGrowth, prefix_growth
 from gradvar.estimators.proxies import proxy_table
 from gradvar.estimators.spread import deviations, within_length_variance
-from gradvar.estimators.tables import cv_table, identity_table
 from gradvar.estimators.token_covariance import TokenShare, token_covariance
 from gradvar.estimators.transforms import authors_vl_norm, overlong_penalty, soft_overlong
 

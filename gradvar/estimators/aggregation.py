@@ -212,3 +212,20 @@ def aggregation_weights(
         one_hot = values.new_tensor(one_hot)
     weights = scope_weights(found, values, lambda x: one_hot @ (one_hot.T @ x), alpha=alpha, max_length=max_length)
     return weights / len(kinds)
+
+
+def expand_rules(rules: Sequence[str], alphas: Sequence[float]) -> list[tuple[Rule, float | None]]:
+    """Return each rule once, and once per alpha where it takes one.
+
+    Raises:
+        GradvarError: Unknown rule, an alpha that is not a finite number, or no alpha for a rule that takes one.
+    """
+    variants: list[tuple[Rule, float | None]] = []
+    for name in rules:
+        rule = find_rule(name)
+        if rule.takes_alpha and not alphas:
+            raise GradvarError(f"rule {rule.name!r} needs at least one alpha, for example 1.0")
+        for alpha in alphas if rule.takes_alpha else (None,):
+            check_rule_arguments(rule, alpha=alpha, max_length=1.0)
+            variants.append((rule, None if alpha is None else float(alpha)))
+    return variants

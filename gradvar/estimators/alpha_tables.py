@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import check_advantage
-from gradvar.estimators.aggregation import find_rule
+from gradvar.estimators.aggregation import expand_rules, find_rule
 from gradvar.estimators.bias import (
     Products,
     best_of_grid,
@@ -34,7 +34,6 @@ from gradvar.estimators.cv import SILENT, UNRESOLVED
 from gradvar.estimators.groups import PERMUTATIONS, draw_groups, group_coefficients
 from gradvar.estimators.inputs import arrange, generator, is_silent
 from gradvar.estimators.intervals import THESE_PROMPTS, check_level
-from gradvar.estimators.tables import expand_rules
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, target_label
 
 ALPHA_GRID = tuple(np.arange(13) * 0.25)

@@ -18,6 +18,7 @@ import pandas as pd
 
 from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import check_advantage
+from gradvar.estimators.aggregation import expand_rules
 from gradvar.estimators.audit_rows import (
     Audit,
     Taus,
@@ -32,7 +33,6 @@ from gradvar.estimators.cv import SILENT
 from gradvar.estimators.groups import PERMUTATIONS
 from gradvar.estimators.inputs import arrange, is_silent
 from gradvar.estimators.intervals import check_level
-from gradvar.estimators.tables import expand_rules
 from gradvar.runs.records import PromptScores, estimate_table
 
 

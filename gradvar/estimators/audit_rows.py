@@ -38,7 +38,8 @@ from gradvar.estimators.intervals import (
     n_to_decide,
 )
 from gradvar.estimators.law import NOT_PROPORTIONAL, PROPORTIONAL
-from gradvar.estimators.law_tables import ALL_RESPONSES, law_table
+from gradvar.estimators.law_samples import ALL_RESPONSES
+from gradvar.estimators.law_tables import law_table
 from gradvar.estimators.length_bins import SMALLEST_BIN, BinProducts, bin_products, cosine_of_pair, length_bins
 from gradvar.estimators.token_covariance import METHOD as SHARE_METHOD
 from gradvar.estimators.token_covariance import share_estimate, share_statistic, share_sums

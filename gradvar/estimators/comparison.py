@@ -20,8 +20,10 @@ import numpy as np
 import pandas as pd
 
 from gradvar.errors import GradvarError
+from gradvar.estimators.aggregation import expand_rules
 from gradvar.estimators.alpha_tables import ALPHA_GRID, alpha_table
 from gradvar.estimators.cv import RESOLVED, UNRESOLVED
+from gradvar.estimators.cv_tables import cv_table
 from gradvar.estimators.groups import PERMUTATIONS
 from gradvar.estimators.inputs import arrange
 from gradvar.estimators.intervals import (
@@ -30,8 +32,8 @@ from gradvar.estimators.intervals import (
     THESE_PROMPTS,
     t_quantile,
 )
-from gradvar.estimators.law_tables import ALL_RESPONSES, law_table
-from gradvar.estimators.tables import cv_table, expand_rules
+from gradvar.estimators.law_samples import ALL_RESPONSES
+from gradvar.estimators.law_tables import law_table
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
 
 COMPARED = (

@@ -20,13 +20,12 @@ from numpy.typing import NDArray
 
 from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import advantages, check_advantage
-from gradvar.estimators.aggregation import aggregation_weights
+from gradvar.estimators.aggregation import aggregation_weights, expand_rules
 from gradvar.estimators.inputs import arrange, generator, is_silent
 from gradvar.estimators.intervals import THESE_PROMPTS, check_level, effective_degrees, t_quantile
 from gradvar.estimators.law import fit_variance_law
 from gradvar.estimators.quasi import Dependence
 from gradvar.estimators.spread import NEIGHBOURS, within_dependence, within_length_variance
-from gradvar.estimators.tables import expand_rules
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
 
 Array = NDArray[np.float64]

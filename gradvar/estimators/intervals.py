@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from gradvar.errors import GradvarError
+from gradvar.runs.records import Estimate
 
 Array = NDArray[np.float64]
 
@@ -73,6 +74,13 @@ def skew_corrected(value: float, influence: Array, error: float, quantile: float
         return 3.0 / skew * (math.cbrt(1.0 + skew * (f - skew / 6.0)) - 1.0)
 
     return value - error * statistic(quantile), value - error * statistic(-quantile)
+
+
+def symmetric(value: float, half: float, level: float, method: str, n: int, clusters: int) -> Estimate:
+    """Estimate with the interval value +- half."""
+    return Estimate(
+        value=value, low=value - half, high=value + half, level=level, method=method, n=n, clusters=clusters, seed=None
+    )
 
 
 def decide_from_margin(value: float, low: float, high: float, margin_low: float, margin_high: float) -> int:

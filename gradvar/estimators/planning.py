@@ -20,6 +20,7 @@ import pandas as pd
 
 from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import check_advantage
+from gradvar.estimators.aggregation import expand_rules
 from gradvar.estimators.bias import (
     Array,
     Products,
@@ -35,7 +36,6 @@ from gradvar.estimators.groups import PERMUTATIONS, GroupMoments, draw_groups, g
 from gradvar.estimators.groups import silent_share as share_of_silent
 from gradvar.estimators.inputs import arrange, generator, is_silent
 from gradvar.estimators.intervals import check_level
-from gradvar.estimators.tables import expand_rules
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
 
 SIZES = (4, 8, 16, 32, 64, 128)

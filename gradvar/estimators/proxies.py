@@ -22,7 +22,7 @@ from gradvar.estimators.advantages import advantages, check_advantage
 from gradvar.estimators.cv import SILENT
 from gradvar.estimators.inputs import arrange, generator, is_silent
 from gradvar.estimators.intervals import MINIMUM_PROMPTS, check_level
-from gradvar.estimators.law import rank_correlation
+from gradvar.estimators.least_squares import rank_correlation
 from gradvar.estimators.spread import NEIGHBOURS, within_length_variance
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
 

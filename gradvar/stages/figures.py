@@ -14,7 +14,7 @@ from scipy.optimize import brentq
 
 from gradvar.estimators import advantages, deviations
 from gradvar.estimators.intervals import THESE_PROMPTS
-from gradvar.estimators.law_tables import ALL_RESPONSES
+from gradvar.estimators.law_samples import ALL_RESPONSES
 from gradvar.figures import panels, plot_aggregator_cv, plot_alpha_curve, plot_length_law, save, style
 from gradvar.runs import SUM, EstimateConfig, PromptScores, Run, target_label
 from gradvar.stages.listener import Listener, Silent

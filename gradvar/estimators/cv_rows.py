@@ -1,0 +1,169 @@
+"""The rows of the table of total CVs, and the labels they share. The table is `cv_table` in `cv_tables`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradvar.estimators.aggregation import Rule
+from gradvar.estimators.cv import (
+    UNRESOLVED,
+    cv_from_rho,
+    n_to_resolve,
+    resolution,
+)
+from gradvar.estimators.intervals import THESE_PROMPTS
+from gradvar.runs.records import Estimate, PromptScores, TableRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class CvStudy:
+    """One target's prompts with what was drawn for them."""
+
+    target: str
+    prompts: dict[str, PromptScores]
+    left_out: dict[str, int]
+    silent: set[str]
+    drawn: dict[str, NDArray[np.intp]]
+    coefficients: dict[tuple[str, str, float | None], NDArray[np.float64]]
+    kept: dict[str, NDArray[np.bool_]]
+    extras: str
+    advantage: str
+    group_size: int
+    level: float
+    seed: int
+
+    def row(
+        self,
+        quantity: str,
+        estimate: Estimate,
+        prompts: Sequence[str],
+        *,
+        pooled: bool = False,
+        variant: tuple[Rule, float | None] | None = None,
+        verdict: str | None = None,
+        n_needed: float = math.nan,
+        estimand: str = THESE_PROMPTS,
+        paper: str | None = None,
+        holds: str | None = None,
+    ) -> TableRow:
+        """Return one row with the study's labels."""
+        rule, alpha = variant if variant is not None else (None, None)
+        return TableRow(
+            quantity=quantity,
+            estimate=replace(
+                estimate,
+                seed=self.seed,
+                method=f"{estimate.method}; with {self.extras}" if self.extras else estimate.method,
+            ),
+            target=self.target,
+            prompt_id=None if pooled else prompts[0],
+            rule=None if rule is None else rule.name,
+            alpha=alpha,
+            advantage=self.advantage,
+            scope="prompt group",
+            group_size=self.group_size,
+            verdict=verdict,
+            extra={
+                "n_needed": n_needed,
+                "left_out": sum(self.left_out[name] for name in prompts),
+                "silent": sum(name in self.silent for name in prompts),
+                "estimand": estimand,
+                "paper": paper,
+                "holds": holds,
+            },
+        )
+
+    def plain(self, value: float, method: str, prompt_id: str) -> Estimate:
+        """Return a number of one prompt that has no interval."""
+        return Estimate(
+            value=value,
+            low=math.nan,
+            high=math.nan,
+            level=self.level,
+            method=method,
+            n=len(self.prompts[prompt_id].lengths),
+            clusters=1,
+            seed=None,
+        )
+
+
+def rho_and_cv_rows(
+    study: CvStudy,
+    variant: tuple[Rule, float | None],
+    rho: Estimate,
+    prompts: Sequence[str],
+    *,
+    pooled: bool = False,
+    estimand: str = THESE_PROMPTS,
+) -> list[TableRow]:
+    """Return rho's row and its CV's."""
+    verdict, needed = resolution(rho), n_to_resolve(rho, study.group_size)
+    return [
+        study.row(
+            quantity,
+            estimate,
+            prompts,
+            pooled=pooled,
+            variant=variant,
+            verdict=verdict,
+            n_needed=needed,
+            estimand=estimand,
+        )
+        for quantity, estimate in (("rho", rho), ("cv", cv_from_rho(rho)))
+    ]
+
+
+def ratio_row(
+    study: CvStudy,
+    variant: tuple[Rule, float | None],
+    compared: tuple[Rule, float | None],
+    ratio: Estimate,
+    prompts: Sequence[str],
+    *,
+    pooled: bool = False,
+) -> TableRow:
+    """Return the row of a paired ratio, with what the paper's order asks of it."""
+    per_prompt = ratio.n / max(ratio.clusters, 1)
+    if not math.isfinite(ratio.value):
+        verdict, needed = UNRESOLVED, math.nan
+    elif ratio.high < 1.0 or ratio.low > 1.0:
+        verdict, needed = ("lower" if ratio.high < 1.0 else "higher"), float(math.ceil(per_prompt))
+    else:
+        verdict, distance = "undetermined", abs(math.log(ratio.value))
+        half = math.log(ratio.high / ratio.value)
+        needed = float(math.ceil(per_prompt * (half / distance) ** 2)) if distance > 0 else math.inf
+    paper, holds = _order_on_the_total(variant, compared, verdict)
+    return study.row(
+        "cv_ratio",
+        ratio,
+        prompts,
+        pooled=pooled,
+        variant=variant,
+        verdict=verdict,
+        n_needed=needed,
+        paper=paper,
+        holds=holds,
+    )
+
+
+def _order_on_the_total(
+    variant: tuple[Rule, float | None], compared: tuple[Rule, float | None], verdict: str
+) -> tuple[str, str]:
+    """What the paper's order asks of this ratio, and whether the total CV (form 3) agrees.
+
+    The paper has vl_norm(1) equal to grpo and vl_norm(alpha), 0 <= alpha < 1, dapo and dr_grpo at least it. It proves
+    that with lengths given; on the total CV equality can only be refuted.
+    """
+    rule, alpha = variant
+    if compared[0].name != "grpo":
+        return "nothing", "not claimed"
+    if rule.name == "vl_norm" and alpha == 1.0:
+        return "equal", "violated" if verdict in ("lower", "higher") else "undetermined"
+    if rule.name in ("dapo", "dr_grpo") or (rule.name == "vl_norm" and alpha is not None and 0.0 <= alpha < 1.0):
+        return "at least 1", {"higher": "holds", "lower": "violated"}.get(verdict, "undetermined")
+    return "nothing", "not claimed"

@@ -1,0 +1,122 @@
+"""The observations of a variance law, checked, with the finite-N correction, and the shapes that are fitted to them.
+
+Shape letters: n responses fitted, N responses averaged, K prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradvar.errors import GradvarError
+from gradvar.estimators.intervals import (
+    check_level,
+)
+from gradvar.estimators.quasi import Dependence, QuasiFit, Shape, fit_quasi
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LawData:
+    """Checked observations with the finite-N correction: mu = a v + b."""
+
+    x: Array
+    y: Array
+    codes: NDArray[np.intp]
+    a: Array
+    b: Array
+    log_length: Array
+    centre: float
+
+    def fit(self, shape: Shape, *start: float, dependence: Dependence | None = None) -> QuasiFit:
+        """Fit one shape of the law, starting at its parameters."""
+        return fit_quasi(self.y, self.codes, self.a, self.b, shape, np.array(start), dependence)
+
+
+def checked_data(
+    lengths: Any,
+    deviations: Any,
+    clusters: Any | None,
+    n_centred: Any | None,
+    mean_deviation: Any | None,
+    margin: float,
+    level: float,
+) -> LawData:
+    """Check and correct what `fit_variance_law` is given; arguments and errors as there."""
+    check_level(level)
+    if not margin > 0:
+        raise GradvarError(f"margin must be positive, for example 0.25, received {margin!r}")
+    x = np.asarray(lengths, dtype=np.float64)
+    y = np.asarray(deviations, dtype=np.float64)
+    if x.ndim != 1 or x.shape != y.shape:
+        raise GradvarError(f"lengths {x.shape} and deviations {y.shape} must be two rows of the same responses")
+    labels = np.zeros(len(x), dtype=np.intp) if clusters is None else np.asarray(clusters)
+    if labels.shape != x.shape:
+        raise GradvarError(f"clusters must label every response: {len(x)} lengths, labels of shape {labels.shape}")
+    codes = np.unique(labels, return_inverse=True)[1].astype(np.intp) if len(x) else labels
+    count = int(codes.max()) + 1 if len(x) else 1
+    if len(x) < count + 3:
+        raise GradvarError(f"a variance law of {count} prompt(s) needs at least {count + 3} responses, got {len(x)}")
+    if not (np.isfinite(x).all() and (x > 0).all()):
+        raise GradvarError("lengths must be positive numbers of tokens")
+    if not (np.isfinite(y).all() and (y >= 0).all()):
+        raise GradvarError("deviations must be finite and not negative (they are squared distances)")
+    empty = np.flatnonzero(np.bincount(codes, weights=y) == 0)
+    if empty.size:
+        raise GradvarError(
+            f"all deviations are 0 in {empty.size} prompt(s) (identical responses, or an advantage of 0 everywhere): "
+            "there is no variance to fit; leave such prompts out"
+        )
+    if all(np.ptp(x[codes == k]) == 0 for k in range(count)):
+        raise GradvarError("all responses have one length: an exponent needs at least two different lengths")
+    a, b = _correction(y, codes, n_centred, mean_deviation)
+    log_length = np.log(x)
+    return LawData(x=x, y=y, codes=codes, a=a, b=b, log_length=log_length, centre=float(log_length.mean()))
+
+
+def _correction(y: Array, codes: NDArray[np.intp], n_centred: Any | None, mean: Any | None) -> tuple[Array, Array]:
+    if n_centred is None:
+        return np.ones_like(y), np.zeros_like(y)
+    n = np.broadcast_to(np.asarray(n_centred, dtype=np.float64), y.shape)
+    if not (n >= 3).all():
+        raise GradvarError("n_centred must be at least 3: with fewer the deviations do not tell responses apart")
+    if mean is None:
+        means = (np.bincount(codes, weights=y) / np.bincount(codes))[codes]
+    else:
+        means = np.broadcast_to(np.asarray(mean, dtype=np.float64), y.shape)
+        if not (np.isfinite(means).all() and (means >= 0).all()):
+            raise GradvarError("mean_deviation must be finite and not negative")
+    # sum_i D_i = (N - 1) vbar in expectation.
+    vbar = means * n / (n - 1)
+    return 1.0 - 2.0 / n, vbar / n
+
+
+def constant_shape(log_shape: Array) -> Shape:
+    """Return a shape without parameters: its log, given."""
+    return lambda s: (log_shape, np.zeros((len(log_shape), 0)))
+
+
+def power_shape(x: Array) -> Shape:
+    """Return s x: the power law where x is the centred log length."""
+    return lambda s: (s[0] * x, x[:, None])
+
+
+def curved_shape(x: Array) -> Shape:
+    """Return s_0 x + s_1 x^2: the power law with curvature."""
+    basis = np.stack([x, x**2], axis=1)
+    return lambda s: (basis @ s, basis)
+
+
+def affine_shape(x: Array) -> Shape:
+    """Return log(1 + s x): the affine law where x is length / mean - 1."""
+
+    def shape(s: Array) -> tuple[Array, Array]:
+        factor = 1.0 + s[0] * x
+        allowed = np.where(factor > 0, factor, np.nan)
+        return np.log(allowed), (x / allowed)[:, None]
+
+    return shape

@@ -1,0 +1,147 @@
+"""From a fitted law to its numbers: exponent, scale, curvature and families, each with its interval.
+
+Shape letters: n responses fitted, K prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradvar.estimators.intervals import (
+    MINIMUM_PROMPTS,
+    PROMPTS_LIKE_THESE,
+    THESE_PROMPTS,
+    effective_degrees,
+    symmetric,
+    t_quantile,
+)
+from gradvar.estimators.quasi import QuasiFit
+from gradvar.runs.records import Estimate
+
+Array = NDArray[np.float64]
+
+MINIMUM_RESPONSES = 16
+"""Fewer responses than this get an exponent without interval: its coverage was not measured below."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyFit:
+    """One family of the law."""
+
+    name: str
+    """constant, proportional, affine or power."""
+    parameters: dict[str, float]
+    """By name, per token where L enters; for K > 1 the constants' geometric mean."""
+    deviance: float
+    """Gamma quasi-deviance: smaller fits better."""
+    explained: float
+    """1 - deviance / deviance of the constant family."""
+    converged: bool
+    """False where the fit ran to the edge of what the family allows."""
+
+
+def _half_width(influence: Array, fit: QuasiFit, level: float) -> float:
+    quantile = t_quantile(level, effective_degrees(influence, fit.degrees))
+    return quantile * float(np.linalg.norm(influence))
+
+
+def exponent_of(fit: QuasiFit, level: float) -> Estimate:
+    """Exponent for these prompts; no interval below `MINIMUM_RESPONSES`."""
+    n, clusters = len(fit.shape_influence), len(fit.constants)
+    method = f"Gamma quasi-likelihood, HC3 sandwich, t; {THESE_PROMPTS}"
+    if not fit.converged:
+        return symmetric(math.nan, math.nan, level, method + "; did not converge", n, clusters)
+    half = _half_width(fit.shape_influence[:, 0], fit, level)
+    if n < MINIMUM_RESPONSES:
+        half, method = math.nan, method + f"; no interval below {MINIMUM_RESPONSES} responses"
+    return symmetric(float(fit.shape[0]), half, level, method, n, clusters)
+
+
+def exponent_across_of(fit: QuasiFit, level: float) -> Estimate:
+    """Exponent for prompts like these: one prompt left out at a time, by one Newton step."""
+    n, clusters = len(fit.shape_influence), len(fit.constants)
+    method = f"Gamma quasi-likelihood, delete-one-prompt jackknife, t; {PROMPTS_LIKE_THESE}"
+    if not fit.converged or clusters < MINIMUM_PROMPTS:
+        note = f"; not given below {MINIMUM_PROMPTS} prompts" if clusters < MINIMUM_PROMPTS else "; did not converge"
+        return symmetric(math.nan, math.nan, level, method + note, n, clusters)
+    information = fit.cluster_information[:, 0, 0]
+    moved = -fit.cluster_scores[:, 0] / (information.sum() - information)
+    if not np.isfinite(moved).all():
+        return symmetric(math.nan, math.nan, level, method + "; one prompt holds all the lengths", n, clusters)
+    variance = (clusters - 1) / clusters * float(((moved - moved.mean()) ** 2).sum())
+    half = t_quantile(level, clusters - 1) * math.sqrt(variance)
+    return symmetric(float(fit.shape[0]), half, level, method, n, clusters)
+
+
+def scales_of(fit: QuasiFit, centre: float, level: float) -> tuple[Estimate, Estimate, float]:
+    """Scale at one token, level where its error is uncorrelated with the exponent's, and the length of that."""
+    n, clusters = len(fit.shape_influence), len(fit.constants)
+    method = f"Gamma quasi-likelihood, HC3 sandwich on the log, t; {THESE_PROMPTS}"
+    if not fit.converged:
+        none = symmetric(math.nan, math.nan, level, method + "; did not converge", n, clusters)
+        return none, none, math.nan
+    slope_influence = fit.shape_influence[:, 0]
+    constant_influence = fit.constants_influence.mean(axis=1)
+    spread = float(slope_influence @ slope_influence)
+    pivot = -float(constant_influence @ slope_influence) / spread if spread > 0 else 0.0
+
+    # The exponent's degrees of freedom serve the whole band, so that its pieces fit together.
+    quantile = t_quantile(level, effective_degrees(slope_influence, fit.degrees))
+
+    def at(log_length: float) -> Estimate:
+        log_value = float(fit.constants.mean()) + float(fit.shape[0]) * log_length
+        half = quantile * float(np.linalg.norm(constant_influence + log_length * slope_influence))
+        if n < MINIMUM_RESPONSES:
+            half = math.nan
+        with np.errstate(over="ignore"):
+            value, low, high = (float(np.exp(log_value + step)) for step in (0.0, -half, half))
+        return Estimate(value=value, low=low, high=high, level=level, method=method, n=n, clusters=clusters, seed=None)
+
+    return at(-centre), at(pivot), _exp(centre + pivot)
+
+
+def curvature_of(fit: QuasiFit, level: float) -> Estimate:
+    """Coefficient of log(L)^2 in a curved fit."""
+    n, clusters = len(fit.shape_influence), len(fit.constants)
+    method = "Gamma quasi-likelihood, HC3 sandwich, t; coefficient of log(L)^2"
+    if not fit.converged or n < MINIMUM_RESPONSES:
+        return symmetric(math.nan, math.nan, level, method + "; not determined", n, clusters)
+    half = _half_width(fit.shape_influence[:, 1], fit, level)
+    return symmetric(float(fit.shape[1]), half, level, method, n, clusters)
+
+
+def _exp(value: float) -> float:
+    """Exponential that overflows to infinity, as a fit without a finite scale deserves."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(value))
+
+
+def families_of(fits: dict[str, QuasiFit], x: Array, centre: float) -> dict[str, FamilyFit]:
+    """Families by name, from their fits."""
+    base = fits["constant"].deviance
+
+    def parameters(name: str, fit: QuasiFit) -> dict[str, float]:
+        constant = float(fit.constants.mean())
+        if name == "constant":
+            return {"c": _exp(constant)}
+        if name == "proportional":
+            return {"c": _exp(constant - centre)}
+        if name == "affine":
+            value, s = _exp(constant), float(fit.shape[0])
+            return {"a": value * (1.0 - s), "b": value * s / float(x.mean())}
+        return {"c": _exp(constant - float(fit.shape[0]) * centre), "beta": float(fit.shape[0])}
+
+    return {
+        name: FamilyFit(
+            name=name,
+            parameters=parameters(name, fit),
+            deviance=fit.deviance,
+            explained=1.0 - fit.deviance / base if base > 0 else math.nan,
+            converged=fit.converged,
+        )
+        for name, fit in fits.items()
+    }

@@ -1,0 +1,121 @@
+"""What a variance law is fitted to: one prompt's deviations and within-length variances, or those of a subset.
+
+Shape letters: N responses of one prompt, n of them fitted.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradvar.estimators.advantages import advantages
+from gradvar.estimators.inputs import generator
+from gradvar.estimators.quasi import Dependence
+from gradvar.estimators.spread import (
+    deviation_dependence,
+    deviations,
+    within_dependence,
+    within_length_variance,
+)
+from gradvar.runs.records import PromptScores
+
+Array = NDArray[np.float64]
+
+ALL_RESPONSES = "all responses"
+NOT_TRUNCATED = "not truncated"
+MOST_CLASSES = 4
+"""With more different rewards than this, the classes are the halves below and above the median."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sample:
+    """Deviations of one prompt's responses, or of a subset."""
+
+    lengths: Array
+    deviations: Array
+    within: Array
+    n_centred: Array
+    """(n,) N of the set that the mean gradient was taken over."""
+    mean_deviation: Array
+    """(n,) its mean deviation."""
+    deviation_dependence: Dependence
+    within_dependence: Dependence
+    left_out: int
+
+
+def subsets_of(
+    prompts: dict[str, PromptScores], studied: dict[str, PromptScores], subsets: bool
+) -> dict[str, Callable[[PromptScores], NDArray[np.bool_]]]:
+    """Return which responses are fitted, by scope: all, each reward class, those not truncated."""
+    found: dict[str, Callable[[PromptScores], NDArray[np.bool_]]] = {
+        ALL_RESPONSES: lambda s: np.ones(len(s.lengths), dtype=bool)
+    }
+    if not subsets:
+        return found
+    rewards = np.concatenate([s.rewards for s in prompts.values()])
+    rewards = rewards[~np.isnan(rewards)]
+    values = np.unique(rewards)
+    if 1 < len(values) <= MOST_CLASSES:
+        for value in values:
+            found[f"reward {value:g}"] = lambda s, value=value: s.rewards == value  # type: ignore[misc]
+    elif len(values) > MOST_CLASSES:
+        middle = float(np.median(rewards))
+        found[f"reward at most {middle:g}"] = lambda s: s.rewards <= middle
+        found[f"reward above {middle:g}"] = lambda s: s.rewards > middle
+    if any(s.truncated.any() for s in studied.values()):
+        found[NOT_TRUNCATED] = lambda s: ~s.truncated
+    return found
+
+
+def sample_of(
+    scores: PromptScores, chosen: NDArray[np.bool_], advantage: str, seed: int, neighbours: int, left_out: int
+) -> Sample:
+    """Return the chosen responses of one prompt; the mean gradient is over all its responses."""
+    factors = None
+    if advantage != "score":
+        factors = advantages(scores.rewards, advantage, lengths=scores.lengths)
+    n = len(scores.lengths)
+    spread = deviations(scores.gram, factors)
+    part = scores if chosen.all() else scores.select(chosen)
+    count = len(part.lengths)
+    within = np.zeros(count)
+    shared: Dependence = _nothing_shared
+    if count > 1:
+        arguments: dict[str, Any] = {
+            "advantages": None if factors is None else factors[chosen],
+            "neighbours": neighbours,
+        }
+        purpose = (seed, scores.prompt_id, "neighbours")
+        within = within_length_variance(part.gram, part.lengths, **arguments, rng=generator(*purpose))
+        shared = within_dependence(part.gram, part.lengths, **arguments, rng=generator(*purpose))
+    return Sample(
+        lengths=part.lengths.astype(np.float64),
+        deviations=spread[chosen],
+        within=within,
+        n_centred=np.full(count, float(n)),
+        mean_deviation=np.full(count, float(spread.mean())),
+        deviation_dependence=deviation_dependence(scores.gram, factors, subset=chosen) if n > 1 else _nothing_shared,
+        within_dependence=shared,
+        left_out=left_out,
+    )
+
+
+def _nothing_shared(q: Array) -> Array:
+    return np.zeros_like(q)
+
+
+def usable_samples(samples: dict[str, Sample], what: str) -> tuple[dict[str, Sample], str]:
+    """Drop prompts without any spread: identical responses cannot carry a constant of their own."""
+    found = {
+        name: s
+        for name, s in samples.items()
+        if len(s.lengths) > 1 and len(s.n_centred) and s.n_centred[0] >= 3 and spread_of(s, what).sum() > 0
+    }
+    return found, "fewer than 3 responses, or responses that are all identical: there is no variance to fit"
+
+
+def spread_of(sample: Sample, what: str) -> Array:
+    """Return the deviations ("deviation") or the within-length variances ("within")."""
+    return sample.deviations if what == "deviation" else sample.within
