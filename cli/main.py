@@ -92,3 +92,7 @@ def _received(text: str, arguments: list[str]) -> str:
 def _leave(message: str, code: int) -> None:
     print(f"gradvar: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
