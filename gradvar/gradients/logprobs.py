@@ -119,6 +119,8 @@ class Head:
             return
         bias = module.bias
         flat = hidden[0].to(module.weight.device)
+        if flat.shape[-1] != module.weight.shape[1]:  # more lies between (ELECTRA's generator makes states narrower)
+            return
         with torch.no_grad():
             largest = functional.linear(flat, module.weight, bias).abs().amax().clamp_min(1e-6)
             for amplitude in _AMPLITUDES:

@@ -23,7 +23,7 @@ from gradvar.gradients.checkpointing import checkpointed, choose_checkpointing
 from gradvar.gradients.gram import FactorStore, GradientStore, HeadStore, MatrixStore
 from gradvar.gradients.logprobs import Head, TokenScores, compute_dtype
 from gradvar.gradients.plan import Block, Plan, make_plan
-from gradvar.gradients.request import check_padding, check_request, check_sharing
+from gradvar.gradients.request import check_causal, check_padding, check_request, check_sharing
 from gradvar.gradients.reweighted import Reweightings
 from gradvar.gradients.specs import resolve_targets
 from gradvar.gradients.states import Autocast, frozen, full_precision
@@ -99,6 +99,7 @@ def prepared(
     ):  # fmt: skip
         head = Head(model, list(prompt_ids)[-_PROBE_TOKENS:])
         tied, tied_scale = check_sharing(model, chosen, head)
+        check_causal(head.base, list(prompt_ids)[-_PROBE_TOKENS:])
         check_padding(head.base, list(prompt_ids)[-_PROBE_TOKENS:], padding_side)
         dtype = _model_dtype(model)
         n = len(responses)

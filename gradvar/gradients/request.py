@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gradvar.errors import GradvarError
@@ -135,6 +135,25 @@ def _embedding_scale(module: nn.Module) -> float | None:
     return scale
 
 
+def check_causal(base: nn.Module, probe: list[int]) -> None:
+    """Refuse a model whose states at a token depend on later ones: an encoder, or a decoder not told that it is one.
+
+    Raises:
+        GradvarError: Another last token changes the states before it.
+    """
+    first, second, word = (probe * 3)[:3]
+    endings = [[word, 0], [int(word == 0), 0]]  # the last token of a response is not fed
+    device = next(base.parameters()).device
+    with torch.no_grad():
+        (batch,) = make_batches([first, second], endings, 10_000, device)
+        states = last_hidden(base, batch)[:, :2].double()
+    if bool(states.isfinite().all()) and not _same(states[0], states[1], base):
+        raise GradvarError(
+            f"{type(base).__name__} is not causal: its states at a token depend on later tokens, so it gives no "
+            "log-probability of a response; expected a causal language model (is_decoder=True in the configuration?)"
+        )
+
+
 def check_padding(base: nn.Module, probe: list[int], side: str) -> None:
     """Refuse padding on the left where it moves the hidden states: a model that counts positions from the first column.
 
@@ -153,7 +172,12 @@ def check_padding(base: nn.Module, probe: list[int], side: str) -> None:
         row = batch.members.index(0)
         moved = last_hidden(base, batch)[row, batch.firsts[row] :].double()
         still = last_hidden(base, alone)[0].double()
-    kind = next(p.dtype for p in base.parameters() if p.is_floating_point())
-    epsilon = max(torch.finfo(kind).eps, torch.finfo(torch.float32).eps)  # some compute in float32 whatever the model
-    if not bool(((moved - still).abs() <= 64 * epsilon * still.abs().amax()).all()):
+    if not _same(moved, still, base):
         raise GradvarError("padding on the left changes this model's hidden states: pad on the right")
+
+
+def _same(states: Tensor, others: Tensor, base: nn.Module) -> bool:
+    """Return whether hidden states agree to some roundings (in float32 at best: some compute in it whatever they are)."""
+    kind = next(p.dtype for p in base.parameters() if p.is_floating_point())
+    epsilon = max(torch.finfo(kind).eps, torch.finfo(torch.float32).eps)
+    return bool(((states - others).abs() <= 64 * epsilon * others.abs().amax()).all())

@@ -35,6 +35,8 @@ _MLP_NAMES = (
     ("up", r"up_proj|w3|wi_1|fc1|c_fc|dense_h_to_4h|fc_in|linear_1|lin1|wi|dense_in"),
     ("down", r"down_proj|w2|fc2|c_proj|dense_4h_to_h|fc_out|wo|linear_2|lin2|output_linear|dense_out"),
 )
+_BESIDE = re.compile(r"indexer|encoder_?attn|cross_?att.*|inter_attention")
+"""Inside attention but not its projections: what picks keys without a gradient, and what reads another sequence."""
 _LORA = re.compile(r"\.(lora_[AB])\.[^.]+$")
 
 
@@ -144,6 +146,8 @@ def _kind(layer: nn.Module, inside: str) -> str:
     parts = inside.split(".")
     classes = [type(layer.get_submodule(".".join(parts[: i + 1]))).__name__.lower() for i in range(len(parts) - 1)]
     holders = [*(p.lower() for p in parts[:-1]), *classes]
+    if any(_BESIDE.fullmatch(h) for h in holders):
+        return "other"
     if any("attn" in h or "attention" in h for h in holders):
         if parts[-2:] == ["output", "dense"]:
             return "o"

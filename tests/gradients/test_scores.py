@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertLMHeadModel
 
 from gradvar.errors import GradvarError
 from gradvar.gradients import list_targets, measure_scores, resolve_targets, score_grams
@@ -435,6 +436,22 @@ def test_a_compiled_model_is_refused():
 def test_something_that_is_no_language_model_is_refused():
     with pytest.raises(GradvarError, match="causal language model"):
         measure_scores(nn.Linear(3, 3), PROMPT, RESPONSES, "last:v")
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_a_model_that_looks_ahead_is_refused(decoder):
+    """The response's last token is not fed, so an encoder would give other numbers without a word."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, is_decoder=decoder, **sizes)
+    model = BertLMHeadModel(config).double()
+    if decoder:
+        targets = resolve_targets(model, "last:attn,mlp")
+        grams = measure_scores(model, PROMPT, RESPONSES, "last:attn,mlp").grams
+        for key, scores in references.flat_scores(model.eval(), targets, PROMPT, RESPONSES).items():
+            assert references.error(grams[key].gram(), references.gram_of(scores)) < 1e-10
+    else:
+        with pytest.raises(GradvarError, match="BertModel is not causal"):
+            measure_scores(model, PROMPT, RESPONSES, "last:attn,mlp")
 
 
 def test_a_response_whose_gradient_is_not_finite_is_named():
