@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from gradvar.figures.style import COLOURS, MUTED
+from gradvar.figures.style import COLOURS, INK, MUTED, plain_log_ticks
 
 
 def plot_length_law(
@@ -37,7 +37,7 @@ def plot_length_law(
         note: One line inside the panel: the exponent and its interval.
     """
     drawn = np.isfinite(squares) & (squares > 0)
-    classes = _classes(rewards, len(lengths))
+    classes = reward_classes(rewards, len(lengths))
     cut = np.zeros(len(lengths), dtype=bool) if truncated is None else truncated
     for name, (members, colour, marker) in classes.items():
         for hollow in (False, True):
@@ -56,11 +56,11 @@ def plot_length_law(
                 label=f"{name}, truncated" if hollow else name,
             )
     if curve is not None and len(curve):
-        axes.plot(curve["length"], curve["value"], color="#222222", linewidth=1.4, label="fitted mean and band")
-        axes.fill_between(curve["length"], curve["low"], curve["high"], color="#222222", alpha=0.15, linewidth=0)
+        axes.plot(curve["length"], curve["value"], color=INK, linewidth=1.4, label="fitted mean and band")
+        axes.fill_between(curve["length"], curve["low"], curve["high"], color=INK, alpha=0.15, linewidth=0)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    _plain_length_ticks(axes, lengths)
+    plain_log_ticks(axes, float(lengths.min()), float(lengths.max()))
     axes.set_xlabel("response length (tokens)")
     axes.set_ylabel(label)
     axes.set_title(title)
@@ -72,7 +72,8 @@ def plot_length_law(
         axes.text(0.03, 0.97, "\n".join(lines), transform=axes.transAxes, va="top", fontsize=8)
 
 
-def _classes(rewards: NDArray[np.float64] | None, count: int) -> dict[str, tuple[NDArray[np.bool_], str, str]]:
+def reward_classes(rewards: NDArray[np.float64] | None, count: int) -> dict[str, tuple[NDArray[np.bool_], str, str]]:
+    """Return members, colour and marker of each reward class: above 0, not above 0, unverified."""
     if rewards is None:
         return {"responses": (np.ones(count, dtype=bool), COLOURS[0], "o")}
     return {
@@ -80,13 +81,3 @@ def _classes(rewards: NDArray[np.float64] | None, count: int) -> dict[str, tuple
         "not rewarded": (rewards <= 0, COLOURS[1], "^"),
         "unverified": (np.isnan(rewards), MUTED, "s"),
     }
-
-
-def _plain_length_ticks(axes: Axes, lengths: NDArray[np.float64]) -> None:
-    low, high = float(lengths.min()), float(lengths.max())
-    ticks = [m * 10.0**e for e in range(7) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
-    if len(ticks) > 6:
-        ticks = ticks[::2]
-    if len(ticks) >= 2:
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.set_xticks([], minor=True)

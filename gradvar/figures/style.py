@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 """Okabe and Ito's palette (yellow replaced by olive, which shows on white), in the order of use."""
 MUTED = "#8a8a8a"
+INK = "#222222"
+"""Text, axes and fitted lines."""
+GRID = "#e6e6e6"
+BAND = "#dddddd"
+"""Margins and ranges behind the data."""
 PANEL = (3.4, 2.9)
 """Width and height of one panel in inches."""
 
@@ -26,11 +32,18 @@ _SETTINGS: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": "#e6e6e6",
+    "grid.color": GRID,
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "legend.frameon": False,
     "legend.fontsize": 8,
+    "hatch.linewidth": 0.6,
     "pdf.fonttype": 42,
     "svg.fonttype": "none",
 }
@@ -63,3 +76,13 @@ def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
             dated = {"CreationDate": None} if path.suffix == ".pdf" else {}
             figure.savefig(path, metadata=dated)
     return paths
+
+
+def plain_log_ticks(axes: Axes, low: float, high: float) -> None:
+    """Label a logarithmic x axis with plain numbers."""
+    ticks = [m * 10.0**e for e in range(7) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    if len(ticks) > 6:
+        ticks = ticks[::2]
+    if len(ticks) >= 2:
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
