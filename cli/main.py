@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import estimates, looking, making, whole
+from . import estimates, judging, looking, making, whole
 
 MISTAKE = 2
 INTERRUPTED = 130
@@ -31,6 +31,7 @@ app = typer.Typer(
 whole.register(app)
 making.register(app)
 estimates.register(app)
+judging.register(app)
 looking.register(app)
 
 

@@ -124,6 +124,18 @@ Level = _option(float, "--level", "Coverage of the intervals.", default=0.95, pa
 Margin = _option(
     float, "--margin", "How far the exponent may lie from 1 and count as proportional.", default=0.25, panel=_E
 )
+IdentityMargin = _option(
+    float, "--identity-margin", "Assumption 0: the mean score's share of the noise in a group.", default=0.1, panel=_E
+)
+TokenMargin = _option(float, "--token-margin", "Assumption 1: share of token covariance.", default=0.1, panel=_E)
+BaselineMargin = _option(
+    float, "--baseline-margin", "Assumption 3: how far the ratio of variances may lie from 1.", default=0.1, panel=_E
+)
+LengthMargin = _option(
+    float, "--length-margin", "Assumption 4: variance of E[g | L] over ||E g||².", default=0.25, panel=_E
+)
+Rule = _option(str, "--rule", "The aggregator studied.", default="grpo", panel=_E)
+Alpha = _option(float, "--alpha", "Its exponent, where it is vl_norm.", panel=_E)
 
 
 def given(config: Path | None, **options: Any) -> dict[str, Any]:

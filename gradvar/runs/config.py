@@ -154,6 +154,14 @@ class EstimateConfig:
     """Coverage of the intervals."""
     margin: float = 0.25
     """How far the exponent may lie from 1 and still count as proportional."""
+    identity_margin: float = 0.1
+    """Audit, assumption 0: ||E s||^2 below this share of the noise in a group."""
+    token_margin: float = 0.1
+    """Audit, assumption 1: absolute share of token covariance below this."""
+    baseline_margin: float = 0.1
+    """Audit, assumption 3: ratio of variances within this of 1."""
+    length_margin: float = 0.25
+    """Audit, assumption 4: variance of E[g | L] below this share of ||E g||^2."""
     seed: int = 0
     """Seed of permutations and tie breaks."""
 
@@ -163,7 +171,8 @@ class EstimateConfig:
         _require(len(self.rules) > 0, "rules", "at least one aggregator", self.rules)
         _require(all(map(math.isfinite, self.alphas)), "alphas", "finite numbers", self.alphas)
         _require(0.5 <= self.level < 1, "level", "a fraction from 0.5, below 1", self.level)
-        _require(_is_positive(self.margin), "margin", "a number above 0", self.margin)
+        for name in ("margin", "identity_margin", "token_margin", "baseline_margin", "length_margin"):
+            _require(_is_positive(getattr(self, name)), name, "a number above 0", getattr(self, name))
         _require(self.seed >= 0, "seed", "a whole number from 0", self.seed)
 
 

@@ -1,5 +1,7 @@
 """One function a stage: read the run, call one room, write that stage's files."""
 
+from gradvar.stages.audit import audit
+from gradvar.stages.compare import Comparison, compare
 from gradvar.stages.estimate import advice, alpha, cv, fit
 from gradvar.stages.figures import draw_figures
 from gradvar.stages.listener import Listener, Silent
@@ -9,11 +11,14 @@ from gradvar.stages.sample import Preparation, import_rollouts, prepare, sample
 from gradvar.stages.whole import demo, run_all
 
 __all__ = [
+    "Comparison",
     "Listener",
     "Preparation",
     "Silent",
     "advice",
     "alpha",
+    "audit",
+    "compare",
     "cv",
     "demo",
     "disagreement",

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
-from gradvar.errors import GradvarError
 from gradvar.estimators import (
     alpha_table,
     cv_table,
@@ -20,9 +17,10 @@ from gradvar.estimators import (
     planning_table,
     recommendation,
 )
-from gradvar.estimators.sampler_agreement import EntropyBalance, entropy_balance
-from gradvar.runs import SUM, EstimateConfig, PromptScores, Run, TableRow, estimate_table
+from gradvar.runs import SUM, EstimateConfig, Run
 from gradvar.runs.provenance import utc_now
+from gradvar.stages.entropy import entropy_rows
+from gradvar.stages.groups import check_group_size, estimated_groups
 from gradvar.stages.identity import agreed_config
 from gradvar.stages.listener import Listener, Silent
 
@@ -47,7 +45,7 @@ def fit(run: Run, given: Mapping[str, Any], listener: Listener | None = None) ->
         law = law_table(groups, advantages_studied=studied, level=config.level, margin=config.margin, seed=config.seed)
         advance(1)
         identity = identity_table(groups, seed=config.seed, level=config.level)
-        balance = _entropy_rows(run, config.level)
+        balance = entropy_rows(run, config.level, config.seed)
         identity = pd.concat([identity, balance], ignore_index=True) if len(balance) else identity
         advance(1)
     run.begin("fit", config, started=started)  # nothing is written before the settings proved good
@@ -73,7 +71,7 @@ def cv(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> 
     config = agreed_config(run, EstimateConfig, given)
     started = utc_now()
     groups = estimated_groups(run, listener)
-    _check_group_size(groups, config)
+    check_group_size(groups, config)
     with listener.task("cv", 1) as advance:
         table = cv_table(
             groups,
@@ -89,34 +87,6 @@ def cv(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> 
     run.write_estimates("cv", table)
     run.finish("cv")
     return table
-
-
-MISMATCH = 1e-3
-"""p value of the entropy balance below which rollouts are said not to come from the policy."""
-
-
-def _entropy_rows(run: Run, level: float) -> pd.DataFrame:
-    """Rows of the entropy balance, prompt by prompt and over all: a test of sampler and policy free of any gradient."""
-    found = {}
-    for scores in run.scores(run.targets[0]):
-        if scores.log_probs is not None and len(scores.log_probs) > 1:
-            found[scores.prompt_id] = (scores.log_probs, run.measures(scores.prompt_id).entropy[: len(scores.lengths)])
-    if not found:
-        return pd.DataFrame()
-    tests: dict[str | None, EntropyBalance] = {
-        name: entropy_balance([lp], [h], level=level) for name, (lp, h) in found.items()
-    }
-    if len(found) > 1:
-        log_probs, entropies = zip(*found.values(), strict=True)
-        tests[None] = entropy_balance(log_probs, entropies, level=level)
-    rows = []
-    for name, test in tests.items():
-        verdict = "rejected" if test.p_value < MISMATCH / len(found) else "not rejected"
-        labels: dict[str, Any] = {"target": "any", "prompt_id": name, "advantage": "score"}
-        p_value = replace(test.surplus, value=test.p_value, low=math.nan, high=math.nan)
-        rows.append(TableRow(quantity="entropy_surplus", estimate=test.surplus, verdict=verdict, **labels))
-        rows.append(TableRow(quantity="entropy_p_value", estimate=p_value, **labels))
-    return estimate_table(rows)
 
 
 GROUP_SIZES = (4, 8, 16, 32, 64, 128)
@@ -141,7 +111,7 @@ def alpha(run: Run, given: Mapping[str, Any], listener: Listener | None = None) 
     config = agreed_config(run, EstimateConfig, given)
     started = utc_now()
     groups = estimated_groups(run, listener)
-    _check_group_size(groups, config)
+    check_group_size(groups, config)
     common: dict[str, Any] = {"advantage": config.advantage, "level": config.level, "seed": config.seed}
     rules = tuple(rule for rule in config.rules if not find_rule(rule).takes_alpha)
     with listener.task("alpha", 3) as advance:
@@ -158,15 +128,6 @@ def alpha(run: Run, given: Mapping[str, Any], listener: Listener | None = None) 
     return tables
 
 
-def _check_group_size(groups: Sequence[PromptScores], config: EstimateConfig) -> None:
-    fewest = min(groups, key=lambda group: len(group.lengths))
-    if config.group_size > len(fewest.lengths):
-        raise GradvarError(
-            f"--group-size: expected at most the {len(fewest.lengths)} rollouts of prompt {fewest.prompt_id!r}, "
-            f"received {config.group_size}"
-        )
-
-
 def advice(run: Run) -> str | None:
     """Return which alpha to use and what that rests on, in one sentence; None before `alpha` and `fit` ran."""
     if not all((run.path / "tables" / f"{name}.parquet").exists() for name in ("alpha", "law")):
@@ -174,24 +135,3 @@ def advice(run: Run) -> str | None:
     table = run.table("alpha")
     target = SUM if SUM in set(table["target"]) else str(table["target"].iloc[0])
     return recommendation(table, run.table("law"), target=target)
-
-
-def estimated_groups(run: Run, listener: Listener | None = None) -> list[PromptScores]:
-    """Return every measured prompt for every target, and for their sum where there are several.
-
-    What the run holds beyond what was measured is told: it is not in the estimates.
-    """
-    names = [*run.targets, SUM] if len(run.targets) > 1 else run.targets or [SUM]
-    groups = [group for name in names for group in run.scores(name)]
-    measured = {group.prompt_id: len(group.lengths) for group in groups}
-    waiting = [
-        name
-        for name in run.prompt_ids
-        if not run.file("rollouts", name).exists() or len(run.rollouts(name)) > measured.get(name, 0)
-    ]
-    if waiting and listener is not None:
-        listener.warn(
-            f"{len(waiting)} prompts (first: {waiting[0]}) have rollouts that are missing or not measured and are not "
-            f"in these estimates: run `gradvar sample {run.path}`, `reward` and `measure`"
-        )
-    return groups

@@ -1,0 +1,128 @@
+"""Finished runs of simulated gradients, made by the public writers: what benchmarks and tests of the estimates read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gradvar.runs import (
+    MeasureConfig,
+    Measures,
+    Prompt,
+    PromptScores,
+    Rollout,
+    Run,
+    SampleConfig,
+    ScoreGram,
+    create_run,
+    rollouts_digest,
+)
+
+MAX_TOKENS = 1024
+
+
+def simulated_prompt(
+    name: str,
+    n: int,
+    targets: Sequence[str],
+    *,
+    beta: float = 1.0,
+    signal: float = 1.5,
+    success: float = 0.4,
+    rng: np.random.Generator,
+) -> list[PromptScores]:
+    """One prompt on every target: Var(s | L) = (L/150)^beta C, binary rewards, E[s | r] along the quietest axis.
+
+    Args:
+        name: The prompt's id.
+        n: Responses.
+        targets: Names; each has gradients of its own for the same responses.
+        beta: Exponent of the variance law.
+        signal: Length of the mean gradient's step between a wrong and a right response.
+        success: Share of reward 1.
+        rng: Draws everything.
+    """
+    lengths = np.clip(np.round(150.0 * np.exp(rng.normal(0.0, 0.6, n))), 2, MAX_TOKENS)
+    rewards = (rng.random(n) < success).astype(np.float64)
+    scale = 0.8 ** np.arange(20)
+    found = []
+    for target in targets:
+        scores = rng.normal(size=(n, 20)) * scale / np.linalg.norm(scale)
+        scores *= np.sqrt((lengths / 150.0) ** beta)[:, None]
+        scores[:, -1] += signal * (rewards - success)
+        found.append(
+            PromptScores(
+                prompt_id=name,
+                target=target,
+                gram=scores @ scores.T,
+                rewards=rewards,
+                lengths=lengths,
+                truncated=lengths >= 500,
+                max_length=MAX_TOKENS,
+            )
+        )
+    return found
+
+
+def write_run(path: Path, prompts: Sequence[Sequence[PromptScores]], *, texts: Sequence[str] | None = None) -> Run:
+    """Write a run whose estimates are those of the given prompts; tokens and log-probabilities are made up.
+
+    Args:
+        path: New folder.
+        prompts: One prompt a row, its targets in it.
+        texts: What the prompts say; their ids where None.
+    """
+    run = create_run(path)
+    run.begin("sample", SampleConfig(model="simulated", max_tokens=MAX_TOKENS, rollouts=len(prompts[0][0].lengths)))
+    spoken = texts or [f"prompt {targets[0].prompt_id}" for targets in prompts]
+    run.write_prompts(
+        [
+            Prompt(prompt_id=targets[0].prompt_id, text=text, token_ids=(1, 2, 3))
+            for targets, text in zip(prompts, spoken, strict=True)
+        ]
+    )
+    for number, targets in enumerate(prompts):
+        first, rng = targets[0], np.random.default_rng([7, number])
+        rollouts = [
+            Rollout(
+                rollout_id=i,
+                token_ids=tuple(rng.integers(0, 1000, int(length)).tolist()),
+                text="",
+                finish_reason="length" if cut else "stop",
+            )
+            for i, (length, cut) in enumerate(zip(first.lengths, first.truncated, strict=True))
+        ]
+        run.write_rollouts(first.prompt_id, rollouts)
+        ids = tuple(range(len(rollouts)))
+        digest = rollouts_digest(rollouts)
+        run.write_rewards(first.prompt_id, ids, first.rewards, label=(digest, "simulated"))
+        logprobs = [-rng.exponential(0.5, int(length)).astype(np.float32) for length in first.lengths]
+        run.write_measures(
+            first.prompt_id,
+            Measures(
+                rollout_ids=ids,
+                policy_logprobs=logprobs,
+                entropy=np.array([0.5 * len(values) + rng.normal() for values in logprobs]),
+                proxy=np.array([float((1.0 - np.exp(values)).sum()) for values in logprobs]),
+            ),
+        )
+        grams = {
+            one.target: ScoreGram(
+                target=one.target,
+                matrix=one.gram,
+                rollout_ids=ids,
+                dtype="float64",
+                include_bias=True,
+                temperature=1.0,
+            )
+            for one in targets
+        }
+        run.write_grams(first.prompt_id, grams, rollouts_digest=digest)
+    run.finish("sample")
+    run.begin("reward")
+    run.finish("reward")
+    run.begin("measure", MeasureConfig(targets=tuple(one.target for one in prompts[0])))
+    run.finish("measure", targets=[one.target for one in prompts[0]])
+    return run

@@ -1,0 +1,71 @@
+"""Stage audit: what the paper's theory takes for granted, each assumption with figure, interval, margin and verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from gradvar.estimators import audit_table
+from gradvar.runs import EstimateConfig, Run
+from gradvar.runs.provenance import utc_now
+from gradvar.stages.entropy import entropy_rows
+from gradvar.stages.groups import estimated_groups
+from gradvar.stages.identity import agreed_config
+from gradvar.stages.listener import Listener, Silent
+
+
+def audit(
+    run: Run,
+    given: Mapping[str, Any],
+    listener: Listener | None = None,
+    *,
+    rule: str = "grpo",
+    alpha: float | None = None,
+) -> dict[str, pd.DataFrame]:
+    """Judge assumptions 0 to 4; write and return the table `audit`, and what the run holds of tokens and prefixes.
+
+    Args:
+        run: A run with Grams.
+        given: Settings of `EstimateConfig` given now, the margins among them.
+        listener: Who is told.
+        rule: Aggregator of assumption 3.
+        alpha: Its exponent, where it takes one.
+
+    Raises:
+        GradvarError: Nothing was measured, or a setting is none.
+    """
+    listener = listener or Silent()
+    config = agreed_config(run, EstimateConfig, given)
+    started = utc_now()
+    groups = estimated_groups(run, listener)
+    with listener.task("audit", 2) as advance:
+        table = audit_table(
+            groups,
+            group_size=config.group_size,
+            advantage=config.advantage,
+            rule=rule,
+            alpha=alpha,
+            level=config.level,
+            identity_margin=config.identity_margin,
+            token_margin=config.token_margin,
+            exponent_margin=config.margin,
+            baseline_margin=config.baseline_margin,
+            length_margin=config.length_margin,
+            seed=config.seed,
+        )
+        advance(1)
+        balance = entropy_rows(run, config.level, config.seed)
+        if len(balance):
+            balance = balance.assign(assumption=pd.array([0] * len(balance), dtype="Int64"))
+            table = pd.concat([table, balance], ignore_index=True).sort_values(
+                "assumption", kind="stable", ignore_index=True
+            )
+        advance(1)
+    tables = {"audit": table}
+    run.begin("audit", config, started=started)
+    for name, one in tables.items():
+        run.write_estimates(name, one)
+    run.finish("audit")
+    return tables

@@ -1,0 +1,41 @@
+"""Whether sampled tokens are as likely as the policy's own, from the log-probabilities that a run holds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from gradvar.estimators.sampler_agreement import EntropyBalance, entropy_balance
+from gradvar.runs import Run, TableRow, estimate_table
+
+MISMATCH = 1e-3
+"""p value of the entropy balance below which rollouts are said not to come from the policy."""
+
+
+def entropy_rows(run: Run, level: float, seed: int) -> pd.DataFrame:
+    """Rows of the entropy balance, prompt by prompt and over all: a test of sampler and policy free of any gradient."""
+    found = {}
+    for scores in run.scores(run.targets[0]):
+        if scores.log_probs is not None and len(scores.log_probs) > 1:
+            found[scores.prompt_id] = (scores.log_probs, run.measures(scores.prompt_id).entropy[: len(scores.lengths)])
+    if not found:
+        return pd.DataFrame()
+    tests: dict[str | None, EntropyBalance] = {
+        name: entropy_balance([lp], [h], level=level) for name, (lp, h) in found.items()
+    }
+    if len(found) > 1:
+        log_probs, entropies = zip(*found.values(), strict=True)
+        tests[None] = entropy_balance(log_probs, entropies, level=level)
+    rows = []
+    for name, test in tests.items():
+        verdict = "rejected" if test.p_value < MISMATCH / len(found) else "not rejected"
+        labels: dict[str, Any] = {"target": "any", "prompt_id": name, "advantage": "score"}
+        p_value = replace(test.surplus, value=test.p_value, low=math.nan, high=math.nan, seed=seed)
+        rows.append(
+            TableRow(quantity="entropy_surplus", estimate=replace(test.surplus, seed=seed), verdict=verdict, **labels)
+        )
+        rows.append(TableRow(quantity="entropy_p_value", estimate=p_value, **labels))
+    return estimate_table(rows)

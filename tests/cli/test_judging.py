@@ -1,0 +1,147 @@
+"""audit and compare on simulated runs: what they print, write and refuse."""
+
+import json
+
+import numpy as np
+import pytest
+
+import gradvar
+from benchmarks.synthetic import simulated_prompt, write_run
+from cli.main import main
+from gradvar.runs import TABLE_COLUMNS
+
+TARGETS = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+
+
+@pytest.fixture
+def call(capsys):
+    def run(*arguments, code=0) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main([str(argument) for argument in arguments])
+        out = capsys.readouterr()
+        assert left.value.code == code, out.err
+        assert "Traceback" not in out.err
+        return out.out if code == 0 else out.err.strip().splitlines()[-1]
+
+    return run
+
+
+def simulated(path, number, count, *, texts, n=32, targets=TARGETS, **law):
+    prompts = [
+        simulated_prompt(str(q), n, targets, rng=np.random.default_rng([number, q]), **law) for q in range(count)
+    ]
+    return write_run(path, prompts, texts=texts)
+
+
+def complete(table, seed):
+    assert list(table.columns[: len(TABLE_COLUMNS)]) == list(TABLE_COLUMNS)
+    for column in ("n", "method", "level", "seed", "clusters"):
+        assert table[column].notna().all(), table[table[column].isna()][["quantity", column]]
+    assert (table["seed"] == seed).all()
+
+
+def test_audit_prints_words_and_writes_every_assumption(call, tmp_path):
+    simulated(tmp_path / "r", 1, 4, texts=list("abcd"), signal=3.0)
+    out = call("audit", tmp_path / "r", "--seed", "3", "--length-margin", "0.4", "--group-size", "4")
+    for words in ("E s = 0", "token gradients are uncorrelated", "E[g | L] = grad J", "prompts like these", "< 0.4"):
+        assert words in out
+    table = gradvar.open_run(tmp_path / "r").table("audit")
+    complete(table, 3)
+    assert set(table["assumption"]) == {0, 1, 2, 3, 4}
+    assert set(table["target"]) == {*TARGETS, "sum", "any"}
+    pooled = table[table["prompt_id"].isna() & (table["target"] == "sum") & table["verdict"].notna()]
+    both = pooled.groupby("assumption")["estimand"].agg(set)
+    assert all(both[a] == {"these prompts", "prompts like these"} for a in (0, 2, 3, 4))
+    document = json.loads(call("audit", tmp_path / "r", "--json"))
+    assert {row["length_high"] for row in document["audit"]}
+    assert gradvar.open_run(tmp_path / "r").info["config"]["estimate"]["length_margin"] == 0.4
+
+
+def test_audit_refuses_bad_options_and_writes_nothing(call, tmp_path):
+    simulated(tmp_path / "r", 1, 1, texts=["a"])
+    for options, words in (
+        (["--token-margin", "0"], "--token-margin: expected a number above 0"),
+        (["--rule", "grop"], "grpo"),
+        (["--rule", "vl_norm"], "at least one alpha"),
+    ):
+        assert words in call("audit", tmp_path / "r", *options, code=2)
+    assert not (tmp_path / "r" / "tables").exists()
+
+
+def test_compare_matches_prompts_by_text(call, tmp_path):
+    simulated(tmp_path / "early", 1, 5, texts=["a", "b", "c", "d", "e"], signal=3.0)
+    simulated(tmp_path / "late", 2, 5, texts=["x", "b", "a", "d", "c"], signal=3.0, beta=2.0)
+    out = call("compare", tmp_path / "early", tmp_path / "late", "--seed", "2")
+    assert "late: 5 prompts, 4 of them" in out
+    assert "have another text in early" in " ".join(out.split())
+    assert "CV, ratio" in out
+    run = gradvar.open_run(tmp_path / "early")
+    table = run.table("compare")
+    complete(table, 2)
+    assert set(run.info["stages"]["compare"]["runs"]) == {"early", "late"}
+    differences = table[table["against"].notna() & (table["quantity"] == "within_exponent_difference")]
+    # Prompt "0" of early says "a", which is prompt "2" of late: the row carries early's id.
+    assert set(differences["prompt_id"].dropna()) == {"0", "1", "2", "3"}
+    own = table[table["against"].isna() & (table["quantity"] == "within_exponent") & (table["target"] == "sum")]
+    early, late = (own[own["run"] == name].set_index("prompt_id")["value"] for name in ("early", "late"))
+    row = differences[(differences["prompt_id"] == "0") & (differences["target"] == "sum")].iloc[0]
+    assert row["value"] == pytest.approx(late["0"] - early["0"])
+    alone = gradvar.open_run(tmp_path / "late")
+    call("fit", alone.path)
+    law = alone.table("law")
+    same = law[
+        (law["prompt_id"] == "2")
+        & (law["target"] == "sum")
+        & (law["quantity"] == "within_exponent")
+        & (law["advantage"] == "grpo")
+        & (law["scope"] == "all responses")
+    ].iloc[0]
+    assert late["0"] == pytest.approx(same["value"], rel=1e-6)
+    document = json.loads(call("compare", tmp_path / "early", tmp_path / "late", "--json"))
+    assert document["shared"] == {"late": 4}
+    assert document["prompts"] == {"early": 5, "late": 5}
+
+
+def test_compare_without_shared_prompts_or_targets_says_so(call, tmp_path):
+    simulated(tmp_path / "one", 1, 2, texts=["a", "b"], signal=3.0)
+    simulated(tmp_path / "two", 2, 2, texts=["c", "d"], signal=3.0, targets=["other.1.weight"])
+    out = " ".join(call("compare", tmp_path / "one", tmp_path / "two").split())
+    assert "shares no prompt text" in out
+    assert "all measured weights of each run together" in out
+    assert "against one, shared" not in out
+    table = gradvar.open_run(tmp_path / "one").table("compare")
+    assert set(table["target"]) == {"sum"}
+    assert table["against"].isna().all()
+
+
+def test_compare_refuses(call, tmp_path):
+    simulated(tmp_path / "one", 1, 1, texts=["a"])
+    simulated(tmp_path / "two", 2, 1, texts=["a"])
+    assert "at least two runs" in call("compare", tmp_path / "one", code=2)
+    assert "twice" in call("compare", tmp_path / "one", tmp_path / "two", tmp_path / "one", code=2)
+    assert "no run directory" in call("compare", tmp_path / "one", tmp_path / "none", code=2)
+    line = call("compare", tmp_path / "one", tmp_path / "two", "--group-size", "20", code=2)
+    assert "run 'one'" in line
+    assert "group size 20" in line
+    assert not (tmp_path / "one" / "tables").exists()
+
+
+def test_runs_in_folders_of_one_name_are_told_apart(call, tmp_path):
+    for step in ("step10", "step20"):
+        (tmp_path / step).mkdir()
+        simulated(tmp_path / step / "run", 1, 1, texts=["a"])
+    call("compare", tmp_path / "step10" / "run", tmp_path / "step20" / "run")
+    table = gradvar.open_run(tmp_path / "step10" / "run").table("compare")
+    assert {name.split("/")[-2] for name in table["run"]} == {"step10", "step20"}
+
+
+def test_one_text_twice_in_a_run_is_matched_in_order(tmp_path):
+    from gradvar.stages.compare import matched_ids
+
+    notes: list[str] = []
+    texts = {"one": {"0": "a", "1": "a", "2": "b"}, "two": {"5": "a", "1": "c", "7": "a", "8": "a"}}
+    ids = matched_ids(texts, notes)
+    assert ids["two"] == {"5": "0", "7": "1", "8": "8", "1": "two:1"}
+    assert len(notes) == 1
+    assert "first: 1" in notes[0]
