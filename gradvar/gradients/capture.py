@@ -2,7 +2,8 @@
 
 The graph starts at the lowest tapped module: where its output needs no gradient, a detached copy that does takes its
 place, so everything below runs without a graph and backward stops there. On each output a tensor hook hands the
-gradient, with the input of the same call, to a sink. A module called twice hands over twice.
+gradient, with the input of the same call, to a sink. A module called twice hands over twice. Parameters that no Linear
+holds (experts, routers) hand over the gradient that autograd accumulates for them.
 """
 
 from __future__ import annotations
@@ -133,3 +134,62 @@ def _check_linear(path: str, module: nn.Module, value: Tensor, output: Tensor) -
             f"{path} ({type(module).__name__}) does not compute x W' + b with its own weight (an adapter, a scale or "
             "another hook?), so its gradient cannot be measured: choose other targets"
         )
+
+
+class ParameterTaps:
+    """Lets autograd make the gradients of parameters and hands them over, for the length of a `with` block.
+
+    Args:
+        parameters: By a name. Their `grad` and `requires_grad` are as before on leaving.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._before: list[tuple[nn.Parameter, bool, Tensor | None]] = []
+        self._hooks: list[RemovableHandle] = []
+        self._fired: set[str] = set()
+        self._sink: Callable[[str, Tensor], None] | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            for name, parameter in self._parameters.items():
+                self._before.append((parameter, parameter.requires_grad, parameter.grad))
+                parameter.grad = None
+                parameter.requires_grad_(True)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._hook(name)))  # type: ignore[no-untyped-call]
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for parameter, trainable, gradient in self._before:
+            parameter.requires_grad_(trainable)
+            parameter.grad = gradient
+        self._hooks.clear()
+        self._before.clear()
+        self._sink = None
+
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        def at_gradient(parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if self._sink is not None and gradient is not None:
+                self._fired.add(name)
+                self._sink(name, gradient)
+
+        return at_gradient
+
+    def listen(self, sink: Callable[[str, Tensor], None]) -> None:
+        """Send the gradients that come from here on to the sink, by the parameter's name; there may be several."""
+        self._sink = sink
+
+    def silent(self) -> list[str]:
+        """Return the names whose gradient never came: autograd found no use of them."""
+        return [name for name in self._parameters if name not in self._fired]

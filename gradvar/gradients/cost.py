@@ -9,7 +9,7 @@ block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from gradvar.gradients.batches import last_hidden, make_batches
-from gradvar.gradients.capture import Taps
+from gradvar.gradients.capture import ParameterTaps, Taps
 from gradvar.gradients.checkpointing import choose_checkpointing
 from gradvar.gradients.logprobs import chunk_bytes
-from gradvar.gradients.passes import Job, prepared, tapped_paths
+from gradvar.gradients.passes import Job, direct_parameters, prepared, tapped_paths
 from gradvar.gradients.plan import Cost, Plan
 from gradvar.gradients.reweighted import check_counts
 from gradvar.gradients.targets import decoder_layers
@@ -125,12 +125,13 @@ class _Kept:
 
 def _probe_passes(job: Job) -> list[_Usage]:
     """Return the usage of each pass: backward ends at its own lowest target."""
-    paths = [tuple(tapped_paths(job, blocks)) for blocks in job.plan.passes]
-    found = {chosen: _probe(job, chosen) for chosen in dict.fromkeys(paths)}
-    return [found[chosen] for chosen in paths]
+    chosen = [(tuple(tapped_paths(job, blocks)), direct_parameters(job, blocks)) for blocks in job.plan.passes]
+    names = [(paths, tuple(parameters)) for paths, parameters in chosen]
+    found = {name: _probe(job, *chosen[names.index(name)]) for name in dict.fromkeys(names)}
+    return [found[name] for name in names]
 
 
-def _probe(job: Job, paths: Sequence[str]) -> _Usage:
+def _probe(job: Job, paths: Sequence[str], parameters: Mapping[str, nn.Parameter]) -> _Usage:
     """Run short sequences of two lengths forward and back, the targets tapped as in the measurement.
 
     Where the measurement pads, the probe does: with a mask, attention keeps more.
@@ -142,7 +143,8 @@ def _probe(job: Job, paths: Sequence[str]) -> _Usage:
     planned = make_batches(job.prompt, job.responses, job.plan.token_budget, device, job.padding_side)
     padded = any(batch.attention_mask is not None for batch in planned)
     rows: list[tuple[Any, ...]] = []
-    with job.autocast.off(), Taps({path: job.model.get_submodule(path) for path in paths}) as taps:
+    modules = {path: job.model.get_submodule(path) for path in paths}
+    with job.autocast.off(), Taps(modules) as taps, ParameterTaps(parameters):
         for length in (3, long // 2, long):  # the first is not counted: it holds the checks of each module
             kept = _Kept(job.model)
             inputs = kept if job.plan.checkpointing != "reentrant" else _Kept(job.model)  # made again at backward

@@ -122,6 +122,17 @@ class MatrixStore(GradientStore):
         gradient = self._gradients[response]
         gradient += _multiply(delta.T, a, torch.empty_like(gradient))
 
+    def add_gradient(self, response: int, weight: Tensor | None, bias: Tensor | None) -> None:
+        """Add a part of a response's gradient, as autograd gave it: weight (O, I), bias (O,)."""
+        if weight is not None:
+            self._gradients[response] += weight.to(self.device, self.dtype)
+        if bias is not None:
+            self._bias[response] += bias.to(self._wide, torch.float64)
+
+    def is_finite(self, response: int) -> bool:
+        """Return whether the response's gradient, as far as it was added, is finite."""
+        return super().is_finite(response) and bool(self._gradients[response].isfinite().all())
+
     def fill(self, response: int, start: int, stop: int, out: Tensor) -> None:
         """Write rows [start, stop) of a response's gradient to `out`."""
         out.copy_(self._gradients[response, start:stop])

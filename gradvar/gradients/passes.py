@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from gradvar.errors import GradvarError
 from gradvar.gradients.batches import Batch, UnalignedTokensError, last_hidden, make_batches
-from gradvar.gradients.capture import Taps
+from gradvar.gradients.capture import ParameterTaps, Taps
 from gradvar.gradients.checkpointing import checkpointed, choose_checkpointing
+from gradvar.gradients.experts import is_one_expert
 from gradvar.gradients.gram import FactorStore, GradientStore, HeadStore, MatrixStore
 from gradvar.gradients.logprobs import Head, TokenScores, compute_dtype
 from gradvar.gradients.plan import Block, Plan, make_plan
@@ -154,9 +155,11 @@ def _run_batches(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, Gradien
     norms = job.extra.empty(block.target.key for block in blocks)
     first_pass = job.tokens.logprobs[0] is None
     batches = make_batches(job.prompt, job.responses, job.plan.token_budget, device, job.padding_side)
-    with Taps({path: job.model.get_submodule(path) for path in tapped_paths(job, blocks)}) as taps:
+    modules = {path: job.model.get_submodule(path) for path in tapped_paths(job, blocks)}
+    with Taps(modules) as taps, ParameterTaps(direct_parameters(job, blocks)) as direct:
         for batch in batches:
             taps.listen(_collector(job, batch, batch.members, stores))
+            direct.listen(_direct_collector(batch.members, stores))
             with job.autocast.on():
                 hidden = last_hidden(job.head.base, batch)
             seen = _predictions(job, batch, hidden)
@@ -167,29 +170,58 @@ def _run_batches(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, Gradien
                 finite = [store.is_finite(i) for i in batch.members]
                 names = [job.ids[i] for i in batch.members]
                 require_finite(names, finite, f"the gradient over {block.target.key}")
-            _add_reweighted(job, batch, blocks, taps, seen, norms)
+            _add_reweighted(job, batch, blocks, taps, direct, seen, norms)
             job.done += len(batch.members)
             job.report(job.done // len(job.plan.passes))
+        _check_silent(direct)
     job.extra.add(norms)
     return stores
 
 
 def tapped_paths(job: Job, blocks: Sequence[Block]) -> list[str]:
     """Return the modules whose factors the blocks need, the tied input embedding among them."""
-    paths = {block.target.module for block in blocks if block.target.kind != "head"}
+    paths = {block.target.module for block in blocks if block.target.kind != "head" and block.target.direct is None}
     if job.tied is not None and any(block.target.kind == "head" for block in blocks):
         paths.add(job.tied)
     return sorted(paths)
 
 
+def direct_parameters(job: Job, blocks: Sequence[Block]) -> dict[str, nn.Parameter]:
+    """Return, by full name, the parameters whose gradients the blocks take from autograd itself."""
+    found = {}
+    for target in (block.target for block in blocks):
+        if target.direct is not None:
+            for name in (target.direct.weight, target.direct.bias):
+                if name is not None:
+                    found[f"{target.module}.{name}"] = job.model.get_parameter(f"{target.module}.{name}")
+    return found
+
+
+def _check_silent(direct: ParameterTaps) -> None:
+    """Refuse parameters that no response's gradient reached; tokens may well leave out one expert's own module."""
+    silent = [name for name in direct.silent() if not is_one_expert(name)]
+    if silent:
+        raise GradvarError(
+            f"no gradient reached {', '.join(silent)}: the model did not use it for these responses; leave it out of "
+            "the targets"
+        )
+
+
 def _add_reweighted(
-    job: Job, batch: Batch, blocks: Sequence[Block], taps: Taps, seen: _Predictions, norms: dict[str, Tensor]
+    job: Job,
+    batch: Batch,
+    blocks: Sequence[Block],
+    taps: Taps,
+    direct: ParameterTaps,
+    seen: _Predictions,
+    norms: dict[str, Tensor],
 ) -> None:
     """Add the squared norms of the batch's reweighted scores, one more backward pass of its graph for each."""
     rows = range(len(batch.members))
     for index in range(job.extra.count):
         stores = [(block, _new_store(job, block, len(rows), "factors")) for block in blocks]
         taps.listen(_collector(job, batch, rows, stores))
+        direct.listen(_direct_collector(rows, stores))
         other = seen.reweighted(job.extra.column(index, batch.members, seen.weights))
         _backward(other, taps, rows, stores, keep_graph=index + 1 < job.extra.count)
         for block, store in stores:
@@ -255,7 +287,7 @@ def _new_store(job: Job, block: Block, count: int, keep: str | None = None) -> G
             )
         return HeadStore(count, block.start, rows, job.head.weight, job.head.bias, job.temperature, kind)
     device = next(job.model.get_submodule(block.target.module).parameters()).device
-    store = FactorStore if (keep or block.keep) == "factors" else MatrixStore
+    store = FactorStore if (keep or block.keep) == "factors" and block.target.direct is None else MatrixStore
     return store(count, rows, block.target.in_features, kind, device)
 
 
@@ -280,6 +312,30 @@ def _collector(
             if block.target.module == path:
                 for i, a_i, delta_i in zip(rows, shared[id(a)][1], outputs, strict=True):
                     store.add(i, a_i, delta_i[:, block.start : block.stop])
+
+    return sink
+
+
+def _direct_collector(
+    rows: Sequence[int], stores: Sequence[tuple[Block, GradientStore]]
+) -> Callable[[str, Tensor], None]:
+    """Return the sink that gives autograd's own gradients to the one response of a batch.
+
+    Raises:
+        UnalignedTokensError: There are several.
+    """
+
+    def sink(name: str, gradient: Tensor) -> None:
+        if len(rows) > 1:
+            raise UnalignedTokensError(f"{name}: its gradient cannot be told apart by response in a batch")
+        for block, store in stores:
+            direct, module = block.target.direct, block.target.module
+            if direct is not None and isinstance(store, MatrixStore):
+                span = slice(block.start, block.stop)
+                if name == f"{module}.{direct.weight}":
+                    store.add_gradient(rows[0], direct.rows(gradient)[span], None)
+                elif name == f"{module}.{direct.bias}":
+                    store.add_gradient(rows[0], None, gradient.flatten()[span])
 
     return sink
 

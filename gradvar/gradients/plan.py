@@ -126,6 +126,8 @@ def make_plan(
     """
     if token_budget is not None and token_budget < 1:
         raise GradvarError(f"token budget: expected at least 1 token, received {token_budget}")
+    if any(target.direct is not None for target in targets):
+        token_budget = 1  # each response alone
     if memory_budget is not None and memory_budget < 1:
         raise GradvarError(f"memory budget: expected a positive number of bytes, received {memory_budget}")
     budget = memory_budget if memory_budget is not None else int(0.6 * free_memory(device))
@@ -174,10 +176,10 @@ def _costs(target: Target, lengths: Sequence[int], dtype: torch.dtype) -> dict[s
     tokens, count = sum(lengths), len(lengths)
     if target.kind == "head":  # hidden states, and the gradient at a tied input embedding
         return {"head": (tokens * target.in_features * (width + wide), count * 8)}
-    return {
-        "factors": (tokens * target.in_features * width, tokens * width + count * 8),
-        "matrices": (0, count * (target.in_features * wide + 8)),
-    }
+    matrices = (0, count * (target.in_features * wide + 8))
+    if target.direct is not None:
+        return {"matrices": matrices}
+    return {"factors": (tokens * target.in_features * width, tokens * width + count * 8), "matrices": matrices}
 
 
 def _fit(

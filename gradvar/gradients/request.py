@@ -104,6 +104,8 @@ def check_sharing(model: nn.Module, targets: Sequence[Target], head: Head) -> tu
             owners.setdefault(id(weight), []).append(path)
     tied: tuple[str | None, float] = (None, 1.0)
     for target in targets:
+        if target.direct is not None:  # autograd adds up every use of the parameter
+            continue
         module = model.get_submodule(target.module)
         others = [path for path in owners[id(module._parameters["weight"])] if path != target.module]
         if module is head.module and len(others) == 1:
@@ -177,7 +179,7 @@ def check_padding(base: nn.Module, probe: list[int], side: str) -> None:
 
 
 def _same(states: Tensor, others: Tensor, base: nn.Module) -> bool:
-    """Return whether hidden states agree to some roundings (in float32 at best: some compute in it whatever they are)."""
+    """Return whether states agree to some roundings, of float32 at best: some models compute in it always."""
     kind = next(p.dtype for p in base.parameters() if p.is_floating_point())
     epsilon = max(torch.finfo(kind).eps, torch.finfo(torch.float32).eps)
     return bool(((states - others).abs() <= 64 * epsilon * others.abs().amax()).all())

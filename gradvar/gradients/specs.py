@@ -36,7 +36,9 @@ def resolve_targets(model: nn.Module, specs: str | Sequence[str]) -> list[Target
 
     A spec is `LAYERS:KINDS`, with LAYERS among `last`, `first`, `middle`, `all`, a number, a range `0-3` or several
     joined by commas, and KINDS among qkv, attn (qkv and output), mlp, all, q, k, v, o, gate, up, down, router, joined
-    by commas; or a glob over module paths (`*.o_proj`, `lm_head`) or over row blocks (`*.c_attn:q`).
+    by commas; or a glob over module paths (`*.o_proj`, `lm_head`), over row blocks (`*.c_attn:q`) or over single
+    experts of a fused tensor (`*.experts.down_proj:3`). In a mixture of experts, mlp is the experts and the shared
+    expert; the router goes by its own name and with all.
 
     Raises:
         GradvarError: A spec matches nothing, or names something that cannot be measured.
@@ -50,7 +52,7 @@ def resolve_targets(model: nn.Module, specs: str | Sequence[str]) -> list[Target
         for target in _resolve_one(catalogue, spec.strip()):
             chosen.setdefault(target.key, target)
     order = {path: i for i, path in enumerate(catalogue.whole)}
-    return sorted(chosen.values(), key=lambda t: (order[t.module], t.rows or (-1, -1)))
+    return sorted(chosen.values(), key=lambda t: (order[t.key.partition(":")[0]], t.rows or (-1, -1)))
 
 
 def check_targets(skeleton: nn.Module, specs: str | Sequence[str]) -> None:
@@ -84,7 +86,7 @@ def _resolve_one(catalogue: TargetCatalogue, spec: str) -> list[Target]:
         wanted += PRESETS[name]
     layers = _layer_numbers(spec, selector, len(catalogue.layers))
     if set(MLP_KINDS) & set(wanted):
-        _refuse_experts(catalogue, spec, layers)
+        _refuse_part_of_the_experts(catalogue, spec, wanted, layers)
     found = []
     for target in catalogue.whole.values():
         if target.layer in layers:
@@ -109,13 +111,22 @@ def _layer_of(catalogue: TargetCatalogue, path: str) -> int | None:
     return next((i for i, (outer, _) in enumerate(catalogue.layers) if path.startswith(f"{outer}.")), None)
 
 
-def _refuse_experts(catalogue: TargetCatalogue, spec: str, layers: list[int]) -> None:
-    """Refuse an MLP preset where the layer's MLP is a mixture of experts: it would leave most weights out unsaid."""
+def _refuse_part_of_the_experts(
+    catalogue: TargetCatalogue, spec: str, wanted: Sequence[str], layers: Sequence[int]
+) -> None:
+    """Refuse an MLP preset that would leave experts out unsaid: quantised ones, gate or up rows of a fused tensor."""
     for path, why in catalogue.refused.items():
-        if _layer_of(catalogue, path) in layers and "expert" in why:
+        if "expert" in path.lower() and re.search("quantised|no values", why) and _layer_of(catalogue, path) in layers:
             raise GradvarError(
                 f"target {spec!r}: {path} {why} and is not measured; choose attention, or single matrices by a glob: "
                 f"{catalogue.describe()}"
+            )
+    halves = {"gate", "up"} & set(wanted)
+    for target in catalogue.whole.values():
+        if halves and "gate_up" not in wanted and target.direct and target.kind == "gate_up" and target.layer in layers:
+            raise GradvarError(
+                f"target {spec!r}: {target.key} holds the experts' gate and up rows in one: choose mlp, or the tensor "
+                "by a glob"
             )
 
 
@@ -139,9 +150,8 @@ def _by_glob(catalogue: TargetCatalogue, spec: str) -> list[Target]:
     blocks = ":" in spec
     if blocks:
         stem = spec.rpartition(":")[0]
-        candidates = [
-            part for t in catalogue.whole.values() if fnmatchcase(t.module, stem) for part in catalogue.parts(t)
-        ]
+        named = [t for t in catalogue.whole.values() if fnmatchcase(t.key, stem)]
+        candidates = [part for t in named for part in (catalogue.experts(t) or catalogue.parts(t))]
     else:
         candidates = list(catalogue.whole.values())
     found = [t for t in candidates if fnmatchcase(t.key, spec)]
@@ -154,8 +164,8 @@ def _by_glob(catalogue: TargetCatalogue, spec: str) -> list[Target]:
             )
     if blocks and candidates:
         raise GradvarError(
-            f"target {spec!r} matches nothing: the rows of {candidates[0].module} that can be measured alone are "
-            f"{', '.join(t.key.rpartition(':')[2] for t in candidates if t.rows) or 'none (not contiguous)'}"
+            f"target {spec!r} matches nothing: the rows of {named[0].key} that can be measured alone are "
+            f"{_some([t.key.rpartition(':')[2] for t in candidates if t.rows]) or 'none (not contiguous)'}"
         )
     near = difflib.get_close_matches(spec, list(catalogue.whole), n=3, cutoff=0.5)
     raise GradvarError(
@@ -163,3 +173,8 @@ def _by_glob(catalogue: TargetCatalogue, spec: str) -> list[Target]:
         + (f"nearest are {', '.join(near)}" if near else f"measurable: {catalogue.describe()}")
         + "; expected LAYERS:KINDS such as last:qkv, or a glob over module names"
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return names joined by commas, the middle of a long list left out."""
+    return ", ".join(names) if len(names) <= 12 else f"{', '.join(names[:3])} ... {names[-1]}"

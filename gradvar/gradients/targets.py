@@ -1,8 +1,9 @@
 """What can be measured in a model, found in the model itself.
 
-A target is the weight matrix (and bias) of one Linear or Conv1D module, or a contiguous block of its rows. Roles come
-from where a module sits (attention or MLP of a decoder layer) and from its own name; which models exist is not known
-here. Row blocks of fused matrices come from a probe of the model (`fused.py`).
+A target is the weight matrix (and bias) of one Linear or Conv1D module, or a contiguous block of its rows; in a mixture
+of experts also a router's matrix or a fused expert tensor, of which one expert is a block of rows. Roles come from
+where a module sits (attention or MLP of a decoder layer) and from its own name; which models exist is not known here.
+Row blocks of fused matrices come from a probe of the model (`fused.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gradvar.errors import GradvarError
+from gradvar.gradients.experts import Direct, find_direct, is_one_expert
 from gradvar.gradients.fused import split_gate_up, split_qkv
 
 QKV_KINDS = ("q", "k", "v", "qkv", "kv")
@@ -48,9 +50,9 @@ class Target:
     """One weight matrix, or a contiguous block of its rows, whose score gradient is measured."""
 
     key: str
-    """Full module path, with `:q` and the like for rows of a fused matrix."""
+    """Full module path, with `:q` and the like for rows of a fused matrix, `:3` for one expert of a fused tensor."""
     module: str
-    """Full path of the Linear or Conv1D module."""
+    """Full path of the Linear or Conv1D module, or of the one that holds a router's or the experts' weights."""
     rows: tuple[int, int] | None
     """Output rows [start, stop) of the module that belong to the target; None means all."""
     in_features: int
@@ -61,6 +63,8 @@ class Target:
     """q, k, v, qkv, kv, o, attn (other Linear in attention), gate, up, gate_up, down, mlp, router, head or other."""
     layer: int | None
     """Index of the decoder layer; None outside them."""
+    direct: Direct | None = None
+    """Where the gradient is autograd's own, each response alone: experts, and routers that are no Linear."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -98,15 +102,17 @@ def refusal(path: str, module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None:
         return "has a weight that is computed from other parameters (a parametrisation)"
-    if not weight.is_floating_point() or weight.element_size() < 2:
-        return f"has quantised weights ({str(weight.dtype).removeprefix('torch.')}, {type(module).__name__})"
+    if why := _quantised(weight, module):
+        return why
     if weight.ndim != 2:
         return f"has a weight of {weight.ndim} dimensions, not 2"
-    if weight.is_meta:
-        return _NO_VALUES
-    if re.search(r"(^|\.)experts(\.|$)", path):
-        return "is an expert that sees only the tokens routed to it"
-    return None
+    return _NO_VALUES if weight.is_meta else None
+
+
+def _quantised(weight: torch.Tensor, module: nn.Module) -> str | None:
+    if weight.is_floating_point() and weight.element_size() > 1:
+        return None
+    return f"has quantised weights ({str(weight.dtype).removeprefix('torch.')}, {type(module).__name__})"
 
 
 def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -163,15 +169,17 @@ def _kind(layer: nn.Module, inside: str) -> str:
 
 def _whole(path: str, module: nn.Module, kind: str, layer: int | None) -> Target:
     n_in, n_out = features(module)
+    bias = "bias" if getattr(module, "bias", None) is not None else None
     return Target(
         key=path,
         module=path,
         rows=None,
         in_features=n_in,
         out_features=n_out,
-        has_bias=getattr(module, "bias", None) is not None,
+        has_bias=bias is not None,
         kind=kind,
         layer=layer,
+        direct=Direct(weight="weight", bias=bias, transposed=False, experts=1) if is_one_expert(path) else None,
     )
 
 
@@ -205,33 +213,63 @@ class TargetCatalogue:
         number = {path: i for i, (path, _) in enumerate(self.layers)}
         head = output_embeddings(model)
         for path, module in model.named_modules():
-            if any(True for _ in module.children()) or "weight" not in dict(module.named_parameters(recurse=False)):
-                self._refuse_expert_tensors(path, module)
-                if not is_linear(module):
-                    continue
             index = next((i for outer, i in number.items() if path.startswith(f"{outer}.")), None)
+            if not is_linear(module):
+                self._add_direct(path, module, index)
+                continue
             why = refusal(path, module)
             if why is not None and not (shapes_only and why == _NO_VALUES):
                 self.refused[path] = why
                 continue
-            if module is head:
-                kind = "head"
-            elif index is None:
-                kind = "other"
-            else:
-                outer, layer = self.layers[index]
-                kind = _kind(layer, path[len(outer) + 1 :])
+            kind = "head" if module is head else self._kind(path, index)
             self.whole[path] = _whole(path, module, kind, index)
         self.has_adapters = any(is_adapter(path) for path in self.whole)
 
-    def _refuse_expert_tensors(self, path: str, module: nn.Module) -> None:
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim >= 2 and "expert" in f"{path}.{name}".lower():
-                self.refused[f"{path}.{name}"] = "is a fused expert tensor"
+    def _kind(self, path: str, index: int | None) -> str:
+        if index is None:
+            return "other"
+        outer, layer = self.layers[index]
+        return _kind(layer, path[len(outer) + 1 :])
+
+    def _add_direct(self, path: str, module: nn.Module, index: int | None) -> None:
+        """List what a module other than a Linear holds: an expert tensor or router, or else what is refused."""
+        own = dict(module.named_parameters(recurse=False))
+        found = {direct.weight: direct for direct in find_direct(path, module)} if index is not None else {}
+        for name, weight in own.items():
+            key = path if name == "weight" else f"{path}.{name}"
+            why = _quantised(weight, module) or (_NO_VALUES if weight.is_meta and not self.shapes_only else None)
+            if name in found and why is None:
+                direct = found[name]
+                rows, columns = direct.shape(module)
+                self.whole[key] = Target(
+                    key=key,
+                    module=path,
+                    rows=None,
+                    in_features=columns,
+                    out_features=rows,
+                    has_bias=direct.bias is not None,
+                    kind=self._kind(key, index),
+                    layer=index,
+                    direct=direct,
+                )
+            elif name in found:
+                self.refused[key] = why or ""
+            elif name == "weight" and not any(True for _ in module.children()):
+                self.refused[key] = refusal(path, module) or ""
+
+    def experts(self, target: Target) -> list[Target]:
+        """Return one target for each expert of a fused tensor, none for any other target."""
+        if target.direct is None or target.direct.experts == 1:
+            return []
+        height = target.out_features // target.direct.experts
+        return [
+            replace(target, key=f"{target.key}:{i}", rows=(i * height, (i + 1) * height), out_features=height)
+            for i in range(target.direct.experts)
+        ]
 
     def parts(self, target: Target) -> list[Target]:
         """Return the row blocks of a fused target, or the target itself where it is not fused or not contiguous."""
-        if target.kind not in ("qkv", "gate_up") or target.layer is None:
+        if target.kind not in ("qkv", "gate_up") or target.layer is None or target.direct is not None:
             return [target]
         if self.shapes_only:
             names = ("q", "k", "v") if target.kind == "qkv" else ("gate", "up")
@@ -275,7 +313,7 @@ class TargetCatalogue:
         """Return a short list of what can be measured, the layers folded into `*`."""
         seen: dict[str, None] = {}
         for target in self.whole.values():
-            name = target.module
+            name = target.key
             if target.layer is not None:
                 outer = self.layers[target.layer][0]
                 name = f"{outer.rpartition('.')[0]}.*{name[len(outer) :]}"
@@ -285,7 +323,9 @@ class TargetCatalogue:
 
 
 def list_targets(model: nn.Module) -> list[Target]:
-    """Return everything in the model that can be measured: whole matrices, then the row blocks of fused ones.
+    """Return everything in the model that can be measured: whole matrices, each fused one followed by its row blocks.
+
+    Single experts of a fused tensor, `KEY:0` and so on, can be measured too and are not listed: there may be thousands.
 
     Args:
         model: A transformers causal language model.

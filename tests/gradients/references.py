@@ -42,7 +42,10 @@ def score_gradients(model, prompt, responses, names, *, masks=None, temperature=
     for i, response in enumerate(responses):
         mask = torch.ones(len(response)) if masks is None or masks[i] is None else torch.tensor(masks[i])
         total = (token_log_probs(model, prompt, response, temperature) * mask.double()).sum()
-        for name, gradient in zip(names, torch.autograd.grad(total, parameters), strict=True):
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
+            assert gradient is not None or ".experts." in name, f"{name} is not used"
+            gradient = torch.zeros_like(parameter) if gradient is None else gradient
             found[name].append(gradient.detach().double().clone())
     for p, was in before:
         p.requires_grad_(was)
@@ -52,25 +55,36 @@ def score_gradients(model, prompt, responses, names, *, masks=None, temperature=
 
 def flat_scores(model, targets, prompt, responses, *, include_bias=True, masks=None, temperature=1.0):
     """Per target key, the (N, P) float64 scores over its parameters: weight rows, then bias rows."""
-    names = []
-    for target in targets:
-        names += [f"{target.module}.weight"]
-        names += [f"{target.module}.bias"] if include_bias and target.has_bias else []
+    names = [name for target in targets for name in parameter_names(model, target, include_bias) if name]
     names = list(dict.fromkeys(names))
     gradients = score_gradients(model, prompt, responses, names, masks=masks, temperature=temperature)
     scores = {}
     for target in targets:
-        transposed = type(model.get_submodule(target.module)).__name__ == "Conv1D"
-        rows = slice(*target.rows) if target.rows else slice(None)
+        weight_name, bias_name = parameter_names(model, target, include_bias)
+        holder = model.get_submodule(target.module)
+        transposed = type(holder).__name__ == "Conv1D" or getattr(holder, "is_transposed", False)
         flat = []
         for i in range(len(responses)):
-            weight = gradients[f"{target.module}.weight"][i]
-            parts = [(weight.T if transposed else weight)[rows].flatten()]
-            if include_bias and target.has_bias:
-                parts.append(gradients[f"{target.module}.bias"][i][rows])
+            weight = gradients[weight_name][i]
+            weight = weight.transpose(-1, -2) if transposed else weight
+            weight = weight.reshape(-1, weight.shape[-1])  # experts one above the other
+            rows = slice(*target.rows) if target.rows else slice(None)
+            parts = [weight[rows].flatten()]
+            if bias_name:
+                parts.append(gradients[bias_name][i].flatten()[rows])
             flat.append(torch.cat(parts).numpy())
         scores[target.key] = np.stack(flat)
     return scores
+
+
+def parameter_names(model, target, include_bias=True):
+    """Full names of a target's weight and bias; the bias None where it has none or it does not count."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    weight = target.key.partition(":")[0]
+    fused = weight in named  # an expert tensor is a parameter by itself, any other key a module
+    weight, bias = (weight, f"{weight}_bias") if fused else (f"{weight}.weight", f"{weight}.bias")
+    assert (bias in named) == target.has_bias
+    return weight, bias if include_bias and target.has_bias else None
 
 
 def gram_of(scores):

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from gradvar.errors import GradvarError
 from gradvar.gradients import list_targets, measure_scores, resolve_targets
 from tests.gradients import references
 from tests.gradients.models import CONFIGS, FLOAT32_INSIDE, make_model, make_prompt_and_responses
@@ -11,6 +10,7 @@ from tests.gradients.models import CONFIGS, FLOAT32_INSIDE, make_model, make_pro
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
 TOLERANCE = {name: 2e-5 if name in FLOAT32_INSIDE else 1e-10 for name in CONFIGS}
+MIXTURES = ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss")
 HEAD_OF_ITS_OWN = ("gemma2", "cohere", "granite", "nanochat")
 SPLIT = {
     "gpt2": ({"q", "k", "v"}, 16),
@@ -68,12 +68,8 @@ def test_presets_find_attention_and_mlp_in_the_last_layer(name):
     kinds = {t.kind for t in resolve_targets(model, "last:attn")}
     assert "o" in kinds
     assert kinds & {"q", "qkv"}
-    if name in ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"):
-        with pytest.raises(GradvarError, match="expert"):
-            resolve_targets(model, "last:mlp")
-    else:
-        kinds = {t.kind for t in resolve_targets(model, "last:mlp")}
-        assert {"up", "down"} <= kinds
+    kinds = {t.kind for t in resolve_targets(model, "last:mlp")}
+    assert {"gate_up", "down"} <= kinds if name in MIXTURES else {"up", "down"} <= kinds
 
 
 def test_rows_of_a_fused_matrix_are_the_roles_they_are_named_for():
