@@ -93,13 +93,19 @@ def measure(
     bias: o.Bias = None,
     token_budget: o.TokenBudget = None,
     memory_budget: o.MemoryBudget = None,
+    checkpointing: o.Checkpointing = None,
+    probes: o.Probes = None,
+    prefixes: o.Prefixes = None,
+    seed: o.Seed = None,
+    leave_out_non_finite: o.LeaveOut = None,
     logprob_limit: o.LogprobLimit = None,
     config: o.ConfigFile = None,
     as_json: o.Json = False,
 ) -> None:
     """Measure every response's gradient on the chosen weights, as the exact Gram matrix of inner products.
 
-    Targets add: `--targets all:mlp` on a measured run measures these too and keeps the others.
+    Targets add: `--targets all:mlp` on a measured run measures these too and keeps the others; `--probes` and
+    `--prefixes` add likewise. `gradvar targets MODEL` lists what can be measured.
     """
     settings = o.given(
         config,
@@ -107,6 +113,11 @@ def measure(
         include_bias=bias,
         token_budget=token_budget,
         memory_budget=memory_budget,
+        checkpointing=checkpointing,
+        probes=probes,
+        prefixes=prefixes,
+        seed=seed,
+        leave_out_non_finite=leave_out_non_finite,
         logprob_limit=logprob_limit,
     )
 

@@ -94,7 +94,46 @@ Bias = Annotated[
     ),
 ]
 TokenBudget = _option(int, "--token-budget", "Padded tokens in one forward pass.", panel=_G)
-MemoryBudget = _option(float, "--memory-budget", "GiB that measuring may use.", panel=_G)
+MemoryBudget = _option(
+    float,
+    "--memory-budget",
+    "GiB that measuring may use beside the model; more passes, smaller batches and checkpointing keep to it.",
+    default="most of what is free",
+    panel=_G,
+)
+Probes = _option(
+    int,
+    "--probes",
+    "Random-sign probes of each response for tau, the sum of its tokens' squared gradients (assumption 1 of "
+    "`gradvar audit`): one more truncated backward pass each; 4 are a good start. Adds to a measured run.",
+    default=0,
+    panel=_G,
+)
+Prefixes = _option(
+    int,
+    "--prefixes",
+    "Lengths along each response at which its gradient's squared norm is taken, from the same pass. Adds to a "
+    "measured run.",
+    default=0,
+    panel=_G,
+)
+Checkpointing = _option(
+    str,
+    "--checkpointing",
+    "off, reentrant or non_reentrant: above the lowest target activations are made again, not kept. Less memory, "
+    "more time, the same numbers.",
+    default="chosen by the memory budget",
+    panel=_G,
+)
+LeaveOut = Annotated[
+    bool | None,
+    typer.Option(
+        "--leave-out-non-finite/--refuse-non-finite",
+        help="Go on without responses whose gradient is not finite; every later table says how many.",
+        show_default="refuse",
+        rich_help_panel=_G,
+    ),
+]
 LogprobLimit = _option(
     float,
     "--logprob-limit",

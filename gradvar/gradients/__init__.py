@@ -2,18 +2,22 @@
 
 from gradvar.gradients.check import PrecisionCheck, PrecisionRow, check_precision, float32_reference
 from gradvar.gradients.cost import plan_measurement
+from gradvar.gradients.finite import measure_finite
 from gradvar.gradients.fit import fit_measurement
+from gradvar.gradients.passes import NonFiniteError
 from gradvar.gradients.plan import Block, Cost, Plan
-from gradvar.gradients.reweighted import PrefixNorms, TauEstimate
 from gradvar.gradients.scores import ScoreMeasurement, measure_scores, score_grams
 from gradvar.gradients.specs import PRESETS, check_targets, resolve_targets
 from gradvar.gradients.targets import Target, list_targets
+from gradvar.runs.measures import PrefixNorms, TauEstimate
 
 __all__ = [
     # measuring
+    "NonFiniteError",
     "PrefixNorms",
     "ScoreMeasurement",
     "TauEstimate",
+    "measure_finite",
     "measure_scores",
     "score_grams",
     # what can be measured

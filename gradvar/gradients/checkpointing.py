@@ -17,8 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gradvar.errors import GradvarError
 from gradvar.gradients.targets import decoder_layers
-
-CHECKPOINTING = ("off", "reentrant", "non_reentrant")
+from gradvar.runs.config import CHECKPOINTING
 
 
 def choose_checkpointing(model: nn.Module, wish: str | None) -> str:

@@ -393,14 +393,24 @@ def whole(values: Sequence[NDArray[np.float64] | None]) -> TokenValues:
     return [value for value in values if value is not None]
 
 
-def require_finite(ids: Sequence[int], finite: Sequence[bool], what: str) -> None:
-    """Raise an error that names the responses whose value is not finite."""
-    bad = [str(i) for i, good in zip(ids, finite, strict=True) if not good]
-    if bad:
-        shown = ", ".join(bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
-        raise GradvarError(
+class NonFiniteError(GradvarError):
+    """Something of these responses is not finite."""
+
+    def __init__(self, what: str, rollout_ids: Sequence[int]) -> None:
+        names = [str(i) for i in rollout_ids]
+        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        super().__init__(
             f"{what} is not finite for response {shown}: leave these out, or measure in float32 with eager attention"
         )
+        self.what = what
+        self.rollout_ids = tuple(rollout_ids)
+
+
+def require_finite(ids: Sequence[int], finite: Sequence[bool], what: str) -> None:
+    """Raise an error that names the responses whose value is not finite."""
+    bad = [i for i, good in zip(ids, finite, strict=True) if not good]
+    if bad:
+        raise NonFiniteError(what, bad)
 
 
 def _model_dtype(model: nn.Module) -> torch.dtype:

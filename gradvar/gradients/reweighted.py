@@ -20,30 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradvar.errors import GradvarError
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TauEstimate:
-    """Sum of the squared norms of one response's token gradients, by random signs, for every response."""
-
-    target: str
-    value: NDArray[np.float64]
-    """(N,) tau_i, the mean over the probes: unbiased."""
-    error: NDArray[np.float64]
-    """(N,) its standard error, sd over the probes / sqrt(probes); NaN for a single probe."""
-    probes: int
-    seed: int
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PrefixNorms:
-    """How each response's score grows along the response: ||s_i^(1..l)||^2 at k lengths l, evenly spaced."""
-
-    target: str
-    lengths: NDArray[np.int64]
-    """(N, k) loss tokens of each prefix, rising; the last is the whole response."""
-    value: NDArray[np.float64]
-    """(N, k) squared norms; the last is the Gram's diagonal."""
+from gradvar.runs.measures import PrefixNorms, TauEstimate
 
 
 @dataclass(kw_only=True, eq=False)

@@ -18,15 +18,14 @@ from torch import nn
 from gradvar.gradients.passes import Job, TokenValues, prepared, require_finite, run_pass, whole
 from gradvar.gradients.plan import Plan
 from gradvar.gradients.reweighted import (
-    PrefixNorms,
     Reweightings,
-    TauEstimate,
     check_counts,
     prefix_norms,
     prefix_weights,
     random_signs,
     tau_estimate,
 )
+from gradvar.runs.measures import PrefixNorms, TauEstimate
 from gradvar.runs.records import ScoreGram
 
 

@@ -1,7 +1,8 @@
 """The run directory: records, settings, reading and writing, provenance. Loads no torch."""
 
 from gradvar.runs.config import EstimateConfig, MeasureConfig, RewardConfig, SampleConfig
-from gradvar.runs.files import Measures, rollouts_digest
+from gradvar.runs.files import rollouts_digest
+from gradvar.runs.measures import Measures, PrefixNorms, TauEstimate
 from gradvar.runs.records import (
     TABLE_COLUMNS,
     Estimate,
@@ -31,11 +32,13 @@ __all__ = [
     "TABLE_COLUMNS",
     "Estimate",
     "Measures",
+    "PrefixNorms",
     "Prompt",
     "PromptScores",
     "Rollout",
     "ScoreGram",
     "TableRow",
+    "TauEstimate",
     "estimate_table",
     "target_label",
 ]

@@ -22,6 +22,7 @@ from gradvar.errors import GradvarError
 
 ENGINES = ("auto", "vllm", "transformers", "imported")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+CHECKPOINTING = ("off", "reentrant", "non_reentrant")
 ADVANTAGES = ("grpo", "mean", "rloo", "raw", "score", "opo")
 
 
@@ -123,6 +124,16 @@ class MeasureConfig:
     """Padded tokens in one forward pass; None chooses."""
     memory_budget: float | None = None
     """GiB that measuring may use; None chooses."""
+    probes: int = 0
+    """Random-sign probes of a response for tau, one truncated backward pass each; 0 measures none."""
+    prefixes: int = 0
+    """Lengths along each response at which the score's squared norm is taken; 0 measures none."""
+    seed: int = 0
+    """Seed of the probes' signs."""
+    checkpointing: str | None = None
+    """off, reentrant or non_reentrant; None chooses."""
+    leave_out_non_finite: bool = False
+    """Leave out responses whose gradient is not finite, instead of stopping."""
     logprob_limit: float = 0.05
     """Mean absolute difference in nats per token between sampler and policy above which the user is warned."""
 
@@ -134,6 +145,17 @@ class MeasureConfig:
             "memory_budget",
             "GiB above 0",
             self.memory_budget,
+        )
+        _require(self.probes >= 0, "probes", "0 or more", self.probes)
+        _require(
+            self.prefixes == 0 or self.prefixes >= 2, "prefixes", "at least 2 lengths, or 0 for none", self.prefixes
+        )
+        _require(self.seed >= 0, "seed", "a whole number from 0", self.seed)
+        _require(
+            self.checkpointing is None or self.checkpointing in CHECKPOINTING,
+            "checkpointing",
+            f"one of {', '.join(CHECKPOINTING)}",
+            self.checkpointing,
         )
         _require(_is_positive(self.logprob_limit), "logprob_limit", "nats above 0", self.logprob_limit)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from gradvar.errors import GradvarError
 from gradvar.runs import provenance, storage
+from gradvar.runs.measures import Measures, read_measures, write_measures
 from gradvar.runs.records import Prompt, Rollout, ScoreGram
 
 _PROMPTS = pa.schema(
@@ -40,27 +40,6 @@ _ROLLOUTS = pa.schema(
     ]
 )
 _REWARDS = pa.schema([("rollout_id", pa.int32()), ("reward", pa.float64())])
-_MEASURES = pa.schema(
-    [
-        ("rollout_id", pa.int32()),
-        ("policy_logprobs", pa.list_(pa.float32())),
-        ("entropy", pa.float64()),
-        ("proxy", pa.float64()),
-    ]
-)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Measures:
-    """What the measuring pass saw of each response beside its gradient."""
-
-    rollout_ids: tuple[int, ...]
-    policy_logprobs: list[NDArray[np.float32]]
-    """Log-probability of each response token in nats, N arrays."""
-    entropy: NDArray[np.float64]
-    """(N,) sum over loss tokens of the policy's entropy in nats."""
-    proxy: NDArray[np.float64]
-    """(N,) W = sum_t (1 - 2 pi_t + sum_v pi_v^2) over loss tokens."""
 
 
 class RunFiles:
@@ -172,7 +151,7 @@ class RunFiles:
     # --- Grams and measures -------------------------------------------------------------------------------------
 
     def grams(self, prompt_id: str) -> dict[str, ScoreGram]:
-        """Read one prompt's score Grams, by target."""
+        """Read one prompt's score Grams, by target; one lacks the responses that were left out over its target."""
         path = self.file("grams", prompt_id)
         arrays, metadata = storage.read_arrays(path)
         try:
@@ -184,33 +163,54 @@ class RunFiles:
                 name.removesuffix("/gram"): ScoreGram(
                     target=name.removesuffix("/gram"),
                     matrix=matrix,
-                    rollout_ids=tuple(about["rollout_ids"]),
+                    rollout_ids=tuple(about.get("kept", {}).get(name.removesuffix("/gram"), about["rollout_ids"])),
                     dtype=about["dtype"],
                     include_bias=about["include_bias"],
                     temperature=about["temperature"],
                 )
                 for name, matrix in ((name, arrays[f"{name}/gram"]) for name in about["targets"])
             }
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise storage.damaged(path, f"{type(error).__name__}: {error}") from error
 
     def grams_label(self, prompt_id: str) -> str | None:
         """Return the digest of the rollouts a Gram file was measured on, None without a file."""
+        return str(self._about_grams(prompt_id, "rollouts")) if self.file("grams", prompt_id).exists() else None
+
+    def measured_ids(self, prompt_id: str) -> tuple[int, ...]:
+        """Return the rollouts that one prompt's Grams were measured on, those left out since among them."""
+        return tuple(self._about_grams(prompt_id, "rollout_ids"))
+
+    def _about_grams(self, prompt_id: str, key: str) -> Any:
         path = self.file("grams", prompt_id)
-        if not path.exists():
-            return None
-        _, metadata = storage.read_arrays(path)
         try:
-            return str(json.loads(metadata["gradvar"])["rollouts"])
-        except (KeyError, ValueError) as error:
+            return json.loads(storage.read_arrays_label(path)["gradvar"])[key]
+        except (KeyError, ValueError, TypeError) as error:
             raise storage.damaged(path, f"{type(error).__name__}: {error}") from error
 
-    def write_grams(self, prompt_id: str, grams: dict[str, ScoreGram], *, rollouts_digest: str) -> None:
-        """Write one prompt's Grams, whole or not at all."""
+    def write_grams(
+        self,
+        prompt_id: str,
+        grams: dict[str, ScoreGram],
+        *,
+        rollouts_digest: str,
+        rollout_ids: Sequence[int] | None = None,
+    ) -> None:
+        """Write one prompt's Grams, whole or not at all.
+
+        Args:
+            prompt_id: The prompt.
+            grams: By target.
+            rollouts_digest: Of the rollouts they were measured on.
+            rollout_ids: The ids of those; None where every Gram holds all of them.
+        """
         first = next(iter(grams.values()))
+        measured = first.rollout_ids if rollout_ids is None else tuple(rollout_ids)
+        kept = {name: list(gram.rollout_ids) for name, gram in grams.items() if gram.rollout_ids != measured}
         about = {
             "targets": list(grams),
-            "rollout_ids": list(first.rollout_ids),
+            "rollout_ids": list(measured),
+            **({"kept": kept} if kept else {}),
             "rollouts": rollouts_digest,
             "dtype": first.dtype,
             "include_bias": first.include_bias,
@@ -221,24 +221,12 @@ class RunFiles:
         storage.write_arrays(self.file("grams", prompt_id), arrays, {"gradvar": json.dumps(about)})
 
     def measures(self, prompt_id: str) -> Measures:
-        """Read the policy's log-probabilities and entropies of one prompt's responses."""
-        columns = storage.read_columns(self.file("measures", prompt_id), _MEASURES)
-        return Measures(
-            rollout_ids=tuple(columns["rollout_id"]),
-            policy_logprobs=[np.array(values, dtype=np.float32) for values in columns["policy_logprobs"]],
-            entropy=np.array(columns["entropy"], dtype=np.float64),
-            proxy=np.array(columns["proxy"], dtype=np.float64),
-        )
+        """Read the policy's log-probabilities, entropies, taus and prefixes of one prompt's responses."""
+        return read_measures(self.file("measures", prompt_id))
 
     def write_measures(self, prompt_id: str, measures: Measures) -> None:
         """Write one prompt's measures, whole or not at all."""
-        columns: dict[str, list[Any]] = {
-            "rollout_id": list(measures.rollout_ids),
-            "policy_logprobs": [values.tolist() for values in measures.policy_logprobs],
-            "entropy": measures.entropy.tolist(),
-            "proxy": measures.proxy.tolist(),
-        }
-        storage.write_table(self.file("measures", prompt_id), columns, _MEASURES)
+        write_measures(self.file("measures", prompt_id), measures)
 
     # --- tables -------------------------------------------------------------------------------------------------
 

@@ -172,6 +172,8 @@ class PromptScores:
     """(N,) summed log-probability of each response in nats, where it was measured."""
     max_length: int = 0
     """M: the response length limit of the run, in tokens."""
+    rollout_ids: tuple[int, ...] = ()
+    """The responses' names in the run, N of them; empty where the scores come from no run."""
 
     def verified(self) -> PromptScores:
         """Return the same prompt with the unverified responses left out."""
@@ -187,6 +189,7 @@ class PromptScores:
             lengths=self.lengths[rows],
             truncated=self.truncated[rows],
             log_probs=None if self.log_probs is None else self.log_probs[rows],
+            rollout_ids=tuple(self.rollout_ids[row] for row in rows) if self.rollout_ids else (),
         )
 
 

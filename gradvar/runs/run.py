@@ -17,7 +17,8 @@ from gradvar.errors import GradvarError
 from gradvar.runs import provenance, storage
 from gradvar.runs.config import CONFIGS, Config, as_json, resolve
 from gradvar.runs.files import RunFiles, rollouts_digest
-from gradvar.runs.records import PromptScores, Rollout
+from gradvar.runs.measures import Measures, PrefixNorms, TauEstimate
+from gradvar.runs.records import PromptScores, Rollout, ScoreGram
 
 FORMAT_VERSION = 1
 SUM = "sum"
@@ -121,7 +122,8 @@ class Run(RunFiles):
     def scores(self, target: str = SUM) -> list[PromptScores]:
         """Return what the estimators need of every measured prompt, for one target or the sum of all.
 
-        A prompt without rewards gets NaN rewards: unverified, so score-only results remain.
+        A prompt without rewards gets NaN rewards: unverified, so score-only results remain. A response that was left
+        out over one target is left out of all, so that targets compare.
 
         Raises:
             GradvarError: Nothing was measured, or the target is not in the run.
@@ -130,6 +132,8 @@ class Run(RunFiles):
         if not prompt_ids:
             raise GradvarError(f"{self.path} holds no score Grams: run `gradvar measure {self.path}` first")
         known = self.targets
+        if not known:
+            raise GradvarError(f"prompts of {self.path} have no target in common: run `gradvar measure {self.path}`")
         if target != SUM and target not in known:
             raise GradvarError(f"target {target!r} is not in {self.path}: known are {', '.join([SUM, *known])}")
         if self.info["stages"].get("reward", {}).get("status") == "running":
@@ -137,47 +141,101 @@ class Run(RunFiles):
         max_length = int(self.info["config"].get("sample", {}).get("max_tokens", 0))
         scores = []
         for prompt_id in prompt_ids:
-            grams, rollouts = self.grams(prompt_id), self.rollouts(prompt_id)
-            ids = tuple(r.rollout_id for r in rollouts)
-            parts = [grams[name] for name in (known if target == SUM else [target])]
-            if parts[0].rollout_ids != ids[: len(parts[0].rollout_ids)]:
-                raise GradvarError(
-                    f"the Grams of prompt {prompt_id!r} were measured on other rollouts: "
-                    f"run `gradvar measure {self.path}` again"
-                )
-            count = len(parts[0].rollout_ids)
-            if self.grams_label(prompt_id) != rollouts_digest(rollouts[:count]):
-                raise GradvarError(
-                    f"the Grams of prompt {prompt_id!r} were measured on other tokens: "
-                    f"run `gradvar measure {self.path}` again"
-                )
+            grams, rollouts = self.grams(prompt_id), self._measured_rollouts(prompt_id)
+            ids = _in_all([grams[name] for name in known])
+            if len(ids) < 2:
+                raise GradvarError(f"prompt {prompt_id!r} has fewer than 2 responses that were not left out")
+            place = {r.rollout_id: row for row, r in enumerate(rollouts)}
+            rows = [place[name] for name in ids]
+            parts = [_restricted(grams[name], ids) for name in (known if target == SUM else [target])]
             has_rewards = self.file("rewards", prompt_id).exists()
-            rewards = self.rewards(prompt_id)[:count] if has_rewards else np.full(count, np.nan)
-            if len(rewards) != count:
+            rewards = self.rewards(prompt_id)[: len(rollouts)] if has_rewards else np.full(len(rollouts), np.nan)
+            if len(rewards) != len(rollouts):
                 raise GradvarError(f"prompt {prompt_id!r} has unscored rollouts: run `gradvar reward {self.path}`")
-            lengths = np.array([r.length for r in rollouts[:count]], dtype=np.float64)
+            kept = [rollouts[row] for row in rows]
+            lengths = np.array([r.length for r in kept], dtype=np.float64)
             scores.append(
                 PromptScores(
                     prompt_id=prompt_id,
                     target=target,
-                    gram=np.sum([part.matrix for part in parts], axis=0),
-                    rewards=rewards,
+                    gram=np.sum(parts, axis=0),
+                    rewards=rewards[rows],
                     lengths=lengths,
-                    truncated=np.array([r.finish_reason == "length" for r in rollouts[:count]]),
-                    log_probs=self._summed_log_probs(prompt_id, rollouts[:count]),
+                    truncated=np.array([r.finish_reason == "length" for r in kept]),
+                    log_probs=self._summed_log_probs(prompt_id, kept),
                     max_length=max(max_length, int(lengths.max())),
+                    rollout_ids=ids,
                 )
             )
         return scores
 
+    def taus(self) -> dict[tuple[str, str], TauEstimate]:
+        """Return tau of the responses in `scores`, in their order, by (prompt_id, target); where it was measured."""
+        return {
+            (prompt_id, key): tau for prompt_id, kept in self._kept_measures() for key, tau in kept.taus.items()
+        }  # fmt: skip
+
+    def prefixes(self) -> dict[tuple[str, str], PrefixNorms]:
+        """Return prefix norms of the responses in `scores`, in their order, by (prompt_id, target); where measured."""
+        return {
+            (prompt_id, key): norms for prompt_id, kept in self._kept_measures() for key, norms in kept.prefixes.items()
+        }  # fmt: skip
+
+    def left_out(self) -> dict[str, dict[int, str]]:
+        """Return, by prompt, the rollout ids that are in no estimate and what of them was not finite."""
+        return {
+            prompt_id: dict(measures.left_out)
+            for prompt_id in self.measured_prompt_ids()
+            if self.file("measures", prompt_id).exists() and (measures := self.measures(prompt_id)).left_out
+        }
+
+    def _kept_measures(self) -> Iterator[tuple[str, Measures]]:
+        known = self.targets
+        for prompt_id in self.measured_prompt_ids():
+            if self.file("measures", prompt_id).exists():
+                grams, measures = self.grams(prompt_id), self.measures(prompt_id)
+                ids = _in_all([grams[name] for name in known])
+                if set(ids) <= set(measures.rollout_ids):
+                    yield prompt_id, measures.select(ids)
+
+    def _measured_rollouts(self, prompt_id: str) -> list[Rollout]:
+        """Return the rollouts that the prompt's Grams were measured on; the run may hold more by now."""
+        rollouts, measured = self.rollouts(prompt_id), self.measured_ids(prompt_id)
+        before = rollouts[: len(measured)]
+        if measured != tuple(r.rollout_id for r in before):
+            raise GradvarError(
+                f"the Grams of prompt {prompt_id!r} were measured on other rollouts: "
+                f"run `gradvar measure {self.path}` again"
+            )
+        if self.grams_label(prompt_id) != rollouts_digest(before):
+            raise GradvarError(
+                f"the Grams of prompt {prompt_id!r} were measured on other tokens: "
+                f"run `gradvar measure {self.path}` again"
+            )
+        return before
+
     def _summed_log_probs(self, prompt_id: str, rollouts: Sequence[Rollout]) -> NDArray[np.float64] | None:
         if not self.file("measures", prompt_id).exists():
             return None
-        logprobs = self.measures(prompt_id).policy_logprobs
-        if len(logprobs) != len(rollouts):
+        measures, ids = self.measures(prompt_id), [r.rollout_id for r in rollouts]
+        if not set(ids) <= set(measures.rollout_ids):
             return None
         masks = [np.ones(len(r.token_ids)) if r.loss_mask is None else np.array(r.loss_mask) for r in rollouts]
+        logprobs = measures.select(ids).policy_logprobs
         return np.array([float(lp.astype(np.float64) @ mask) for lp, mask in zip(logprobs, masks, strict=True)])
+
+
+def _in_all(grams: Sequence[ScoreGram]) -> tuple[int, ...]:
+    """Return the rollouts that every one of these Grams of a prompt holds, in their order."""
+    common = set.intersection(*[set(gram.rollout_ids) for gram in grams])
+    return tuple(name for name in grams[0].rollout_ids if name in common)
+
+
+def _restricted(gram: ScoreGram, ids: Sequence[int]) -> NDArray[np.float64]:
+    """Return the Gram's matrix of these rollouts alone."""
+    place = {name: row for row, name in enumerate(gram.rollout_ids)}
+    rows = [place[name] for name in ids]
+    return gram.matrix[np.ix_(rows, rows)]
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:

@@ -137,6 +137,16 @@ def read_arrays(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
         return arrays, dict(handle.metadata() or {})
 
 
+def read_arrays_label(path: Path) -> dict[str, str]:
+    """Read the text metadata of a safetensors file, without its arrays.
+
+    Raises:
+        GradvarError: The file is missing or damaged.
+    """
+    with _readable(path), safe_open(path, framework="numpy") as handle:
+        return dict(handle.metadata() or {})
+
+
 def damaged(path: Path, why: str) -> GradvarError:
     """Return the error for a file of the run that does not hold what it should."""
     return GradvarError(f"damaged file {path}: {why}; delete it and run the stage that makes it again")

@@ -1,11 +1,12 @@
 """One function a stage: read the run, call one room, write that stage's files."""
 
+from gradvar.stages.agreement import disagreement, sampler_agreements
 from gradvar.stages.audit import audit
 from gradvar.stages.compare import Comparison, compare
 from gradvar.stages.estimate import advice, alpha, cv, fit
 from gradvar.stages.figures import draw_figures
 from gradvar.stages.listener import Listener, Silent
-from gradvar.stages.measure import disagreement, measure, sampler_agreements
+from gradvar.stages.measure import measure
 from gradvar.stages.reward import reward
 from gradvar.stages.sample import Preparation, import_rollouts, prepare, sample
 from gradvar.stages.whole import demo, run_all

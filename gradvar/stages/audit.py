@@ -53,6 +53,7 @@ def audit(
             exponent_margin=config.margin,
             baseline_margin=config.baseline_margin,
             length_margin=config.length_margin,
+            taus={key: tau.value for key, tau in run.taus().items()},
             seed=config.seed,
         )
         advance(1)

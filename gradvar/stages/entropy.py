@@ -20,7 +20,8 @@ def entropy_rows(run: Run, level: float, seed: int) -> pd.DataFrame:
     found = {}
     for scores in run.scores(run.targets[0]):
         if scores.log_probs is not None and len(scores.log_probs) > 1:
-            found[scores.prompt_id] = (scores.log_probs, run.measures(scores.prompt_id).entropy[: len(scores.lengths)])
+            measures = run.measures(scores.prompt_id).select(scores.rollout_ids)
+            found[scores.prompt_id] = (scores.log_probs, measures.entropy)
     if not found:
         return pd.DataFrame()
     tests: dict[str | None, EntropyBalance] = {

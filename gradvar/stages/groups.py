@@ -12,22 +12,38 @@ from gradvar.stages.listener import Listener
 def estimated_groups(run: Run, listener: Listener | None = None) -> list[PromptScores]:
     """Return every measured prompt for every target, and for their sum where there are several.
 
-    What the run holds beyond what was measured is told: it is not in the estimates.
+    What the run holds beyond what was measured is told, and what was left out: it is not in the estimates.
     """
     names = [*run.targets, SUM] if len(run.targets) > 1 else run.targets or [SUM]
     groups = [group for name in names for group in run.scores(name)]
-    measured = {group.prompt_id: len(group.lengths) for group in groups}
+    measured = {group.prompt_id: len(run.measured_ids(group.prompt_id)) for group in groups}
     waiting = [
         name
         for name in run.prompt_ids
         if not run.file("rollouts", name).exists() or len(run.rollouts(name)) > measured.get(name, 0)
     ]
+    if listener is not None and (line := left_out_line(run)) is not None:
+        listener.warn(line)
     if waiting and listener is not None:
         listener.warn(
             f"{len(waiting)} prompts (first: {waiting[0]}) have rollouts that are missing or not measured and are not "
             f"in these estimates: run `gradvar sample {run.path}`, `reward` and `measure`"
         )
     return groups
+
+
+def left_out_line(run: Run) -> str | None:
+    """Return one line that counts the responses that are in no estimate, None where there are none."""
+    found = run.left_out()
+    if not found:
+        return None
+    prompt_id, reasons = next(iter(found.items()))
+    rollout_id, why = next(iter(reasons.items()))
+    return (
+        f"{sum(map(len, found.values()))} responses of {len(found)} prompts were left out, by --leave-out-non-finite, "
+        f"and are in no number (first: prompt {prompt_id}, response {rollout_id}: {why}); if length or reward decides "
+        "who is left out, the estimates are biased"
+    )
 
 
 def check_group_size(groups: Sequence[PromptScores], config: EstimateConfig) -> None:

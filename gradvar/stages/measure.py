@@ -3,21 +3,91 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gradvar.errors import GradvarError
-from gradvar.estimators.sampler_agreement import SamplerAgreement, sampler_agreement
-from gradvar.gradients import ScoreMeasurement, measure_scores, resolve_targets
+from gradvar.gradients import NonFiniteError, ScoreMeasurement, measure_finite, measure_scores, resolve_targets
 from gradvar.models import find_model, load_model
-from gradvar.runs import MeasureConfig, Measures, Prompt, Rollout, Run, SampleConfig, rollouts_digest
+from gradvar.runs import (
+    MeasureConfig,
+    Measures,
+    PrefixNorms,
+    Prompt,
+    Rollout,
+    Run,
+    SampleConfig,
+    TauEstimate,
+    rollouts_digest,
+)
+from gradvar.stages.groups import left_out_line
 from gradvar.stages.identity import agree_on_model, agreed_config
 from gradvar.stages.listener import Advance, Listener, Silent
 
 
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is missing of one prompt."""
+
+    prompt: Prompt
+    rollouts: list[Rollout]
+    """All that the run holds of the prompt."""
+    fresh: bool
+    """Whether the Grams and measures in the run belong to these rollouts, so that they are kept."""
+    left_out: Mapping[int, str]
+    """Rollouts left out so far; they stay out."""
+    grams: list[str]
+    """Targets whose Gram is missing."""
+    taus: list[str]
+    """Targets whose taus are missing, or were made with other probes."""
+    prefixes: list[str]
+    """Targets whose prefix norms are missing, or were made at another number of lengths."""
+
+    @property
+    def targets(self) -> list[str]:
+        """Targets that the model has to be run for."""
+        return list(dict.fromkeys([*self.grams, *self.taus, *self.prefixes]))
+
+    @property
+    def kept(self) -> list[Rollout]:
+        """The rollouts to measure."""
+        return [rollout for rollout in self.rollouts if rollout.rollout_id not in self.left_out]
+
+    def options(self, config: MeasureConfig, temperature: float) -> dict[str, Any]:
+        """Return how the engine is to measure this prompt: arguments of `measure_scores`."""
+        kept = self.kept
+        return {
+            "loss_masks": None if all(r.loss_mask is None for r in kept) else [_mask(r) for r in kept],
+            "temperature": temperature,
+            "include_bias": config.include_bias,
+            "token_budget": config.token_budget,
+            "memory_budget": None if config.memory_budget is None else int(config.memory_budget * 2**30),
+            "rollout_ids": [rollout.rollout_id for rollout in kept],
+            "probes": config.probes if self.taus else 0,
+            "seed": config.seed,
+            "prefixes": config.prefixes if self.prefixes else 0,
+            "checkpointing": config.checkpointing,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuringPlan:
+    """What `measure` is about to do: the settings, the model, what is missing."""
+
+    config: MeasureConfig
+    made: SampleConfig
+    model: Any
+    targets: list[str]
+    """Keys of the targets asked for now."""
+    work: list[Work]
+    """By prompt; nothing missing is told by an empty `targets`."""
+
+
 def measure(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> None:
-    """Measure the score Grams that are missing: new prompts, grown prompts, new targets.
+    """Measure what is missing: Grams of new prompts, grown prompts and new targets, taus and prefixes asked for now.
 
     Args:
         run: A run with rollouts.
@@ -28,6 +98,32 @@ def measure(run: Run, given: Mapping[str, Any], listener: Listener | None = None
         GradvarError: No rollouts, targets that match nothing, or a gradient that is not finite.
     """
     listener = listener or Silent()
+    ready = find_work(run, given)
+    made, config = ready.made, ready.config
+    before = run.stored(MeasureConfig)
+    if before:  # targets are additive: the run keeps the specs it was measured on
+        config = replace(config, targets=tuple(dict.fromkeys([*before["targets"], *config.targets])))
+    run.begin("measure", config, device=made.device)
+    total = sum(len(work.rollouts) for work in ready.work)
+    done = sum(len(work.rollouts) for work in ready.work if not work.targets)
+    if done < total:
+        listener.say(f"measuring {total - done} responses on {', '.join(ready.targets)} ({made.dtype}, {made.device})")
+    with listener.task("measure", total, done) as advance:
+        for work in ready.work:
+            if work.targets:
+                _measure_prompt(run, config, made, ready.model, work, advance)
+    if (line := left_out_line(run)) is not None:
+        listener.warn(line)
+    attention = str(getattr(ready.model.config, "_attn_implementation", "unknown"))
+    run.finish("measure", targets=ready.targets, dtype=made.dtype, attention=attention, bias=config.include_bias)
+
+
+def find_work(run: Run, given: Mapping[str, Any]) -> MeasuringPlan:
+    """Return what measuring with these settings would do; writes nothing. Loads the model.
+
+    Raises:
+        GradvarError: As in `measure`.
+    """
     config = agreed_config(run, MeasureConfig, given)
     made = run.config(SampleConfig)
     prompts = [prompt for prompt in run.prompts() if run.file("rollouts", prompt.prompt_id).exists()]
@@ -35,134 +131,128 @@ def measure(run: Run, given: Mapping[str, Any], listener: Listener | None = None
         raise GradvarError(f"{run.path} holds no rollouts: run `gradvar sample {run.path}` first")
     folder = find_model(made.model, made.revision)
     agree_on_model(run, made.model, folder.weights_hash())
-    device = made.device
-    model = load_model(folder, dtype=made.dtype, device=device, trust_remote_code=made.trust_remote_code)
+    model = load_model(folder, dtype=made.dtype, device=made.device, trust_remote_code=made.trust_remote_code)
     targets = [target.key for target in resolve_targets(model, list(config.targets))]
-    before = run.stored(MeasureConfig)
-    if before:  # targets are additive: the run keeps the specs it was measured on
-        specs = list(dict.fromkeys([*before["targets"], *config.targets]))
-        config = agreed_config(run, MeasureConfig, {**given, "targets": specs})
-
-    run.begin("measure", config, device=device)
-    work = []
-    for prompt in prompts:
-        rollouts = run.rollouts(prompt.prompt_id)
-        fresh = _is_fresh(run, prompt, rollouts)
-        have = list(run.grams(prompt.prompt_id)) if fresh else []
-        missing = [key for key in targets if key not in have]
-        if not fresh and run.file("grams", prompt.prompt_id).exists():
-            missing = list(dict.fromkeys([*run.grams(prompt.prompt_id), *missing]))
-        work.append((prompt, rollouts, missing))
-    total = sum(len(rollouts) for _, rollouts, _ in work)
-    done = sum(len(rollouts) for _, rollouts, missing in work if not missing)
-    if done < total:
-        listener.say(f"measuring {total - done} responses on {', '.join(targets)} ({made.dtype}, {device})")
-    with listener.task("measure", total, done) as advance:
-        for prompt, rollouts, missing in work:
-            if missing:
-                _measure_prompt(run, config, made, model, prompt, rollouts, missing, advance)
-    attention = str(getattr(model.config, "_attn_implementation", "unknown"))
-    run.finish("measure", targets=targets, dtype=made.dtype, attention=attention)
+    work = [_missing(run, config, prompt, targets) for prompt in prompts]
+    return MeasuringPlan(config=config, made=made, model=model, targets=targets, work=work)
 
 
-def sampler_agreements(run: Run) -> dict[str, SamplerAgreement]:
-    """Compare sampler and policy log-probabilities of every measured prompt that holds both."""
-    found = {}
-    for prompt_id in run.measured_prompt_ids():
-        rollouts = run.rollouts(prompt_id)
-        if not run.file("measures", prompt_id).exists():
-            continue
-        policy = run.measures(prompt_id).policy_logprobs
-        rows = [
-            (rollout.sampler_logprobs, logprobs, rollout.loss_mask)
-            for rollout, logprobs in zip(rollouts, policy, strict=False)
-            if rollout.sampler_logprobs is not None
-        ]
-        if rows:
-            sampler, policies, masks = zip(*rows, strict=True)
-            found[prompt_id] = sampler_agreement(sampler, policies, masks)
-    return found
-
-
-def disagreement(run: Run) -> str | None:
-    """Return one line if sampler and policy disagree beyond the run's stated limit, else None."""
-    limit = run.config(MeasureConfig).logprob_limit
-    found = sampler_agreements(run)
-    bad = {name: one for name, one in found.items() if not one.mean_abs <= limit}
-    if not bad:
-        return None
-    name, worst = max(bad.items(), key=lambda item: item[1].mean_abs)
-    return (
-        f"SAMPLER AND POLICY DISAGREE on {len(bad)} of {len(found)} prompts: at worst (prompt {name}) "
-        f"{worst.mean_abs:.3g} nats per token on average, limit {limit:g}, largest {worst.max_abs:.3g} at response "
-        f"{worst.worst_response}, token {worst.worst_token}; these rollouts do not come from this policy at this "
-        "temperature, and every number below is biased"
+def _missing(run: Run, config: MeasureConfig, prompt: Prompt, targets: Sequence[str]) -> Work:
+    name = prompt.prompt_id
+    rollouts = run.rollouts(name)
+    there = run.file("measures", name).exists() and run.file("grams", name).exists()
+    fresh = there and run.grams_label(name) == rollouts_digest(rollouts)
+    have = list(run.grams(name)) if run.file("grams", name).exists() else []
+    measures = run.measures(name) if fresh else None
+    grams = [key for key in targets if key not in have] if fresh else list(dict.fromkeys([*have, *targets]))
+    asked = targets if fresh else grams  # what is done again is done whole
+    taus, prefixes = [], []
+    for key in asked:
+        tau = measures.taus.get(key) if measures else None
+        if config.probes and (tau is None or (tau.probes, tau.seed) != (config.probes, config.seed)):
+            taus.append(key)
+        norms = measures.prefixes.get(key) if measures else None
+        if config.prefixes and (norms is None or norms.count != config.prefixes):
+            prefixes.append(key)
+    return Work(
+        prompt=prompt,
+        rollouts=rollouts,
+        fresh=fresh,
+        left_out=measures.left_out if measures else {},
+        grams=grams,
+        taus=taus,
+        prefixes=prefixes,
     )
 
 
 def _measure_prompt(
-    run: Run,
-    config: MeasureConfig,
-    made: SampleConfig,
-    model: Any,
-    prompt: Prompt,
-    rollouts: Sequence[Rollout],
-    targets: list[str],
-    advance: Advance,
+    run: Run, config: MeasureConfig, made: SampleConfig, model: Any, work: Work, advance: Advance
 ) -> None:
-    digest = rollouts_digest(rollouts)
+    name, kept = work.prompt.prompt_id, work.kept
     seen = 0
 
     def progress(done: int) -> None:  # the engine counts up, the listener takes steps
         nonlocal seen
-        advance(done - seen)
-        seen = done
+        advance(max(0, done - seen))
+        seen = max(seen, done)
 
-    masks = None if all(r.loss_mask is None for r in rollouts) else [_mask(r) for r in rollouts]
+    request = (model, list(work.prompt.token_ids), [list(rollout.token_ids) for rollout in kept], work.targets)
+    options = {**work.options(config, made.temperature), "on_progress": progress}
     try:
-        measured = measure_scores(
-            model,
-            list(prompt.token_ids),
-            [list(rollout.token_ids) for rollout in rollouts],
-            targets,
-            loss_masks=masks,
-            temperature=made.temperature,
-            include_bias=config.include_bias,
-            token_budget=config.token_budget,
-            memory_budget=None if config.memory_budget is None else int(config.memory_budget * 2**30),
-            rollout_ids=[rollout.rollout_id for rollout in rollouts],
-            on_progress=progress,
-        )
+        if config.leave_out_non_finite:
+            measured, left_out = measure_finite(*request, **options)
+        else:
+            measured, left_out = measure_scores(*request, **options), {}
+    except NonFiniteError as error:
+        raise GradvarError(f"prompt {name!r}: {error}; --leave-out-non-finite goes on without them") from error
     except GradvarError as error:
-        raise GradvarError(f"prompt {prompt.prompt_id!r}: {error}") from error
-    fresh = _is_fresh(run, prompt, rollouts)
-    if not fresh:
-        run.write_measures(prompt.prompt_id, _measures(measured, rollouts))
-    grams = {**(run.grams(prompt.prompt_id) if fresh else {}), **measured.grams}
-    run.write_grams(prompt.prompt_id, grams, rollouts_digest=digest)
-    run.log("grams written", prompt_id=prompt.prompt_id, targets=list(grams))
-
-
-def _is_fresh(run: Run, prompt: Prompt, rollouts: Sequence[Rollout]) -> bool:
-    """Whether Grams and measures are there and belong to these rollouts."""
-    there = run.file("measures", prompt.prompt_id).exists()
-    return there and run.grams_label(prompt.prompt_id) == rollouts_digest(rollouts)
+        raise GradvarError(f"prompt {name!r}: {error}") from error
+    advance(len(work.rollouts) - seen)  # those left out too
+    old = run.measures(name) if work.fresh else None
+    run.write_measures(name, _measures(work, measured, {**work.left_out, **left_out}, old))
+    new = {key: measured.grams[key] for key in work.grams}
+    grams = {**(run.grams(name) if work.fresh else {}), **new}
+    if new or not work.fresh:
+        ids = [rollout.rollout_id for rollout in work.rollouts]
+        run.write_grams(name, grams, rollouts_digest=rollouts_digest(work.rollouts), rollout_ids=ids)
+    for rollout_id, why in left_out.items():
+        run.log("response left out", prompt_id=name, rollout_id=rollout_id, why=why)
+    run.log("measured", prompt_id=name, grams=list(new), taus=work.taus, prefixes=work.prefixes)
 
 
 def _mask(rollout: Rollout) -> list[int]:
     return [1] * len(rollout.token_ids) if rollout.loss_mask is None else list(rollout.loss_mask)
 
 
-def _measures(measured: ScoreMeasurement, rollouts: Sequence[Rollout]) -> Measures:
-    masks = [np.array(_mask(rollout), dtype=np.float64) for rollout in rollouts]
-    proxies = [
-        float(mask @ (1 - 2 * np.exp(logprobs.astype(np.float64)) + collision))
-        for mask, logprobs, collision in zip(masks, measured.logprobs, measured.collision, strict=True)
-    ]
-    entropies = [float(mask @ entropy) for mask, entropy in zip(masks, measured.entropy, strict=True)]
+def _measures(work: Work, measured: ScoreMeasurement, left_out: Mapping[int, str], old: Measures | None) -> Measures:
+    """Return the prompt's measures: the old ones with what is new, or all of them."""
+    ids = next(iter(measured.grams.values())).rollout_ids
+    place = {rollout.rollout_id: row for row, rollout in enumerate(work.rollouts)}
+    rows = [place[name] for name in ids]
+
+    def spread(values: NDArray[Any]) -> NDArray[Any]:  # what was left out has no value
+        whole = np.full((len(work.rollouts), *values.shape[1:]), np.nan)
+        whole[rows] = values
+        return whole
+
+    taus = {
+        key: replace(measured.taus[key], value=spread(measured.taus[key].value), error=spread(measured.taus[key].error))
+        for key in work.taus
+    }
+    prefixes = {}
+    for key in work.prefixes:
+        norms = measured.prefixes[key]
+        lengths = np.zeros((len(work.rollouts), norms.count), dtype=np.int64)
+        lengths[rows] = norms.lengths
+        prefixes[key] = PrefixNorms(target=key, lengths=lengths, value=spread(norms.value))
+    if old is not None:
+        return replace(
+            old, taus={**old.taus, **taus}, prefixes={**old.prefixes, **prefixes}, left_out=dict(left_out)
+        )  # fmt: skip
+    return _new_measures(work.rollouts, measured, rows, taus, prefixes, left_out)
+
+
+def _new_measures(
+    rollouts: Sequence[Rollout],
+    measured: ScoreMeasurement,
+    rows: Sequence[int],
+    taus: Mapping[str, TauEstimate],
+    prefixes: Mapping[str, PrefixNorms],
+    left_out: Mapping[int, str],
+) -> Measures:
+    logprobs = [np.full(len(rollout.token_ids), np.nan, dtype=np.float32) for rollout in rollouts]
+    entropy, proxy = np.full(len(rollouts), np.nan), np.full(len(rollouts), np.nan)
+    for k, row in enumerate(rows):
+        mask = np.array(_mask(rollouts[row]), dtype=np.float64)
+        logprobs[row] = measured.logprobs[k].astype(np.float32)
+        entropy[row] = mask @ measured.entropy[k]
+        proxy[row] = mask @ (1 - 2 * np.exp(measured.logprobs[k].astype(np.float64)) + measured.collision[k])
     return Measures(
         rollout_ids=tuple(rollout.rollout_id for rollout in rollouts),
-        policy_logprobs=[logprobs.astype(np.float32) for logprobs in measured.logprobs],
-        entropy=np.array(entropies),
-        proxy=np.array(proxies),
+        policy_logprobs=logprobs,
+        entropy=entropy,
+        proxy=proxy,
+        taus=taus,
+        prefixes=prefixes,
+        left_out=left_out,
     )

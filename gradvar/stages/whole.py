@@ -12,11 +12,12 @@ from gradvar.gradients import check_targets
 from gradvar.models import find_model, load_skeleton
 from gradvar.rollouts.rewards import choose_reward
 from gradvar.runs import EstimateConfig, MeasureConfig, RewardConfig, Run, SampleConfig
+from gradvar.stages.agreement import disagreement
 from gradvar.stages.estimate import alpha, cv, fit
 from gradvar.stages.figures import draw_figures
 from gradvar.stages.identity import agreed_config
 from gradvar.stages.listener import Listener, Silent
-from gradvar.stages.measure import disagreement, measure
+from gradvar.stages.measure import measure
 from gradvar.stages.reward import reward
 from gradvar.stages.sample import IMPORTED, import_rollouts, prepare, sample
 
