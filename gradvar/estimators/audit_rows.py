@@ -46,8 +46,8 @@ from gradvar.estimators.token_covariance import share_estimate, share_statistic,
 from gradvar.runs.records import Estimate, PromptScores, TableRow
 
 NOT_MEASURED = "not measured"
-MEASURE_TAUS = "gradvar.gradients.measure_scores(..., probes=4, seed=0)"
-"""What measures tau; `gradvar measure` has no option for it yet."""
+MEASURE_TAUS = "gradvar measure RUN --probes 4"
+"""The command that measures tau."""
 
 Taus = Mapping[tuple[str, str], Any]
 """(prompt_id, target) to (N,) taus of all its responses, NaN where not measured."""

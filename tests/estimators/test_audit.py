@@ -65,7 +65,7 @@ def test_numbers_repeat_and_do_not_depend_on_other_prompts(table, groups):
 def test_taus_that_are_absent_are_said_with_the_command(table, groups):
     rows = table[table["assumption"] == 1]
     assert set(rows["verdict"]) == {"not measured"}
-    assert rows["method"].str.contains("probes=4", regex=False).all()
+    assert rows["method"].str.contains("gradvar measure RUN --probes", regex=False).all()
     assert rows["value"].isna().all()
     taus = {(g.prompt_id, g.target): np.diagonal(g.gram) * 0.99 for g in groups}
     rows = audit_table(groups, permutations=8, taus=taus, seed=3)
