@@ -1,30 +1,81 @@
-"""Draws gradients with a known mean, law, rank and reward structure."""
+"""Draws gradients with a known mean, law, rank, token covariance and reward structure.
+
+For z = (log L - log 150) / spread, a standard normal before lengths are rounded and cut:
+
+    P(r = 1 | L) = p(L) = logistic(logit p + reward_slope z)
+    E[s | L, r]  = signal (r - p(L)) on the last axis + drift z on the last but one + shift on the first
+    Var(s | L)   = (L/150)^beta C,  tr C = 1, eigenvalues decay^(2k)
+    E[tau | L, r] = (1 - share) E[||s||^2 | L, r]
+
+So E s = shift (0 on policy), E[s | L] depends on L with drift, E[A s | L] with reward_slope too.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from gradvar.runs.records import PromptScores
+
+Array = NDArray[np.float64]
 
 TYPICAL_LENGTH = 150.0
 
 
-def draw(n, *, rng, beta=1.0, dimensions=20, decay=0.8, signal=0.0, shift=0.0, p=0.4, spread=0.6):
-    """Scores s (n, d) with Var(s | L) = (L/150)^beta C, tr C = 1, binary rewards and lognormal lengths.
-
-    E[s | L, r] = signal (r - p) along the last axis, which has the least noise, plus `shift` along the first.
-    """
-    lengths = np.clip(np.round(TYPICAL_LENGTH * np.exp(rng.normal(0.0, spread, n))), 2, 3000)
-    rewards = (rng.random(n) < p).astype(float)
+def spectrum(dimensions: int, decay: float) -> Array:
+    """Square roots (d,) of the eigenvalues of C."""
     scale = decay ** np.arange(dimensions)
-    scale /= np.sqrt((scale**2).sum())
-    scores = rng.normal(size=(n, dimensions)) * scale * np.sqrt((lengths / TYPICAL_LENGTH) ** beta)[:, None]
-    scores[:, -1] += signal * (rewards - p)
+    return np.asarray(scale / np.sqrt((scale**2).sum()))
+
+
+def draw_lengths_and_rewards(
+    n: int, *, rng: np.random.Generator, p: float = 0.4, spread: float = 0.6, reward_slope: float = 0.0
+) -> tuple[Array, Array, Array, Array]:
+    """Lengths, rewards, z and p(L), each (n,)."""
+    lengths = np.clip(np.round(TYPICAL_LENGTH * np.exp(rng.normal(0.0, spread, n))), 2, 3000)
+    z = np.log(lengths / TYPICAL_LENGTH) / spread if spread > 0 else np.zeros(n)
+    chance = 1.0 / (1.0 + (1.0 / p - 1.0) * np.exp(-reward_slope * z))
+    return lengths, (rng.random(n) < chance).astype(float), z, chance
+
+
+def draw(
+    n: int,
+    *,
+    rng: np.random.Generator,
+    beta: float = 1.0,
+    dimensions: int = 20,
+    decay: float = 0.8,
+    signal: float = 0.0,
+    drift: float = 0.0,
+    shift: float = 0.0,
+    p: float = 0.4,
+    spread: float = 0.6,
+    reward_slope: float = 0.0,
+) -> tuple[Array, Array, Array]:
+    """Scores s (n, d), rewards (n,) and lengths (n,) of one prompt's responses."""
+    lengths, rewards, z, chance = draw_lengths_and_rewards(n, rng=rng, p=p, spread=spread, reward_slope=reward_slope)
+    spreads = np.sqrt((lengths / TYPICAL_LENGTH) ** beta)
+    scores = rng.normal(size=(n, dimensions)) * spectrum(dimensions, decay) * spreads[:, None]
+    scores[:, -1] += signal * (rewards - chance)
+    scores[:, -2] += drift * z
     scores[:, 0] += shift
     return scores, rewards, lengths
 
 
-def prompt(name, n, *, rng, target="layer", max_length=3000, **law):
+def draw_taus(scores: Array, rewards: Array, lengths: Array, *, share: float, rng: np.random.Generator) -> Array:
+    """Sums of squared token gradients (n,) that leave `share` of ||s||^2 to products of different tokens.
+
+    Half of tau follows the response's own ||s||^2, the rest is noise of mean 1, as with few random signs.
+    """
+    return np.asarray((1.0 - share) * (scores**2).sum(axis=1) * rng.gamma(8.0, 1.0 / 8.0, len(lengths)))
+
+
+def prompt(
+    name: str, n: int, *, rng: np.random.Generator, target: str = "layer", max_length: int = 3000, **law: Any
+) -> PromptScores:
     """PromptScores of one drawn prompt."""
     scores, rewards, lengths = draw(n, rng=rng, **law)
     return PromptScores(
@@ -38,9 +89,19 @@ def prompt(name, n, *, rng, target="layer", max_length=3000, **law):
     )
 
 
-def true_moments(rule_weights, advantage, *, groups, group_size, rng, chunk=5000, **law):
+def true_moments(
+    rule_weights: Callable[[Array], Array],
+    advantage: Callable[[Array], Array],
+    *,
+    groups: int,
+    group_size: int,
+    rng: np.random.Generator,
+    chunk: int = 5000,
+    **law: Any,
+) -> tuple[float, float]:
     """(E||ghat||^2, ||E ghat||^2) by drawing groups, the second from two independent halves."""
-    same, means, count = 0.0, [0.0, 0.0], 0
+    same, count = 0.0, 0
+    means: list[Any] = [0.0, 0.0]
     for start in range(0, groups, chunk):
         scores, rewards, lengths = draw(chunk * group_size, rng=rng, **law)
         shape = (chunk, group_size)
@@ -51,3 +112,41 @@ def true_moments(rule_weights, advantage, *, groups, group_size, rng, chunk=5000
         count += chunk
     half = count / 2
     return same / count, float(means[0] @ means[1]) / half**2
+
+
+def mean_and_noise(
+    coefficients: Callable[[Array, Array], list[Array]],
+    *,
+    groups: int,
+    group_size: int,
+    rng: np.random.Generator,
+    chunk: int = 20_000,
+    beta: float = 1.0,
+    signal: float = 0.0,
+    drift: float = 0.0,
+    p: float = 0.4,
+    spread: float = 0.6,
+    reward_slope: float = 0.0,
+    **unused: Any,
+) -> tuple[Array, Array]:
+    """E ghat on (signal axis, drift axis) (R, 2) and E||ghat||^2 (R,) of R kinds of update, without shift.
+
+    Given lengths and rewards the noise is known, so it is not drawn: E||ghat||^2 = E[sum c^2 v(L) + ||sum c mu||^2].
+    """
+    total_mean: Any = 0.0
+    total_same: Any = 0.0
+    for _ in range(groups // chunk):
+        lengths, rewards, z, chance = draw_lengths_and_rewards(
+            chunk * group_size, rng=rng, p=p, spread=spread, reward_slope=reward_slope
+        )
+        shape = (chunk, group_size)
+        v = ((lengths / TYPICAL_LENGTH) ** beta).reshape(shape)
+        axes = [(signal * (rewards - chance)).reshape(shape), (drift * z).reshape(shape)]
+        means, sames = [], []
+        for c in coefficients(lengths.reshape(shape), rewards.reshape(shape)):
+            along = [(c * axis).sum(axis=1) for axis in axes]
+            means.append([float(one.mean()) for one in along])
+            sames.append(float(((c**2 * v).sum(axis=1) + sum(one**2 for one in along)).mean()))
+        total_mean, total_same = total_mean + np.array(means), total_same + np.array(sames)
+    count = groups // chunk
+    return np.asarray(total_mean / count), np.asarray(total_same / count)
