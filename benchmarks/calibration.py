@@ -34,9 +34,10 @@ from gradvar.estimators.bias import (
     products,
     reward_direction,
 )
-from gradvar.estimators.cv import cv_ratio, rho_estimate
+from gradvar.estimators.cv import rho_estimate
 from gradvar.estimators.groups import draw_groups, group_coefficients, group_moments
 from gradvar.estimators.law import ExponentFit, fit_exponent
+from gradvar.estimators.ratios import cv_ratio
 from gradvar.estimators.spread import deviation_dependence, within_dependence
 
 Array = NDArray[np.float64]

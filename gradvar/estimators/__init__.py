@@ -5,7 +5,7 @@ from gradvar.estimators.aggregation import RULES, Rule, aggregation_weights, fin
 from gradvar.estimators.alpha_tables import alpha_table, recommendation
 from gradvar.estimators.audit import audit_table
 from gradvar.estimators.comparison import compare_table
-from gradvar.estimators.cv import aggregator_cv, aggregator_rho, cv_from_rho, cv_ratio
+from gradvar.estimators.cv import aggregator_cv, aggregator_rho, cv_from_rho
 from gradvar.estimators.cv_tables import cv_table
 from gradvar.estimators.forms import conditional_cv, form_table
 from gradvar.estimators.identity import IdentityCheck, score_identity
@@ -16,6 +16,7 @@ from gradvar.estimators.law_tables import law_table
 from gradvar.estimators.planning import planning_table
 from gradvar.estimators.prefixes import PrefixGrowth, prefix_growth
 from gradvar.estimators.proxies import proxy_table
+from gradvar.estimators.ratios import cv_ratio
 from gradvar.estimators.spread import deviations, within_length_variance
 from gradvar.estimators.token_covariance import TokenShare, token_covariance
 from gradvar.estimators.transforms import authors_vl_norm, overlong_penalty, soft_overlong

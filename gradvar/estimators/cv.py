@@ -34,7 +34,6 @@ from gradvar.estimators.intervals import (
     check_level,
     effective_degrees,
     jackknife_variance,
-    skew_corrected,
     t_quantile,
 )
 from gradvar.estimators.spread import weighted_gram
@@ -185,7 +184,7 @@ def _interval(
     for moments, without in zip(prompts, replicates, strict=True):
         pairs = 0.5 * pair_weight * moments.second_order
         variance += max(float(jackknife_variance(without)) - pairs, pairs)
-    half = _quantile(none, replicates) * math.sqrt(variance)
+    half = replicate_quantile(none, replicates) * math.sqrt(variance)
     noise = 1.0 - value
     if noise <= 0.0:
         return replace(none, value=value, low=value - half, high=value + half)
@@ -193,12 +192,13 @@ def _interval(
     return replace(none, value=value, low=1.0 - noise * stretch, high=1.0 - noise / stretch)
 
 
-def _quantile(none: Estimate, replicates: Sequence[Array]) -> float:
-    return t_quantile(none.level, effective_degrees(_influence(replicates), none.n - none.clusters))
+def replicate_quantile(none: Estimate, replicates: Sequence[Array]) -> float:
+    """Student quantile with the degrees of freedom that the replicates support."""
+    return t_quantile(none.level, effective_degrees(influence_of(replicates), none.n - none.clusters))
 
 
-def _influence(replicates: Sequence[Array]) -> Array:
-    """What each response adds to the estimate, from the delete-one replicates of its prompt."""
+def influence_of(replicates: Sequence[Array]) -> Array:
+    """Return what each response adds to the estimate, from the delete-one replicates of its prompt."""
     return np.concatenate([without.mean() - without for without in replicates])
 
 
@@ -247,44 +247,6 @@ def n_to_resolve(rho: Estimate, group_size: int) -> float:
     return float(math.ceil(per_prompt * (half / math.log1p(-hopeful)) ** 2))
 
 
-def cv_ratio(moments: GroupMoments, reference: GroupMoments, *, group_size: int, level: float) -> Estimate:
-    """CV of one rule over CV of a reference rule on the same permutations, jackknifed on the log.
-
-    vl_norm(1) against grpo differs only in how random the sum of 1/L is, which rests on rare very short responses:
-    there the interval covers as little as 73 to 87% in some settings (benchmarks/calibration.csv); dapo against grpo
-    covers 91 to 100%.
-
-    NaN where either squared signal or either variance is not positive, in the estimate or in a replicate.
-    """
-    n = len(moments.same_without)
-    method = "ratio of CVs on the same permutation groups, delete-one jackknife of the log, t with skewness correction"
-    none = Estimate(value=math.nan, low=math.nan, high=math.nan, level=level, method=method, n=n, clusters=1, seed=None)
-    with np.errstate(all="ignore"):
-        value = _log_ratio(moments.same, moments.cross, reference.same, reference.cross)
-        replicates = _log_ratio(
-            moments.same_without, moments.cross_without, reference.same_without, reference.cross_without
-        )
-    return _ratio_estimate(none, float(value), [replicates], n >= 3 * group_size)
-
-
-def _log_ratio(same: Any, cross: Any, reference_same: Any, reference_cross: Any) -> Any:
-    return 0.5 * (
-        np.log(same - cross) - np.log(cross) - np.log(reference_same - reference_cross) + np.log(reference_cross)
-    )
-
-
-def _ratio_estimate(none: Estimate, value: float, replicates: list[Array], enough: bool) -> Estimate:
-    if not math.isfinite(value):
-        return replace(none, high=math.inf, low=0.0, method=f"{none.method}; unresolved")
-    if not enough:
-        return replace(none, method=f"{none.method}; no interval below 3 groups")
-    if not all(np.isfinite(r).all() for r in replicates):
-        return replace(none, high=math.inf, low=0.0, method=f"{none.method}; unresolved")
-    error = math.sqrt(sum(float(jackknife_variance(r)) for r in replicates))
-    low, high = skew_corrected(value, _influence(replicates), error, _quantile(none, replicates))
-    return replace(none, value=math.exp(value), low=math.exp(low), high=math.exp(min(high, 700.0)))
-
-
 def pooled_rho(prompts: Sequence[GroupMoments], *, group_size: int, level: float) -> tuple[Estimate, Estimate]:
     """Pooled rho, sum_q ||E ghat_q||^2 / sum_q E||ghat_q||^2, for both estimands.
 
@@ -331,34 +293,3 @@ def pooled_rho(prompts: Sequence[GroupMoments], *, group_size: int, level: float
         stretch = math.exp(min(half / (1.0 - value), 700.0)) if value < 1.0 else math.nan
         there = replace(there, low=1.0 - (1.0 - value) * stretch, high=1.0 - (1.0 - value) / stretch)
     return here, there
-
-
-def pooled_cv_ratio(
-    prompts: Sequence[GroupMoments], references: Sequence[GroupMoments], *, group_size: int, level: float
-) -> Estimate:
-    """Pooled CV of one rule over a reference rule's, for these prompts."""
-    n, clusters = sum(len(m.same_without) for m in prompts), len(prompts)
-    none = Estimate(
-        value=math.nan,
-        low=math.nan,
-        high=math.nan,
-        level=level,
-        method=f"pooled CV ratio, permutation groups, log jackknife, t with skewness correction; {THESE_PROMPTS}",
-        n=n,
-        clusters=clusters,
-        seed=None,
-    )
-    totals = [sum(getattr(m, name) for m in side) for side in (prompts, references) for name in ("same", "cross")]
-    replicates = []
-    with np.errstate(all="ignore"):
-        value = float(_log_ratio(*totals))
-        for m, r in zip(prompts, references, strict=True):
-            moved = [
-                total - getattr(side, name) + getattr(side, f"{name}_without")
-                for total, (side, name) in zip(
-                    totals, ((m, "same"), (m, "cross"), (r, "same"), (r, "cross")), strict=True
-                )
-            ]
-            replicates.append(_log_ratio(*moved))
-    enough = all(len(m.same_without) >= 3 * group_size for m in prompts)
-    return _ratio_estimate(none, value, replicates, enough)

@@ -22,8 +22,6 @@ from gradvar.estimators.aggregation import Rule, expand_rules
 from gradvar.estimators.cv import (
     SILENT,
     UNRESOLVED,
-    cv_ratio,
-    pooled_cv_ratio,
     pooled_rho,
     rho_estimate,
 )
@@ -38,6 +36,7 @@ from gradvar.estimators.groups import (
 )
 from gradvar.estimators.inputs import arrange, generator, is_silent
 from gradvar.estimators.intervals import PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
+from gradvar.estimators.ratios import ShortResponses, cv_ratio, pooled_cv_ratio, short_responses
 from gradvar.runs.records import PromptScores, TableRow, estimate_table
 
 RULES_COMPARED = ("grpo", "dapo", "dr_grpo", "vl_norm")
@@ -202,7 +201,13 @@ def _rows_of_target(
                 study, variant, rho_estimate(own, group_size=study.group_size, level=study.level), [name]
             )
             if variant != compared:
-                ratio = cv_ratio(own, reference, group_size=study.group_size, level=study.level)
+                ratio = cv_ratio(
+                    own,
+                    reference,
+                    group_size=study.group_size,
+                    level=study.level,
+                    short=_short(study, variant, compared, name),
+                )
                 rows.append(ratio_row(study, variant, compared, ratio, [name]))
         if len(study.prompts) < 2 or not loud:
             continue
@@ -210,6 +215,21 @@ def _rows_of_target(
         for rho, estimand in zip(both, (THESE_PROMPTS, PROMPTS_LIKE_THESE), strict=True):
             rows += rho_and_cv_rows(study, variant, rho, spoken, pooled=True, estimand=estimand)
         if variant != compared:
-            ratio = pooled_cv_ratio(mine, references, group_size=study.group_size, level=study.level)
+            ratio = pooled_cv_ratio(
+                mine,
+                references,
+                group_size=study.group_size,
+                level=study.level,
+                short=[_short(study, variant, compared, name) for name in spoken],
+            )
             rows.append(ratio_row(study, variant, compared, ratio, spoken, pooled=True))
     return rows
+
+
+def _short(
+    study: CvStudy, variant: tuple[Rule, float | None], compared: tuple[Rule, float | None], name: str
+) -> ShortResponses:
+    scores = study.prompts[name]
+    return short_responses(
+        scores.gram, scores.rewards, scores.lengths, variant[0], compared[0], advantage=study.advantage
+    )

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from gradvar.errors import GradvarError
-from gradvar.estimators import advantages, aggregator_cv, aggregator_rho, cv_from_rho, cv_ratio, find_rule
+from gradvar.estimators import advantages, aggregator_cv, aggregator_rho, cv_from_rho, find_rule
 from gradvar.estimators.aggregation import scope_weights
-from gradvar.estimators.cv import n_to_resolve, pooled_cv_ratio, pooled_rho, resolution, rho_estimate
+from gradvar.estimators.cv import n_to_resolve, pooled_rho, resolution, rho_estimate
 from gradvar.estimators.groups import draw_groups, group_coefficients, group_moments, silent_share
 from gradvar.runs.records import Estimate
 from tests.estimators import references, simulator
@@ -272,21 +272,6 @@ def test_a_huge_outlier_widens():
     assert not rho.low > 0
 
 
-def test_ratio_matches_its_definition_and_is_one_for_itself():
-    scores, rewards, lengths, rng = case(n=64)
-    groups = draw_groups(64, 8, 64, rng=rng)
-    a, b = (moments_of(scores, rewards, lengths, groups, rule) for rule in ("dapo", "grpo"))
-    ratio = cv_ratio(a, b, group_size=8, level=0.95)
-    expected = math.sqrt((a.same / a.cross - 1) / (b.same / b.cross - 1))
-    assert ratio.value == pytest.approx(expected, rel=1e-12)
-    assert ratio.low < ratio.value < ratio.high
-    same = cv_ratio(b, b, group_size=8, level=0.95)
-    assert (same.value, same.low, same.high) == (1.0, 1.0, 1.0)
-    lost = cv_ratio(replace(a, cross=-0.1), b, group_size=8, level=0.95)
-    assert math.isnan(lost.value)
-    assert (lost.low, lost.high) == (0.0, math.inf)
-
-
 def test_pooled_is_the_ratio_of_sums_and_silent_prompts_count_with_zeros():
     ms = []
     for seed in range(5):
@@ -307,8 +292,6 @@ def test_pooled_is_the_ratio_of_sums_and_silent_prompts_count_with_zeros():
     single = pooled_rho(ms[:1], group_size=8, level=0.95)[0]
     alone = rho_estimate(ms[0], group_size=8, level=0.95)
     assert (single.value, single.low, single.high) == pytest.approx((alone.value, alone.low, alone.high))
-    ratio = pooled_cv_ratio(ms, ms, group_size=8, level=0.95)
-    assert (ratio.value, ratio.low, ratio.high) == (1.0, 1.0, 1.0)
     assert math.isnan(pooled_rho([silent], group_size=8, level=0.95)[0].value)
 
 
