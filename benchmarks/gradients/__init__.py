@@ -1,1 +1,1 @@
-"""gradvar's score Grams against other ways to the same Grams: CPU time, memory, error. `python -m benchmarks.gradients`."""
+"""Other ways to the same score Grams beside ours: CPU time, memory, error. `python -m benchmarks.gradients`."""

@@ -88,9 +88,10 @@ def func_vmap(work: Work, token_budget: int) -> Grams:
         def one(changed: dict[str, Tensor], ids: Tensor, labels: Tensor) -> Tensor:
             call = torch.func.functional_call
             kept = {"use_cache": False, "logits_to_keep": labels.shape[-1]}
-            logits = call(work.model, changed, (ids[None],), kept).logits[0]
+            logits: Tensor = call(work.model, changed, (ids[None],), kept).logits[0]
             logp = logits.log_softmax(-1).gather(-1, labels.clamp_min(0)[:, None])[:, 0]
-            return (logp * (labels >= 0)).sum()
+            total: Tensor = (logp * (labels >= 0)).sum()
+            return total
 
         gradients = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0, 0))
         for batch in batches(work, token_budget):
@@ -143,7 +144,7 @@ def backpack(work: Work, token_budget: int) -> Grams:
 
 
 def bergson(work: Work, token_budget: int) -> Grams:
-    """bergson's TraceCollector, without projection or normaliser; gradients stay in memory."""
+    """Its TraceCollector, without projection or normaliser; gradients stay in memory."""
     from bergson.collector.gradient_collectors import TraceCollector
     from bergson.gradients import GradientProcessor
 
@@ -164,7 +165,9 @@ def bergson(work: Work, token_budget: int) -> Grams:
                 module = work.model.get_submodule(path)
                 cube = found.view(len(batch.members), module.out_features, -1)
                 split = module.in_features
-                rows.put_module(batch.members, path, cube[..., :split], cube[..., split] if module.bias is not None else None)
+                rows.put_module(
+                    batch.members, path, cube[..., :split], cube[..., split] if module.bias is not None else None
+                )
             for parameter in chosen.values():
                 parameter.grad = None
         with contextlib.suppress(AttributeError):
@@ -180,7 +183,7 @@ RIVALS = {
         Rival(
             name="gradvar bfloat16",
             run=ours_bfloat16,
-            what="the same under `torch.autocast(\"cpu\", torch.bfloat16)`",
+            what='the same under `torch.autocast("cpu", torch.bfloat16)`',
             tolerance=0.05,
         ),
         Rival(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradvar.errors import GradvarError
-from gradvar.gradients.batches import Batch, UnalignedTokensError, last_hidden, make_batches
+from gradvar.gradients.batches import Batch, UnalignedTokensError, make_batches
 from gradvar.gradients.capture import ParameterTaps, Taps
 from gradvar.gradients.checkpointing import checkpointed, choose_checkpointing
 from gradvar.gradients.experts import is_one_expert
@@ -29,6 +29,7 @@ from gradvar.gradients.reweighted import Reweightings
 from gradvar.gradients.specs import resolve_targets
 from gradvar.gradients.states import Autocast, frozen, full_precision
 from gradvar.gradients.targets import Target
+from gradvar.gradients.trunk import choose_forward
 
 TokenValues = list[NDArray[np.float64]]
 _PROBE_TOKENS = 8
@@ -155,13 +156,15 @@ def _run_batches(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, Gradien
     norms = job.extra.empty(block.target.key for block in blocks)
     first_pass = job.tokens.logprobs[0] is None
     batches = make_batches(job.prompt, job.responses, job.plan.token_budget, device, job.padding_side)
+    with job.autocast.on(), torch.no_grad():
+        forward = choose_forward(job.model, job.head.base, job.prompt, job.responses, _lowest_layer(job, blocks))
     modules = {path: job.model.get_submodule(path) for path in tapped_paths(job, blocks)}
     with Taps(modules) as taps, ParameterTaps(direct_parameters(job, blocks)) as direct:
         for batch in batches:
             taps.listen(_collector(job, batch, batch.members, stores))
             direct.listen(_direct_collector(batch.members, stores))
             with job.autocast.on():
-                hidden = last_hidden(job.head.base, batch)
+                hidden = forward(batch)
             seen = _predictions(job, batch, hidden)
             if first_pass:
                 _keep_tokens(job, batch, seen)
@@ -205,6 +208,13 @@ def _check_silent(direct: ParameterTaps) -> None:
             f"no gradient reached {', '.join(silent)}: the model did not use it for these responses; leave it out of "
             "the targets"
         )
+
+
+def _lowest_layer(job: Job, blocks: Sequence[Block]) -> int | None:
+    """Return the lowest decoder layer that is measured, None where something outside the layers is."""
+    layers = [block.target.layer for block in blocks if block.target.kind != "head"]
+    outside = None in layers or (job.tied is not None and len(layers) < len(blocks))
+    return None if outside else min((layer for layer in layers if layer is not None), default=None)
 
 
 def _add_reweighted(

@@ -149,7 +149,7 @@ def check_causal(base: nn.Module, probe: list[int]) -> None:
     with torch.no_grad():
         (batch,) = make_batches([first, second], endings, 10_000, device)
         states = last_hidden(base, batch)[:, :2].double()
-    if bool(states.isfinite().all()) and not _same(states[0], states[1], base):
+    if bool(states.isfinite().all()) and not same_states(states[0], states[1], base):
         raise GradvarError(
             f"{type(base).__name__} is not causal: its states at a token depend on later tokens, so it gives no "
             "log-probability of a response; expected a causal language model (is_decoder=True in the configuration?)"
@@ -174,11 +174,11 @@ def check_padding(base: nn.Module, probe: list[int], side: str) -> None:
         row = batch.members.index(0)
         moved = last_hidden(base, batch)[row, batch.firsts[row] :].double()
         still = last_hidden(base, alone)[0].double()
-    if not _same(moved, still, base):
+    if not same_states(moved, still, base):
         raise GradvarError("padding on the left changes this model's hidden states: pad on the right")
 
 
-def _same(states: Tensor, others: Tensor, base: nn.Module) -> bool:
+def same_states(states: Tensor, others: Tensor, base: nn.Module) -> bool:
     """Return whether states agree to some roundings, of float32 at best: some models compute in it always."""
     kind = next(p.dtype for p in base.parameters() if p.is_floating_point())
     epsilon = max(torch.finfo(kind).eps, torch.finfo(torch.float32).eps)

@@ -1,0 +1,170 @@
+"""The layers below the lowest target, the trunk, see the prompt once and not once for each response.
+
+They carry no graph, and in a causal model their states over the prompt do not depend on what follows it: the prompt is
+run once and its keys and values are kept, each response then runs behind them, and the layers from the lowest target
+up run on whole sequences as ever. Whether a model gives the same last hidden states this way is found by a probe; where
+it does not, or where little would be saved, whole sequences run through all layers.
+
+Shape letters: B sequences of a batch, T their padded length, Q prompt tokens, D hidden width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradvar.errors import GradvarError
+from gradvar.gradients.batches import Batch, last_hidden, make_batches
+from gradvar.gradients.request import same_states
+from gradvar.gradients.targets import decoder_layers
+
+Forward = Callable[[Batch], Tensor]
+"""Batch to (B, T, D) last hidden states."""
+
+LEAST_SAVING = 0.1
+"""Share of the fed tokens that must be spared before the prompt is shared."""
+_PROBE_PROMPT = 16
+_CHANGING_ROTATION = ("dynamic", "longrope")
+"""Rotary embeddings whose angles depend on the length of the whole sequence."""
+
+
+def choose_forward(
+    model: nn.Module, base: nn.Module, prompt: Sequence[int], responses: Sequence[Sequence[int]], lowest: int | None
+) -> Forward:
+    """Return how a batch's last hidden states are had: with the trunk shared where that is the same and saves work.
+
+    Args:
+        model: The causal language model, held ready.
+        base: Its inner model.
+        prompt: The prompt that all responses follow.
+        responses: The responses.
+        lowest: Index of the lowest decoder layer that is measured; None where something below the layers is.
+    """
+
+    def whole(batch: Batch) -> Tensor:
+        return last_hidden(base, batch)
+
+    device = next(model.parameters()).device
+    fed = sum(len(prompt) + len(response) - 1 for response in responses)
+    saving = len(prompt) * (len(responses) - 1) / fed
+    if not lowest or saving < LEAST_SAVING or device.type != "cpu" or _turns_with_length(base):
+        return whole
+    layers = [layer for _, layer in decoder_layers(model)]
+    short, other = list(prompt[-_PROBE_PROMPT:]), list(responses[0][:5])
+    (batch,) = make_batches(short, [other[-1:] * 5, other[:1] * 2], 10_000, device)
+    try:
+        shared, plain = (forward(batch).flatten(0, 1) for forward in (Trunk(base, layers, lowest, short), whole))
+        same = same_states(shared[batch.real], plain[batch.real], base)
+    except (AttributeError, GradvarError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return whole  # a model whose layers cannot be run apart
+    return Trunk(base, layers, lowest, prompt) if same else whole
+
+
+class Trunk:
+    """Last hidden states of batches behind one prompt; the layers below `lowest` see that prompt once.
+
+    Args:
+        base: The inner model.
+        layers: Its decoder layers, in the order they run.
+        lowest: Index of the first one that runs on whole sequences, at least 1.
+        prompt: Token ids of the prompt.
+
+    Raises:
+        GradvarError: A layer hands on more than hidden states, or the model keeps no keys and values.
+    """
+
+    def __init__(self, base: nn.Module, layers: Sequence[nn.Module], lowest: int, prompt: Sequence[int]) -> None:
+        self._base = base
+        self._below, self._above = list(layers[:lowest]), list(layers[lowest:])
+        self._length = len(prompt)
+        self._tuples = [False] * len(layers)
+        ids = torch.tensor([list(prompt)], device=next(base.parameters()).device)
+        with torch.no_grad(), self._noting_forms():
+            self._prompt, self._cache = self._run_below(ids)
+        if not hasattr(self._cache, "batch_repeat_interleave"):
+            raise GradvarError(f"{type(base).__name__} keeps no keys and values that could be repeated")
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return the (B, T, D) last hidden states of a batch padded on the right; graphs start above the trunk."""
+        if any(batch.firsts):
+            return last_hidden(self._base, batch)
+        rows, length = batch.input_ids.shape
+        states = self._prompt.expand(rows, -1, -1)
+        if length > self._length:
+            cache = copy.deepcopy(self._cache)
+            cache.batch_repeat_interleave(rows)
+            options = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
+            with torch.no_grad():
+                behind, _ = self._run_below(batch.input_ids[:, self._length :], past_key_values=cache, **options)
+            states = torch.cat([states, behind], dim=1)
+
+        def replaced(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+        hook = self._above[0].register_forward_pre_hook(replaced, with_kwargs=True)
+        try:
+            with self._passing(self._below):
+                return last_hidden(self._base, batch)
+        finally:
+            hook.remove()
+
+    def _run_below(self, ids: Tensor, **options: Any) -> tuple[Tensor, Any]:
+        """Return what arrives at the lowest layer that is not of the trunk, and the keys and values so far."""
+        seen: list[Tensor] = []
+        with self._passing(self._above, seen):
+            output = self._base(input_ids=ids, use_cache=True, **options)
+        return seen[0], output.past_key_values
+
+    @contextmanager
+    def _passing(self, layers: Sequence[nn.Module], seen: list[Tensor] | None = None) -> Iterator[None]:
+        """Let the layers hand on their hidden states as they are, noted in `seen`."""
+        every = [*self._below, *self._above]
+
+        def passing(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+                if seen is not None:
+                    seen.append(hidden)
+                return (hidden,) if self._tuples[index] else hidden
+
+            return forward
+
+        before = [(layer, layer.__dict__.get("forward")) for layer in layers]
+        try:
+            for layer in layers:
+                layer.forward = passing(every.index(layer))
+            yield
+        finally:
+            for layer, own in before:
+                if own is not None:
+                    layer.forward = own
+                else:
+                    layer.__dict__.pop("forward", None)
+
+    @contextmanager
+    def _noting_forms(self) -> Iterator[None]:
+        """Note whether layers return hidden states or a tuple of them; those not run are like the first."""
+
+        def note(module: nn.Module, args: object, output: object) -> None:
+            first, *rest = output if isinstance(output, tuple) else (output,)
+            if not isinstance(first, Tensor) or any(value is not None for value in rest):
+                raise GradvarError(f"{type(module).__name__} hands on more than hidden states")
+            self._tuples[:] = [isinstance(output, tuple)] * len(self._tuples)
+
+        hook = self._below[0].register_forward_hook(note)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def _turns_with_length(base: nn.Module) -> bool:
+    """Return whether positions turn by angles that depend on the whole sequence's length."""
+    config = getattr(base, "config", None)
+    scaling = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
+    return any(kind in str(value) for value in scaling for kind in _CHANGING_ROTATION)
