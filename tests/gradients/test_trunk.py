@@ -11,7 +11,7 @@ from tests.gradients.models import CONFIGS, FLOAT32_INSIDE, make_model, make_pro
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
-WHOLE = ("lfm2", "gpt_neo", "gptj", "bloom")
+WHOLE = ("lfm2", "gpt_neo", "gptj", "bloom", "mpt")
 """Models whose layers hand on attention weights beside their states, or keep more than keys and values."""
 LENGTHS = (1, 2, 17, 9, 30, 4)
 
