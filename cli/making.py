@@ -89,6 +89,9 @@ def reward(run: o.RunPath, reward: o.Reward = None, config: o.ConfigFile = None,
 
 def measure(
     run: o.RunPath,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan: batches, passes, bytes, FLOP; measure and write nothing.")
+    ] = False,
     targets: o.Targets = None,
     bias: o.Bias = None,
     token_budget: o.TokenBudget = None,
@@ -123,10 +126,14 @@ def measure(
 
     from gradvar.runs import open_run
     from gradvar.stages import measure as stage
+    from gradvar.stages import plan_measure
 
-    from . import console, views
+    from . import console, plans, views
 
     target = open_run(run)
+    if dry_run:
+        plans.show_plan(plan_measure(target, settings, console.Terminal()), as_json=as_json)
+        return
     with target.locked():
         stage(target, settings, console.Terminal())
     views.show_measured(target, as_json=as_json)

@@ -7,6 +7,7 @@ from gradvar.stages.estimate import advice, alpha, cv, fit
 from gradvar.stages.figures import draw_figures
 from gradvar.stages.listener import Listener, Silent
 from gradvar.stages.measure import measure
+from gradvar.stages.plan import MeasurementPlan, PlannedPrompt, plan_measure
 from gradvar.stages.reward import reward
 from gradvar.stages.sample import Preparation, import_rollouts, prepare, sample
 from gradvar.stages.whole import demo, run_all
@@ -14,6 +15,8 @@ from gradvar.stages.whole import demo, run_all
 __all__ = [
     "Comparison",
     "Listener",
+    "MeasurementPlan",
+    "PlannedPrompt",
     "Preparation",
     "Silent",
     "advice",
@@ -27,6 +30,7 @@ __all__ = [
     "fit",
     "import_rollouts",
     "measure",
+    "plan_measure",
     "prepare",
     "reward",
     "run_all",
