@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import estimates, judging, looking, making, whole
+from . import estimates, inspecting, judging, looking, making, whole
 
 MISTAKE = 2
 INTERRUPTED = 130
@@ -29,6 +29,7 @@ app = typer.Typer(
     ),
 )
 whole.register(app)
+inspecting.register(app)
 making.register(app)
 estimates.register(app)
 judging.register(app)

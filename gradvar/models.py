@@ -66,8 +66,13 @@ class ModelFolder:
             raise GradvarError(f"model {self.name}: its config.json cannot be used: {_first_line(error)}") from error
 
 
-def find_model(name: str, revision: str | None = None) -> ModelFolder:
+def find_model(name: str, revision: str | None = None, *, needs_weights: bool = True) -> ModelFolder:
     """Return the folder of a model, fetching a hub id into the local cache.
+
+    Args:
+        name: A folder or a hub id.
+        revision: Branch, tag or commit of a hub model.
+        needs_weights: False where the configuration alone will do: no weights are fetched or looked for.
 
     Raises:
         GradvarError: No such folder or hub model, or no config or safetensors weights in it.
@@ -80,13 +85,13 @@ def find_model(name: str, revision: str | None = None) -> ModelFolder:
             raise GradvarError(
                 f"--model {name}: no such folder; give a model folder or a hub id such as Qwen/Qwen2.5-0.5B"
             )
-        path = _fetch(name, revision)
+        path = _fetch(name, revision, weights=needs_weights)
         commit = path.name
     if not path.is_dir():
         raise GradvarError(f"--model {name}: expected a folder with config.json and *.safetensors, received a file")
     if not (path / "config.json").is_file():
         raise GradvarError(f"--model {name}: the folder has no config.json; expected a Hugging Face causal LM")
-    if not any(path.glob("*.safetensors")):
+    if needs_weights and not any(path.glob("*.safetensors")):
         raise GradvarError(
             f"--model {name}: the folder has no *.safetensors weights; save the model with "
             "save_pretrained(..., safe_serialization=True)"
@@ -204,10 +209,10 @@ def _hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
     return hasher.hexdigest()
 
 
-def _fetch(name: str, revision: str | None) -> Path:
+def _fetch(name: str, revision: str | None, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] if weights else ["config.json", "*.py"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # offline, unknown, gated: many types, one meaning for the user

@@ -4,6 +4,7 @@ from gradvar.gradients.check import PrecisionCheck, PrecisionRow, check_precisio
 from gradvar.gradients.cost import plan_measurement
 from gradvar.gradients.finite import measure_finite
 from gradvar.gradients.fit import fit_measurement
+from gradvar.gradients.listing import TargetGroup, TargetListing, survey_targets
 from gradvar.gradients.passes import NonFiniteError
 from gradvar.gradients.plan import Block, Cost, Plan
 from gradvar.gradients.scores import ScoreMeasurement, measure_scores, score_grams
@@ -23,9 +24,12 @@ __all__ = [
     # what can be measured
     "PRESETS",
     "Target",
+    "TargetGroup",
+    "TargetListing",
     "check_targets",
     "list_targets",
     "resolve_targets",
+    "survey_targets",
     # how the work is split
     "Block",
     "Cost",

@@ -49,7 +49,7 @@ def resolve_targets(model: nn.Module, specs: str | Sequence[str]) -> list[Target
     catalogue = TargetCatalogue(model)
     chosen: dict[str, Target] = {}
     for spec in specs:
-        for target in _resolve_one(catalogue, spec.strip()):
+        for target in find_targets(catalogue, spec.strip()):
             chosen.setdefault(target.key, target)
     order = {path: i for i, path in enumerate(catalogue.whole)}
     return sorted(chosen.values(), key=lambda t: (order[t.key.partition(":")[0]], t.rows or (-1, -1)))
@@ -63,10 +63,15 @@ def check_targets(skeleton: nn.Module, specs: str | Sequence[str]) -> None:
     """
     catalogue = TargetCatalogue(skeleton, shapes_only=True)
     for spec in [specs] if isinstance(specs, str) else specs:
-        _resolve_one(catalogue, spec.strip())
+        find_targets(catalogue, spec.strip())
 
 
-def _resolve_one(catalogue: TargetCatalogue, spec: str) -> list[Target]:
+def find_targets(catalogue: TargetCatalogue, spec: str) -> list[Target]:
+    """Return the targets that one spec names in a catalogue.
+
+    Raises:
+        GradvarError: It matches nothing, or names something that cannot be measured.
+    """
     if not spec:
         raise GradvarError("a target is empty: expected for example last:qkv")
     selector, colon, kinds = spec.partition(":")

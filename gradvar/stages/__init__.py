@@ -10,6 +10,7 @@ from gradvar.stages.measure import measure
 from gradvar.stages.plan import MeasurementPlan, PlannedPrompt, plan_measure
 from gradvar.stages.reward import reward
 from gradvar.stages.sample import Preparation, import_rollouts, prepare, sample
+from gradvar.stages.targets import targets
 from gradvar.stages.whole import demo, run_all
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "run_all",
     "sample",
     "sampler_agreements",
+    "targets",
 ]

@@ -1,0 +1,38 @@
+"""Commands that look at a model and at what measuring it is worth: targets, check."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import options as o
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command()(targets)
+
+
+def targets(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or hub id.", show_default=False)],
+    spec: Annotated[
+        list[str] | None,
+        typer.Option("--spec", help="Only what this names, as --targets of `measure` would; several times."),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every key by itself, not alike layers together.")] = False,
+    revision: o.Revision = None,
+    trust_remote_code: o.TrustRemoteCode = None,
+    as_json: o.Json = False,
+) -> None:
+    """List what can be measured in a model: the weight matrices, what each preset picks, and what cannot be measured.
+
+    Reads the model's configuration alone, no weights. A key, or a glob over keys, is what `--targets` takes; so is
+    LAYERS:KINDS such as `last:qkv`, `middle:mlp`, `0-3:attn`.
+    """
+    from gradvar.stages import targets as stage
+
+    from . import catalogue
+
+    listing = stage(model, spec or (), revision=revision, trust_remote_code=bool(trust_remote_code))
+    catalogue.show_targets(listing, every=every, as_json=as_json)
