@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -56,35 +56,80 @@ def _print_efficiency(table: pd.DataFrame) -> None:
     )
 
 
+FORMS = {
+    "cv_ratio_form_1": "form 1, lengths given, Var = V L",
+    "cv_ratio_form_2": "form 2, lengths given, measured",
+    "cv_ratio_form_3": "form 3, total, lengths random",
+}
+
+
 def _print_forms(table: pd.DataFrame) -> None:
+    from gradvar.estimators.paper_order import whole_order
+
     rows = overall_rows(table[table["target"] == last_target(table)])
-    rows = rows[rows["quantity"] == "cv_ratio_form_2"]
-    shown = [
-        [
-            str(row["rule"]) + ("" if pd.isna(row["alpha"]) else f" α={row['alpha']:g}"),
-            number(row["value"]),
-            interval(row),
-            str(row["paper"]),
-            verdict(row["holds"]),
-        ]
-        for _, row in rows.iterrows()
-    ]
-    if shown:
-        names = ["aggregator", "ratio", "interval", "paper says", "verdict"]
-        console.table("CV over grpo's, given the lengths: does the paper's order hold?", names, shown)
+    if rows.empty:
+        return
+    words = "grpo = vl_norm 1 <= vl_norm alpha <= dapo = dr_grpo"
+    console.result.print(f"[bold]The paper's order of CVs[/bold] ({words}):")
+    for quantity, name in FORMS.items():
+        told = rows[rows["quantity"] == quantity]
+        verdicts = list(told["holds"])
+        against = sum(v == "violated" for v in verdicts)
+        claimed = sum(v not in ("not claimed", "by algebra") for v in verdicts)
+        more = f", {against} of {claimed} ratios against it" if against else ""
+        console.result.print(f"  {name}: {verdict(whole_order(verdicts))}{more}")
+    for reference in dict.fromkeys(rows["against"]):
+        mine = rows[rows["against"] == reference]
+        shown = []
+        for rule, alpha in dict.fromkeys(zip(mine["rule"], mine["alpha"].fillna(-1.0), strict=True)):
+            own = mine[(mine["rule"] == rule) & (mine["alpha"].fillna(-1.0) == alpha)]
+            cells = [one_row(own, quantity=quantity) for quantity in FORMS]
+            if reference != "grpo" and cells[0] is not None and cells[0]["paper"] == "nothing":
+                continue
+            label = str(rule) + ("" if alpha == -1.0 else f" α={alpha:g}")
+            paper = next(str(cell["paper"]) for cell in cells if cell is not None)
+            first = "" if cells[0] is None else number(cells[0]["value"])
+            shown.append([label, paper, first, *[_ratio(cell) for cell in cells[1:]]])
+        names = ["aggregator", "paper says", "form 1", "form 2", "form 3"]
+        console.table(f"CV over {reference}'s (+ as the paper says, - against it, ? undetermined)", names, shown)
+
+
+def _ratio(row: Any) -> str:
+    if row is None:
+        return ""
+    sign = {"holds": "[green]+[/green]", "violated": "[red]-[/red]", "undetermined": "[yellow]?[/yellow]"}
+    return f"{number(row['value'])}{sign.get(str(row['holds']), ' ')} {interval(row)}"
 
 
 def _print_planning(table: pd.DataFrame) -> None:
     rows = overall_rows(table[table["target"] == last_target(table)])
-    values = rows[rows["quantity"] == "cv"]
-    shown = [
-        [str(row["group_size"]), number(row["value"]), interval(row), verdict(row["verdict"])]
-        for _, row in values[values["group_size"].notna()].iterrows()
-    ]
+    values = rows[(rows["quantity"] == "cv") & rows["group_size"].notna()]
+    shown = []
+    for _, row in values.iterrows():
+        eta = one_row(rows, quantity="eta", group_size=row["group_size"])
+        silent = one_row(rows, quantity="silent_share", group_size=row["group_size"])
+        shown.append(
+            [
+                str(row["group_size"]),
+                number(row["value"]) if pd.notna(row["value"]) else f"> {number(row['low'])}",
+                interval(row),
+                "" if eta is None else f"{number(eta['value'])} {interval(eta)}",
+                "" if silent is None else f"{100 * silent['value']:.3g}%",
+                verdict(row["verdict"]),
+            ]
+        )
     if not shown:
         return
-    console.table("CV of grpo against group size", ["responses", "CV", "interval", "verdict"], shown)
+    console.table(
+        "CV and efficiency of grpo against group size",
+        ["n", "CV", "interval", "eta", "silent", "verdict"],
+        shown,
+        caption="extrapolated: variance as 1/n from the largest estimated size. silent: groups whose rewards are all "
+        "equal.",
+    )
     needed = one_row(rows, quantity="responses_for_cv_1")
     if needed is not None and pd.notna(needed["value"]):
         low, high = count(needed["low"]), count(needed["high"])
-        console.result.print(f"CV 1 takes {count(needed['value'])} responses a prompt [{low}, {high}].", markup=False)
+        console.result.print(
+            f"CV <= 1 takes {count(needed['value'])} responses a prompt [{low}, {high}].", markup=False
+        )

@@ -19,14 +19,18 @@ _WHAT = {"deviation": "deviation from the mean", "within": "within-length varian
 
 def show_law(run: Run, *, as_json: bool) -> None:
     """Show the exponents with their verdicts, and the score identity."""
-    law, identity = run.table("law"), run.table("identity")
+    from .proxies import print_proxies  # which reads this file's rows
+
+    tables = {name: run.table(name) for name in ("law", "identity", "proxies")}
+    law, identity = tables["law"], tables["identity"]
     if as_json:
-        console.print_json({"law": console.records(law), "identity": console.records(identity)})
+        console.print_json({name: console.records(table) for name, table in tables.items()})
         return
     _print_identity(identity)
     _print_exponents(law)
     _print_difference(law)
     _print_law_by_prompt(law)
+    print_proxies(tables["proxies"])
     console.result.print(f"every number: {run.path / 'tables' / 'law.parquet'}", markup=False, soft_wrap=True)
 
 

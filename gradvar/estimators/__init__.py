@@ -7,7 +7,7 @@ from gradvar.estimators.audit import audit_table
 from gradvar.estimators.comparison import compare_table
 from gradvar.estimators.cv import aggregator_cv, aggregator_rho, cv_from_rho
 from gradvar.estimators.cv_tables import cv_table
-from gradvar.estimators.forms import conditional_cv, form_table
+from gradvar.estimators.forms import conditional_cv, form_table, total_form
 from gradvar.estimators.identity import IdentityCheck, score_identity
 from gradvar.estimators.identity_tables import identity_table
 from gradvar.estimators.law import VarianceLaw, fit_variance_law
@@ -64,4 +64,5 @@ __all__ = [
     "planning_table",
     "proxy_table",
     "recommendation",
+    "total_form",
 ]

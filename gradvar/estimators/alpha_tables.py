@@ -33,13 +33,14 @@ from gradvar.estimators.bias import (
 from gradvar.estimators.cv import SILENT, UNRESOLVED
 from gradvar.estimators.groups import PERMUTATIONS, draw_groups, group_coefficients
 from gradvar.estimators.inputs import arrange, generator, is_silent
-from gradvar.estimators.intervals import THESE_PROMPTS, check_level
+from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, target_label
 
 ALPHA_GRID = tuple(np.arange(13) * 0.25)
 """0 to 3 by quarters."""
 
-_JACKKNIFE = "permutation groups, delete-one jackknife, t"
+_JACKKNIFE = f"permutation groups, delete-one jackknife, t; {THESE_PROMPTS}"
+_ACROSS = f"permutation groups, delete-one-prompt jackknife, t; {PROMPTS_LIKE_THESE}"
 
 
 def alpha_table(
@@ -55,7 +56,8 @@ def alpha_table(
 ) -> pd.DataFrame:
     """Efficiency, bias and pressure of rules and of VL Norm over a grid of alpha, per prompt and pooled.
 
-    Quantities, for every target; pooled rows sum the inner products over prompts (an equal-prompt summary):
+    Quantities, for every target; pooled rows sum the inner products over prompts (an equal-prompt summary),
+    for these prompts and, from 4 on, for prompts like these (`estimand`):
         "eta"                  efficiency cos^2 rho; 1 - eta is the least relative squared error of one update
         "cosine", "scale"      of E ghat against grad J (rloo, unbiased)
         "length_pressure"      tokens of E[L] gained for one unit of expected reward along E ghat; verdict "up", "down"
@@ -142,6 +144,7 @@ def alpha_table(
                         advantage=advantage,
                         group_size=group_size,
                         verdict=reasons[name].split(":")[0] if reasons[name] != SILENT else SILENT,
+                        extra={"estimand": THESE_PROMPTS},
                     )
                 )
                 continue
@@ -149,8 +152,11 @@ def alpha_table(
         pools = [(name, [own]) for name, own in found.items()]
         if len(found) > 1:
             pools.append((None, list(found.values())))  # type: ignore[arg-type]
-        for name_or_none, pool in pools:
-            made = _rows_of_pool(pool, variants, grid, level=level)
+        ways = [(*one, False) for one in pools]
+        if len(found) >= MINIMUM_PROMPTS:
+            ways.append((None, list(found.values()), True))  # type: ignore[arg-type]
+        for name_or_none, pool, across in ways:
+            made = _rows_of_pool(pool, variants, grid, level=level, across=across)
             rows += [
                 replace(
                     row,
@@ -160,7 +166,7 @@ def alpha_table(
                     advantage=advantage,
                     scope="prompt group",
                     group_size=group_size,
-                    extra={"estimand": THESE_PROMPTS},
+                    extra={"estimand": PROMPTS_LIKE_THESE if across else THESE_PROMPTS},
                 )
                 for row in made
             ]
@@ -173,33 +179,33 @@ def _rows_of_pool(
     grid: Sequence[float],
     *,
     level: float,
+    across: bool,
 ) -> list[TableRow]:
+    way = _ACROSS if across else _JACKKNIFE
     with_entropy = all(p.direction.shape[1] > 2 for p in pool)
     pool = pool if with_entropy else [_without_entropy(p) for p in pool]
-    noise, angle = jackknifed(pool, log_noise), jackknifed(pool, cosine)
-    along, longer = jackknifed(pool, scale), jackknifed(pool, pressure(1))
-    wider = jackknifed(pool, pressure(2)) if with_entropy else None
+    noise, angle = jackknifed(pool, log_noise, across=across), jackknifed(pool, cosine, across=across)
+    along, longer = jackknifed(pool, scale, across=across), jackknifed(pool, pressure(1), across=across)
+    wider = jackknifed(pool, pressure(2), across=across) if with_entropy else None
     rows = []
     for k, (rule, alpha) in enumerate(variants):
         labels = {"target": "", "rule": rule.name, "alpha": alpha}  # type: ignore[attr-defined]
-        eta = eta_estimate(pool, noise, k, level=level, method=f"{_JACKKNIFE} of log(1 - eta)")
+        eta = eta_estimate(pool, noise, k, level=level, method=f"{way} of log(1 - eta)", across=across)
         verdict = UNRESOLVED if math.isnan(eta.value) else "resolved"
         rows.append(TableRow(quantity="eta", estimate=eta, verdict=verdict, **labels))
         for name, result in (("cosine", angle), ("scale", along)):
-            rows.append(
-                TableRow(quantity=name, estimate=estimate_of(result, k, level=level, method=_JACKKNIFE), **labels)
-            )
+            rows.append(TableRow(quantity=name, estimate=estimate_of(result, k, level=level, method=way), **labels))
         for name, pushed in (("length_pressure", longer), ("entropy_pressure", wider)):
             if pushed is None:
                 continue
-            estimate = estimate_of(pushed, k, level=level, method=_JACKKNIFE)
+            estimate = estimate_of(pushed, k, level=level, method=way)
             side = "up" if estimate.low > 0 else "down" if estimate.high < 0 else "undetermined"
             rows.append(TableRow(quantity=name, estimate=estimate, verdict=side, **labels))
     columns = slice(len(variants) - len(grid), len(variants))
     for name, statistic in (("alpha_star_eta", log_efficiency), ("alpha_star_cv", log_rho)):
-        whole = jackknifed(pool, statistic)
+        whole = jackknifed(pool, statistic, across=across)
         curve = replace(whole, value=whole.value[columns], replicates=[r[:, columns] for r in whole.replicates])
-        star = best_of_grid(curve, grid, level=level, method="grid argmax, paired delete-one jackknife, t")
+        star = best_of_grid(curve, grid, level=level, method=f"grid argmax, paired; {way}")
         verdict = UNRESOLVED if math.isnan(star.value) else "resolved"
         rows.append(TableRow(quantity=name, estimate=star, target="", rule=find_rule("vl_norm").name, verdict=verdict))
     return rows
@@ -222,6 +228,7 @@ def recommendation(table: pd.DataFrame, law: pd.DataFrame, *, target: str) -> st
     """
     mine = table[table["target"] == target]
     mine = mine[mine["prompt_id"].isna()] if mine["prompt_id"].isna().any() else mine
+    mine = mine[mine["estimand"] != PROMPTS_LIKE_THESE]
     star = mine[mine["quantity"] == "alpha_star_eta"]
     row = law[
         (law["target"] == target)

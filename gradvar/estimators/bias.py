@@ -129,6 +129,8 @@ class Jackknifed:
     """One (N_q, R) a prompt."""
     n: int
     clusters: int
+    degrees: float | None = None
+    """Degrees of freedom; None takes them from how unevenly the responses contribute."""
 
     def error(self) -> Array:
         """(R,) standard errors, responses drawn again inside prompts."""
@@ -136,6 +138,8 @@ class Jackknifed:
 
     def quantile(self, k: int, level: float) -> float:
         """Student quantile with the degrees of freedom of statistic k."""
+        if self.degrees is not None:
+            return t_quantile(level, self.degrees)
         influence = np.concatenate([r[:, k].mean() - r[:, k] for r in self.replicates])
         return t_quantile(level, effective_degrees(influence, self.n - self.clusters))
 
@@ -152,16 +156,34 @@ Statistic = Callable[[Array, Array, Array, Array], Array]
 """(same (..., R), cross (..., R), mixed (..., R, H), direction (..., H)) to (..., R)."""
 
 
-def jackknifed(prompts: Sequence[Products], statistic: Statistic) -> Jackknifed:
-    """Evaluate a statistic of products summed over prompts, with each prompt's replicates."""
+def jackknifed(prompts: Sequence[Products], statistic: Statistic, *, across: bool = False) -> Jackknifed:
+    """Evaluate a statistic of products summed over prompts, with each prompt's replicates.
+
+    For these prompts a replicate leaves out one response, for prompts like these (`across`) one prompt, t over K - 1.
+    """
     fields = [(p.same, p.cross, p.mixed, p.direction) for p in prompts]
     totals = [np.sum([f[m][0] for f in fields], axis=0) for m in range(4)]
     with np.errstate(all="ignore"):
         value = statistic(*totals)
-        replicates = [
-            statistic(*[total[None] - own[:1] + own[1:] for total, own in zip(totals, f, strict=True)]) for f in fields
-        ]
-    return Jackknifed(value=value, replicates=replicates, n=sum(p.responses for p in prompts), clusters=len(prompts))
+        if across:
+            owns = [np.stack([f[m][0] for f in fields]) for m in range(4)]
+            whole = [statistic(*[total[None] - own for total, own in zip(totals, owns, strict=True)])]
+        replicates = (
+            whole
+            if across
+            else [
+                statistic(*[total[None] - own[:1] + own[1:] for total, own in zip(totals, f, strict=True)])
+                for f in fields
+            ]
+        )
+    count = len(prompts)
+    return Jackknifed(
+        value=value,
+        replicates=replicates,
+        n=sum(p.responses for p in prompts),
+        clusters=count,
+        degrees=count - 1 if across else None,
+    )
 
 
 def log_noise(same: Array, cross: Array, mixed: Array, direction: Array) -> Array:
@@ -223,14 +245,19 @@ def estimate_of(result: Jackknifed, k: int, *, level: float, method: str) -> Est
     )
 
 
-def eta_estimate(prompts: Sequence[Products], result: Jackknifed, k: int, *, level: float, method: str) -> Estimate:
+def eta_estimate(
+    prompts: Sequence[Products], result: Jackknifed, k: int, *, level: float, method: str, across: bool = False
+) -> Estimate:
     """Efficiency eta of update k from `jackknifed(prompts, log_noise)`.
 
     NaN, "unresolved", where ||grad J||^2 is not told apart from 0: then nothing is known of the direction either.
     """
     noise = estimate_of(result, k, level=level, method=method)
     reference = estimate_of(
-        jackknifed(prompts, lambda same, cross, mixed, direction: direction[..., :1]), 0, level=level, method=method
+        jackknifed(prompts, lambda same, cross, mixed, direction: direction[..., :1], across=across),
+        0,
+        level=level,
+        method=method,
     )
     if not reference.low > 0.0 or math.isnan(noise.value):
         return replace(noise, value=math.nan, low=math.nan, high=math.nan, method=f"{method}; unresolved")

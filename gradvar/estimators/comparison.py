@@ -87,7 +87,7 @@ class _Options:
             tables[quantity] = alpha[alpha["quantity"] == quantity]
         found: Found = {}
         for quantity, table in tables.items():
-            kept = table[table["estimand"] == THESE_PROMPTS] if quantity == "cv" or "exponent" in quantity else table
+            kept = table[table["estimand"].isna() | (table["estimand"] == THESE_PROMPTS)]
             for row in kept.to_dict("records"):
                 prompt = row["prompt_id"] if isinstance(row["prompt_id"], str) else None
                 found[row["target"], prompt, quantity] = _estimate(row, self.seed)

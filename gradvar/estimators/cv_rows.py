@@ -17,6 +17,7 @@ from gradvar.estimators.cv import (
     resolution,
 )
 from gradvar.estimators.intervals import THESE_PROMPTS
+from gradvar.estimators.paper_order import claim, judge
 from gradvar.runs.records import Estimate, PromptScores, TableRow
 
 
@@ -50,6 +51,7 @@ class CvStudy:
         estimand: str = THESE_PROMPTS,
         paper: str | None = None,
         holds: str | None = None,
+        against: str | None = None,
     ) -> TableRow:
         """Return one row with the study's labels."""
         rule, alpha = variant if variant is not None else (None, None)
@@ -75,6 +77,7 @@ class CvStudy:
                 "estimand": estimand,
                 "paper": paper,
                 "holds": holds,
+                "against": against,
             },
         )
 
@@ -137,7 +140,7 @@ def ratio_row(
         verdict, distance = "undetermined", abs(math.log(ratio.value))
         half = math.log(ratio.high / ratio.value)
         needed = float(math.ceil(per_prompt * (half / distance) ** 2)) if distance > 0 else math.inf
-    paper, holds = _order_on_the_total(variant, compared, verdict)
+    paper = claim(variant, compared)
     return study.row(
         "cv_ratio",
         ratio,
@@ -147,23 +150,6 @@ def ratio_row(
         verdict=verdict,
         n_needed=needed,
         paper=paper,
-        holds=holds,
+        holds=judge(paper, ratio.low, ratio.high),
+        against=compared[0].name,
     )
-
-
-def _order_on_the_total(
-    variant: tuple[Rule, float | None], compared: tuple[Rule, float | None], verdict: str
-) -> tuple[str, str]:
-    """What the paper's order asks of this ratio, and whether the total CV (form 3) agrees.
-
-    The paper has vl_norm(1) equal to grpo and vl_norm(alpha), 0 <= alpha < 1, dapo and dr_grpo at least it. It proves
-    that with lengths given; on the total CV equality can only be refuted.
-    """
-    rule, alpha = variant
-    if compared[0].name != "grpo":
-        return "nothing", "not claimed"
-    if rule.name == "vl_norm" and alpha == 1.0:
-        return "equal", "violated" if verdict in ("lower", "higher") else "undetermined"
-    if rule.name in ("dapo", "dr_grpo") or (rule.name == "vl_norm" and alpha is not None and 0.0 <= alpha < 1.0):
-        return "at least 1", {"higher": "holds", "lower": "violated"}.get(verdict, "undetermined")
-    return "nothing", "not claimed"

@@ -22,8 +22,16 @@ from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import advantages, check_advantage
 from gradvar.estimators.aggregation import aggregation_weights, expand_rules
 from gradvar.estimators.inputs import arrange, generator, is_silent
-from gradvar.estimators.intervals import THESE_PROMPTS, check_level, effective_degrees, t_quantile
+from gradvar.estimators.intervals import (
+    MINIMUM_PROMPTS,
+    PROMPTS_LIKE_THESE,
+    THESE_PROMPTS,
+    check_level,
+    effective_degrees,
+    t_quantile,
+)
 from gradvar.estimators.law import fit_variance_law
+from gradvar.estimators.paper_order import BY_ALGEBRA, EQUAL, UNDETERMINED, Variant, claim, judge
 from gradvar.estimators.quasi import Dependence
 from gradvar.estimators.spread import NEIGHBOURS, within_dependence, within_length_variance
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
@@ -32,6 +40,9 @@ Array = NDArray[np.float64]
 
 FORM_1 = "form 1: lengths given, Var = V L"
 FORM_2 = "form 2: lengths given, measured v(L)"
+
+ROUNDING = 1e-12
+"""Equal lengths make every ratio 1 to rounding, and a theorem is not violated by rounding."""
 
 
 def conditional_cv(
@@ -72,26 +83,29 @@ def form_table(
     *,
     rules: Sequence[str] = ("grpo", "dapo", "dr_grpo", "vl_norm"),
     alphas: Sequence[float] = (0.5, 0.75, 1.0, 2.0),
+    reference: str = "grpo",
     advantage: str = "grpo",
     neighbours: int = NEIGHBOURS,
     level: float = 0.95,
     seed: int,
 ) -> pd.DataFrame:
-    """Ratios of CVs to GRPO's in forms 1 and 2, and whether the paper's order holds on the measured variances.
+    """Ratios of CVs to a reference rule's in forms 1 and 2, and whether the paper's order holds on measured variances.
 
     All N responses of a prompt are one scope, their lengths given, so ||grad J|| cancels in a ratio. Quantities:
         "cv_ratio_form_1"   exact, no interval
         "cv_ratio_form_2"   the within-length variances V_i in place of V L_i, jackknifed over responses on the log;
-                            `verdict` "higher", "lower" or "undetermined"; column `paper` says what the paper's order
-                            asks for (vl_norm with 0 <= alpha < 1, dapo and dr_grpo at least 1) and `holds` whether it
-                            does: "holds", "violated", "undetermined", or "by algebra" (equal weights for given
-                            lengths), "not claimed" outside the paper's range
-    Pooled rows (no prompt_id) average the logs over prompts. Silent prompts are left out.
+                            `verdict` "higher", "lower" or "undetermined"
+    Column `against` names the reference, `paper` what the paper's order asks of the ratio ("equal", "at least 1",
+    "at most 1", "nothing") and `holds` whether it does: "holds", "violated", "undetermined", "by algebra" (equal
+    weights for given lengths) or "not claimed".
+    Pooled rows (no prompt_id) average the logs over prompts, form 2 for both estimands (`estimand`). Silent prompts are
+    left out.
 
     Args:
         groups: Prompts by targets; several targets get their sum as well.
-        rules: Rules compared with GRPO.
+        rules: Rules compared.
         alphas: Exponents of vl_norm.
+        reference: The rule they are compared with; one that takes no alpha.
         advantage: Kind of `advantages`, over all verified responses of a prompt.
         neighbours: k of the within-length variance.
         level: Nominal coverage.
@@ -102,11 +116,12 @@ def form_table(
     """
     check_level(level)
     check_advantage(advantage)
-    variants = [(rule, alpha) for rule, alpha in expand_rules(rules, alphas) if rule.name != "grpo"]
+    compared = expand_rules((reference,), ())[0]
+    variants = [variant for variant in expand_rules(rules, alphas) if variant != compared]
     rows: list[TableRow] = []
     for target, prompts in arrange(groups).items():
-        logs: dict[tuple[str, float | None], list[tuple[float, Array]]] = {}
-        firsts: dict[tuple[str, float | None], list[float]] = {}
+        logs: dict[Variant, list[tuple[float, Array]]] = {}
+        firsts: dict[Variant, list[float]] = {}
         for name, raw in prompts.items():
             scores = raw if advantage == "score" else raw.verified()
             if (advantage not in ("score", "raw") and is_silent(raw)) or len(scores.lengths) < 3:
@@ -121,23 +136,23 @@ def form_table(
             )
             limit = float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max())
             centre = _centre(scores.lengths, within)
-            reference = aggregation_weights("grpo", scores.lengths)
+            base = aggregation_weights(compared[0].name, scores.lengths, max_length=limit)
             for rule, alpha in variants:
                 x = aggregation_weights(rule.name, scores.lengths, alpha=alpha, max_length=limit)
-                value, influence = _log_ratio(x, reference, within, centre, shared)
+                value, influence = _log_ratio(x, base, within, centre, shared)
                 first = math.log(
                     conditional_cv(rule.name, scores.lengths, scores.lengths, 1.0, alpha=alpha, max_length=limit)
-                    / conditional_cv("grpo", scores.lengths, scores.lengths, 1.0)
+                    / conditional_cv(compared[0].name, scores.lengths, scores.lengths, 1.0, max_length=limit)
                 )
-                key = (rule.name, alpha)
+                key = (rule, alpha)
                 logs.setdefault(key, []).append((value, influence))
                 firsts.setdefault(key, []).append(first)
                 labels = {"target": target, "prompt_id": name, "advantage": advantage}
-                rows += _form_rows(key, [(value, influence)], [first], labels, level=level, seed=seed)
+                rows += _form_rows(key, compared, [(value, influence)], [first], labels, level=level, seed=seed)
         for key, found in logs.items():
             if len(found) > 1:
                 labels = {"target": target, "advantage": advantage}
-                rows += _form_rows(key, found, firsts[key], labels, level=level, seed=seed)
+                rows += _form_rows(key, compared, found, firsts[key], labels, level=level, seed=seed)
     return estimate_table(rows)
 
 
@@ -165,7 +180,8 @@ def _centre(lengths: Array, v: Array) -> Array:
 
 
 def _form_rows(
-    key: tuple[str, float | None],
+    key: Variant,
+    compared: Variant,
     found: list[tuple[float, Array]],
     firsts: list[float],
     labels: dict[str, Any],
@@ -196,29 +212,63 @@ def _form_rows(
         high=math.exp(min(value + half, 700.0)),
         method=f"{FORM_2}; jackknife of the log over responses, t; {THESE_PROMPTS}",
     )
-    equal = rule == "vl_norm" and alpha == 1.0
-    claimed = rule in ("dapo", "dr_grpo") or (rule == "vl_norm" and alpha is not None and 0.0 <= alpha <= 1.0)
-    side = "higher" if second.low > 1.0 else "lower" if second.high < 1.0 else "undetermined"
-    if equal:
-        side, holds = "equal", "by algebra"
-    elif not claimed:
-        holds = "not claimed"
-    else:
-        holds = {"higher": "holds", "lower": "violated"}.get(side, "undetermined")
-    shared: dict[str, Any] = {**labels, "rule": rule, "alpha": alpha, "scope": "all responses, lengths given"}
-    paper = "equal" if equal else "at least 1" if claimed else "nothing"
+    paper = claim(key, compared)
+    equal = paper == EQUAL
+    first = math.exp(float(np.mean(firsts)))
+    common: dict[str, Any] = {**labels, "rule": rule.name, "alpha": alpha, "scope": "all responses, lengths given"}
+    across = _across_prompts(second, np.array([f[0] for f in found]), level)
+    told = {"paper": paper, "against": compared[0].name, "estimand": THESE_PROMPTS}
     return [
         TableRow(
             quantity="cv_ratio_form_1",
-            estimate=replace(none, value=math.exp(float(np.mean(firsts)))),
-            **shared,
-            extra={"paper": paper, "holds": "by algebra" if claimed else "not claimed"},
+            estimate=replace(none, value=first),
+            **common,
+            # Exact arithmetic: the order is a theorem here, told as what these lengths make of it.
+            extra={**told, "holds": BY_ALGEBRA if equal else judge(paper, first + ROUNDING, first - ROUNDING)},
         ),
         TableRow(
             quantity="cv_ratio_form_2",
             estimate=second,
-            verdict=side,
-            **shared,
-            extra={"paper": paper, "holds": holds},
+            verdict=_side(equal, second),
+            **common,
+            extra={**told, "holds": BY_ALGEBRA if equal else judge(paper, second.low, second.high)},
+        ),
+        *(
+            [
+                TableRow(
+                    quantity="cv_ratio_form_2",
+                    estimate=across,
+                    verdict=_side(equal, across),
+                    **common,
+                    extra={
+                        **told,
+                        "estimand": PROMPTS_LIKE_THESE,
+                        "holds": BY_ALGEBRA if equal else judge(paper, across.low, across.high),
+                    },
+                )
+            ]
+            if clusters > 1
+            else []
         ),
     ]
+
+
+def _side(equal: bool, ratio: Estimate) -> str:
+    return "equal" if equal else "higher" if ratio.low > 1.0 else "lower" if ratio.high < 1.0 else UNDETERMINED
+
+
+def _across_prompts(second: Estimate, logs: Array, level: float) -> Estimate:
+    """Form 2 for prompts like these: mean of the prompts' logs, t over K - 1."""
+    method = f"{FORM_2}; mean of the prompts' logs, t; {PROMPTS_LIKE_THESE}"
+    if len(logs) < MINIMUM_PROMPTS:
+        note = f"{method}; not given below {MINIMUM_PROMPTS} prompts"
+        return replace(second, value=math.nan, low=math.nan, high=math.nan, method=note)
+    half = t_quantile(level, len(logs) - 1) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
+    low, high = math.exp(logs.mean() - half), math.exp(min(logs.mean() + half, 700.0))
+    return replace(second, value=math.exp(logs.mean()), low=low, high=high, method=method)
+
+
+def total_form(cv: pd.DataFrame) -> pd.DataFrame:
+    """Form 3's rows of the same table: the "cv_ratio" rows of `cv_table`, lengths random, as "cv_ratio_form_3"."""
+    rows = cv[cv["quantity"] == "cv_ratio"]
+    return rows.assign(quantity="cv_ratio_form_3")

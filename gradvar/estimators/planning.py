@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from gradvar.errors import GradvarError
@@ -35,7 +36,7 @@ from gradvar.estimators.cv import SILENT, cv_from_rho, pooled_rho, resolution
 from gradvar.estimators.groups import PERMUTATIONS, GroupMoments, draw_groups, group_coefficients, group_moments
 from gradvar.estimators.groups import silent_share as share_of_silent
 from gradvar.estimators.inputs import arrange, generator, is_silent
-from gradvar.estimators.intervals import check_level
+from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, check_level, t_quantile
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
 
 SIZES = (4, 8, 16, 32, 64, 128)
@@ -56,8 +57,8 @@ def planning_table(
 
     Quantities, for every target: "rho", "cv" and "eta" at each size (verdict "resolved", "unresolved" or
     "extrapolated"; no rho where extrapolated; an eta without a resolved direction is NaN and "unresolved" anywhere),
-    "silent_share" where it can be counted, and "responses_for_cv_1": n CV^2 at the largest estimated size, the noise
-    scale in responses to a prompt, with the image of that CV's interval.
+    "silent_share" where it can be counted (pooled: the mean over all prompts), and "responses_for_cv_1": n CV^2 at the
+    largest estimated size, the noise scale in responses to a prompt, with the image of that CV's interval.
 
     Args:
         groups: Prompts by targets; several targets get their sum as well.
@@ -114,6 +115,8 @@ def planning_table(
             raise GradvarError(
                 f"no prompt holds three groups of {ordered[0]} verified responses: sample more, or take smaller sizes"
             )
+        if len(prompts) > 1:
+            rows += _silent_rows(list(prompts.values()), ordered, labels, level=level, seed=seed)
         pools: list[tuple[str | None, list[str]]] = [(name, [name]) for name in used]
         if len(used) > 1:
             pools.append((None, list(used)))
@@ -124,6 +127,33 @@ def planning_table(
             pointed = {n: [aimed[n][name] for name in names] for n in held}
             rows += _efficiency_rows(pointed, ordered, named, level=level, seed=seed)
     return estimate_table(rows)
+
+
+def _silent_rows(
+    prompts: Sequence[PromptScores], sizes: Sequence[int], labels: dict[str, Any], *, level: float, seed: int
+) -> list[TableRow]:
+    """Mean share of silent groups over all prompts, silent ones among them; t over K - 1 from 4 prompts on."""
+    rows = []
+    for n in sizes:
+        known = [s.rewards[~np.isnan(s.rewards)] for s in prompts]
+        if any(len(rewards) < n for rewards in known):
+            continue
+        shares = np.array([share_of_silent(rewards, n) for rewards in known])
+        half = math.nan
+        if len(shares) >= MINIMUM_PROMPTS:
+            half = t_quantile(level, len(shares) - 1) * float(shares.std(ddof=1)) / math.sqrt(len(shares))
+        estimate = Estimate(
+            value=float(shares.mean()),
+            low=max(float(shares.mean()) - half, 0.0) if half == half else math.nan,
+            high=min(float(shares.mean()) + half, 1.0) if half == half else math.nan,
+            level=level,
+            method=f"mean of the prompts' exact shares, t; {PROMPTS_LIKE_THESE}",
+            n=sum(len(rewards) for rewards in known),
+            clusters=len(known),
+            seed=seed,
+        )
+        rows.append(TableRow(quantity="silent_share", estimate=estimate, group_size=n, **labels))
+    return rows
 
 
 def _efficiency_rows(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -15,9 +15,11 @@ from gradvar.estimators import (
     identity_table,
     law_table,
     planning_table,
+    proxy_table,
     recommendation,
+    total_form,
 )
-from gradvar.runs import SUM, EstimateConfig, Run
+from gradvar.runs import SUM, EstimateConfig, PromptScores, Run
 from gradvar.runs.provenance import utc_now
 from gradvar.stages.entropy import entropy_rows
 from gradvar.stages.groups import check_group_size, estimated_groups
@@ -26,7 +28,9 @@ from gradvar.stages.listener import Listener, Silent
 
 
 def fit(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> dict[str, pd.DataFrame]:
-    """Fit the variance law and check the score identity; write and return the tables `law` and `identity`.
+    """Fit the variance law, check the score identity, rate cheap proxies; write and return these three tables.
+
+    `law`, `identity`, and `proxies`: how well length, A^2, W and the like predict the exact squared gradient.
 
     Args:
         run: A run with Grams.
@@ -40,7 +44,7 @@ def fit(run: Run, given: Mapping[str, Any], listener: Listener | None = None) ->
     config = agreed_config(run, EstimateConfig, given)
     started = utc_now()
     groups = estimated_groups(run, listener)
-    with listener.task("fit", 2) as advance:
+    with listener.task("fit", 3) as advance:
         studied = list(dict.fromkeys(["score", config.advantage]))
         law = law_table(groups, advantages_studied=studied, level=config.level, margin=config.margin, seed=config.seed)
         advance(1)
@@ -48,12 +52,26 @@ def fit(run: Run, given: Mapping[str, Any], listener: Listener | None = None) ->
         balance = entropy_rows(run, config.level, config.seed)
         identity = pd.concat([identity, balance], ignore_index=True) if len(balance) else identity
         advance(1)
+        known = _measured_proxies(run, groups)
+        proxies = proxy_table(groups, proxies=known, advantage=config.advantage, level=config.level, seed=config.seed)
+        advance(1)
     run.begin("fit", config, started=started)  # nothing is written before the settings proved good
-    tables = {"law": law, "identity": identity}
+    tables = {"law": law, "identity": identity, "proxies": proxies}
     for name, table in tables.items():
         run.write_estimates(name, table)
     run.finish("fit")
     return tables
+
+
+def _measured_proxies(run: Run, groups: Sequence[PromptScores]) -> dict[str, dict[str, Any]]:
+    """What the measuring pass saw that may stand for a gradient's norm: W and the entropy of every response."""
+    found: dict[str, dict[str, Any]] = {"w": {}, "entropy": {}}
+    for name, count in {group.prompt_id: len(group.lengths) for group in groups}.items():
+        if run.file("measures", name).exists():
+            measures = run.measures(name)
+            if len(measures.proxy) >= count:
+                found["w"][name], found["entropy"][name] = measures.proxy[:count], measures.entropy[:count]
+    return {name: by_prompt for name, by_prompt in found.items() if by_prompt}
 
 
 def cv(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> pd.DataFrame:
@@ -96,8 +114,8 @@ GROUP_SIZES = (4, 8, 16, 32, 64, 128)
 def alpha(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> dict[str, pd.DataFrame]:
     """Estimate efficiency, bias and pressure over alpha, the paper's order, and CV against group size.
 
-    Writes and returns the tables `alpha`, `forms` (the CVs given the lengths, and whether the paper's inequality holds)
-    and `planning`.
+    Writes and returns the tables `alpha`, `forms` (the CV in three forms, and whether the paper's inequality holds in
+    each) and `planning`.
 
     Args:
         run: A run with Grams and rewards.
@@ -117,7 +135,7 @@ def alpha(run: Run, given: Mapping[str, Any], listener: Listener | None = None) 
     with listener.task("alpha", 3) as advance:
         tables = {"alpha": alpha_table(groups, rules=rules, group_size=config.group_size, **common)}
         advance(1)
-        tables["forms"] = form_table(groups, rules=config.rules, alphas=config.alphas, **common)
+        tables["forms"] = _three_forms(groups, config, common)
         advance(1)
         tables["planning"] = planning_table(groups, sizes=GROUP_SIZES, **common)
         advance(1)
@@ -126,6 +144,16 @@ def alpha(run: Run, given: Mapping[str, Any], listener: Listener | None = None) 
         run.write_estimates(name, table)
     run.finish("alpha")
     return tables
+
+
+def _three_forms(groups: Sequence[PromptScores], config: EstimateConfig, common: dict[str, Any]) -> pd.DataFrame:
+    """Forms 1, 2 and 3 of every rule's CV against grpo's and dapo's: the two ends of the paper's order."""
+    options: dict[str, Any] = {"rules": config.rules, "alphas": config.alphas, **common}
+    parts = []
+    for reference in ("grpo", "dapo"):
+        parts.append(form_table(groups, reference=reference, **options))
+        parts.append(total_form(cv_table(groups, reference=reference, group_size=config.group_size, **options)))
+    return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
 
 
 def advice(run: Run) -> str | None:

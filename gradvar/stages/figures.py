@@ -177,7 +177,7 @@ def _aggregators(folder: Path, table: pd.DataFrame, target: str, shown: Sequence
 
 def _alpha_curves(folder: Path, table: pd.DataFrame, target: str, shown: Sequence[str]) -> list[Path]:
     rows = table[table["target"] == target]
-    parts = [("all prompts", rows[rows["prompt_id"].isna()])]
+    parts = [("all prompts", rows[rows["prompt_id"].isna() & (rows["estimand"] == THESE_PROMPTS)])]
     parts += [(f"prompt {prompt_id}", rows[rows["prompt_id"] == prompt_id]) for prompt_id in shown]
     parts = [(title, part) for title, part in parts if (part["quantity"].eq("eta") & part["alpha"].notna()).any()]
     if not parts:

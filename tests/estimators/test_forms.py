@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from gradvar.errors import GradvarError
-from gradvar.estimators import conditional_cv, form_table
+from gradvar.estimators import conditional_cv, cv_table, find_rule, form_table, paper_order, total_form
 from tests.estimators import references, simulator
 from tests.estimators.test_tables import only, pick, prompts
 
@@ -87,7 +87,9 @@ def test_table_says_what_holds():
     )
     assert dapo == pytest.approx(plain)
     assert (pick(table, quantity="cv_ratio_form_1", rule="dapo")["value"] >= 1).all()
-    pooled = only(table, quantity="cv_ratio_form_2", prompt_id=None, rule="dapo")
+    pooled = only(table, quantity="cv_ratio_form_2", prompt_id=None, rule="dapo", estimand="these prompts")
+    across = only(table, quantity="cv_ratio_form_2", prompt_id=None, rule="dapo", estimand="prompts like these")
+    assert math.isnan(across["value"]), "two prompts are too few"
     each = pick(table, quantity="cv_ratio_form_2", rule="dapo")
     each = each[each["prompt_id"].notna()]["value"]
     assert pooled["value"] == pytest.approx(math.exp(np.log(each).mean()))
@@ -97,3 +99,51 @@ def test_table_says_what_holds():
     assert (row["verdict"], row["holds"]) == ("lower", "violated")
     silent = [replace(groups[0], rewards=np.ones(64)), groups[1]]
     assert set(form_table(silent, seed=0)["prompt_id"]) == {"p1"}
+
+
+def test_the_order_against_dapo_and_in_form_3():
+    groups = prompts(5, n=64, targets=("a",), beta=1.0, signal=4.0)
+    table = form_table(groups, reference="dapo", seed=0)
+    assert set(table["against"]) == {"dapo"}
+    row = only(table, quantity="cv_ratio_form_1", prompt_id="p0", rule="vl_norm", alpha=0.5)
+    assert (row["paper"], row["holds"]) == ("at most 1", "holds")
+    assert row["value"] < 1
+    one = only(table, quantity="cv_ratio_form_1", prompt_id="p0", rule="grpo")
+    other = only(form_table(groups, seed=0), quantity="cv_ratio_form_1", prompt_id="p0", rule="dapo")
+    assert one["value"] == pytest.approx(1 / other["value"])
+    assert only(table, quantity="cv_ratio_form_2", prompt_id="p0", rule="dr_grpo")["holds"] == "by algebra"
+    across = only(table, quantity="cv_ratio_form_2", prompt_id=None, rule="grpo", estimand="prompts like these")
+    logs = np.log(pick(table, quantity="cv_ratio_form_2", rule="grpo").dropna(subset=["prompt_id"])["value"])
+    half = stats.t.ppf(0.975, 4) * logs.std(ddof=1) / math.sqrt(5)
+    assert (across["low"], across["high"]) == pytest.approx(
+        (math.exp(logs.mean() - half), math.exp(logs.mean() + half))
+    )
+    total = total_form(cv_table(groups, reference="dapo", permutations=32, seed=0))
+    assert set(total["quantity"]) == {"cv_ratio_form_3"}
+    assert set(total["against"]) == {"dapo"}
+    row = only(total, prompt_id="p0", rule="dr_grpo")
+    assert (row["paper"], row["holds"]) == ("equal", "violated" if row["verdict"] != "undetermined" else "undetermined")
+
+
+def test_the_papers_order_on_any_two_rules():
+    rule = {name: find_rule(name) for name in ("grpo", "dapo", "dr_grpo", "vl_norm", "token_sum")}
+    for one, two, expected in (
+        ("grpo", ("vl_norm", 1.0), "equal"),
+        ("dapo", "dr_grpo", "equal"),
+        ("dapo", "grpo", "at least 1"),
+        (("vl_norm", 0.75), "dapo", "at most 1"),
+        (("vl_norm", 0.0), "dapo", "equal"),
+        (("vl_norm", 1.5), "grpo", "nothing"),
+        ("token_sum", "grpo", "nothing"),
+    ):
+        pair = [(rule[x], None) if isinstance(x, str) else (rule[x[0]], x[1]) for x in (one, two)]
+        assert paper_order.claim(*pair) == expected, (one, two)
+    assert paper_order.judge("at most 1", 0.5, 0.9) == "holds"
+    assert paper_order.judge("at most 1", 1.1, 1.9) == "violated"
+    assert paper_order.judge("at least 1", 0.9, math.inf) == "undetermined"
+    assert paper_order.judge("equal", 0.9, 1.1) == "undetermined"
+    assert paper_order.judge("equal", 1.05, 1.1) == "violated"
+    assert paper_order.whole_order(["holds", "by algebra", "not claimed"]) == "holds"
+    assert paper_order.whole_order(["holds", "undetermined"]) == "undetermined"
+    assert paper_order.whole_order(["holds", "violated", "undetermined"]) == "violated"
+    assert paper_order.whole_order(["not claimed"]) == "undetermined"

@@ -99,7 +99,7 @@ def test_the_square_root_law_holds_where_nothing_else_changes(groups):
 def test_silent_share_and_silent_prompts(groups):
     small = groups[0].select(np.arange(30))
     table = planning_table([small, replace(groups[1], rewards=np.ones(96))], sizes=(2, 4), permutations=16, seed=0)
-    share = only(table, quantity="silent_share", group_size=4)
+    share = only(table, quantity="silent_share", group_size=4, prompt_id="p0")
     assert share["value"] == pytest.approx(references.silent_share(list(small.rewards), 4))
     assert only(table, prompt_id="p1")["verdict"] == "silent: all rewards equal"
 
