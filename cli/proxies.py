@@ -33,7 +33,7 @@ def print_proxies(table: pd.DataFrame) -> None:
     within = overall_rows(mine[mine["scope"] == "within prompts"])
     between = mine[mine["scope"] == "between prompts"]
     rows = []
-    for part, scope in ((within, ""), (between, ", prompts' means")):
+    for part, scope in ((within, ""), (between, " (between)")):
         for proxy in dict.fromkeys(part["proxy"]):
             if scope and proxy not in ("length", "reward_variance"):
                 continue
