@@ -10,12 +10,14 @@ import numpy as np
 from gradvar.runs import (
     MeasureConfig,
     Measures,
+    PrefixNorms,
     Prompt,
     PromptScores,
     Rollout,
     Run,
     SampleConfig,
     ScoreGram,
+    TauEstimate,
     create_run,
     rollouts_digest,
 )
@@ -66,13 +68,17 @@ def simulated_prompt(
     return found
 
 
-def write_run(path: Path, prompts: Sequence[Sequence[PromptScores]], *, texts: Sequence[str] | None = None) -> Run:
+def write_run(
+    path: Path, prompts: Sequence[Sequence[PromptScores]], *, texts: Sequence[str] | None = None, probed: bool = False
+) -> Run:
     """Write a run whose estimates are those of the given prompts; tokens and log-probabilities are made up.
 
     Args:
         path: New folder.
         prompts: One prompt a row, its targets in it.
         texts: What the prompts say; their ids where None.
+        probed: Whether tau (the whole squared norm, give or take a tenth) and prefix norms (growing as the length to
+            the power 1.5) are in it.
     """
     run = create_run(path)
     run.begin("sample", SampleConfig(model="simulated", max_tokens=MAX_TOKENS, rollouts=len(prompts[0][0].lengths)))
@@ -106,6 +112,8 @@ def write_run(path: Path, prompts: Sequence[Sequence[PromptScores]], *, texts: S
                 policy_logprobs=logprobs,
                 entropy=np.array([0.5 * len(values) + rng.normal() for values in logprobs]),
                 proxy=np.array([float((1.0 - np.exp(values)).sum()) for values in logprobs]),
+                taus={one.target: _tau(one, rng) for one in targets} if probed else {},
+                prefixes={one.target: _prefixes(one) for one in targets} if probed else {},
             ),
         )
         grams = {
@@ -126,3 +134,17 @@ def write_run(path: Path, prompts: Sequence[Sequence[PromptScores]], *, texts: S
     run.begin("measure", MeasureConfig(targets=tuple(one.target for one in prompts[0])))
     run.finish("measure", targets=[one.target for one in prompts[0]])
     return run
+
+
+def _tau(one: PromptScores, rng: np.random.Generator) -> TauEstimate:
+    norms = np.diagonal(one.gram)
+    error = 0.1 * norms
+    return TauEstimate(
+        target=one.target, value=norms + error * rng.normal(size=len(norms)), error=error, probes=4, seed=0
+    )
+
+
+def _prefixes(one: PromptScores) -> PrefixNorms:
+    lengths = np.maximum(np.round(one.lengths[:, None] * np.array([0.25, 0.5, 1.0])), 1).astype(np.int64)
+    shares = (lengths / one.lengths[:, None]) ** 1.5
+    return PrefixNorms(target=one.target, lengths=lengths, value=np.diagonal(one.gram)[:, None] * shares)

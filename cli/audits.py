@@ -41,6 +41,7 @@ def show_audit(run: Run, tables: Mapping[str, pd.DataFrame], *, as_json: bool) -
     _print_targets(judged)
     _print_prompts(judged)
     _print_tokens(table)
+    _print_prefixes(tables.get("prefixes"))
     console.result.print(f"every number: {run.path / 'tables' / 'audit.parquet'}", markup=False, soft_wrap=True)
 
 
@@ -132,6 +133,27 @@ def _print_tokens(table: pd.DataFrame) -> None:
         ["responses", "share", "interval", "verdict", "n"],
         rows,
         caption="Of all responses it is 0 in theory on policy; given reward or length it need not be.",
+    )
+
+
+def _print_prefixes(table: pd.DataFrame | None) -> None:
+    if table is None:
+        console.result.print(
+            "growth inside responses: not measured (gradvar measure RUN --prefixes 8)", style="dim", markup=False
+        )
+        return
+    mine = overall_rows(table[table["target"] == last_target(table)])
+    words = {
+        "prefix_within": "along responses",
+        "prefix_between": "between responses",
+        "prefix_difference": "difference",
+    }
+    rows = [[words[row["quantity"]], number(row["value"]), interval(row)] for _, row in mine.iterrows()]
+    console.table(
+        "Growth of the squared score with length, inside responses and between them",
+        ["quantity", "exponent", "interval"],
+        rows,
+        caption="1: token gradients uncorrelated and equally large; 2: all one way.",
     )
 
 

@@ -14,7 +14,7 @@ from gradvar.estimators.law import VarianceLaw, fit_variance_law
 from gradvar.estimators.law_estimates import FamilyFit
 from gradvar.estimators.law_tables import law_table
 from gradvar.estimators.planning import planning_table
-from gradvar.estimators.prefixes import PrefixGrowth, prefix_growth
+from gradvar.estimators.prefixes import PrefixGrowth, prefix_growth, prefix_table
 from gradvar.estimators.proxies import proxy_table
 from gradvar.estimators.ratios import cv_ratio
 from gradvar.estimators.spread import deviations, within_length_variance
@@ -62,6 +62,7 @@ __all__ = [
     "identity_table",
     "law_table",
     "planning_table",
+    "prefix_table",
     "proxy_table",
     "recommendation",
     "total_form",

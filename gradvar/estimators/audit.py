@@ -51,6 +51,7 @@ def audit_table(
     length_margin: float = 0.25,
     permutations: int = PERMUTATIONS,
     taus: Taus | None = None,
+    tau_errors: Taus | None = None,
     seed: int,
 ) -> pd.DataFrame:
     """Assumptions 0 to 4 for every prompt and target, and over prompts for both estimands.
@@ -79,12 +80,13 @@ def audit_table(
         length_margin: Share below it.
         permutations: Random permutations a prompt for assumption 3.
         taus: tau of every response by (prompt_id, target), where it was measured.
+        tau_errors: Their standard errors over probes likewise, for `probe_part`.
         seed: Of permutations, sign flips and ties.
 
     Returns:
         The table with `assumption`, `margin_low`, `margin_high`, `n_needed` (responses of all prompts of the row),
-        `estimand`, `length_low`, `length_high` (tokens) and `silent` (prompts of the row with equal rewards). Silent
-        prompts have their verdict in 2 to 4 where the advantage has a baseline; they do not count in pooled rows.
+        `estimand`, `length_low`, `length_high` (tokens), `probe_part` (the part of assumption 1's squared error that
+        more probes would lower) and `silent` (prompts of the row with equal rewards). Silent prompts have their verdict in 2 to 4 where the advantage has a baseline; they do not count in pooled rows.
 
     Raises:
         GradvarError: Unknown advantage or rule, a margin that is not positive, or as `arrange`.
@@ -99,7 +101,7 @@ def audit_table(
     targets = arrange(groups)
     for target, prompts in targets.items():
         identity_rows(audit, target, prompts, identity_margin)
-        token_rows(audit, target, prompts, taus_of(target, targets, taus), token_margin)
+        token_rows(audit, target, prompts, taus_of(target, targets, taus), token_margin, tau_errors or {})
         usable: dict[str, PromptScores] = {}
         for name, raw in prompts.items():
             scores = raw if advantage == "score" else raw.verified()

@@ -42,7 +42,7 @@ from gradvar.estimators.law_samples import ALL_RESPONSES
 from gradvar.estimators.law_tables import law_table
 from gradvar.estimators.length_bins import SMALLEST_BIN, BinProducts, bin_products, cosine_of_pair, length_bins
 from gradvar.estimators.token_covariance import METHOD as SHARE_METHOD
-from gradvar.estimators.token_covariance import share_estimate, share_statistic, share_sums
+from gradvar.estimators.token_covariance import probe_part, share_estimate, share_statistic, share_sums
 from gradvar.runs.records import Estimate, PromptScores, TableRow
 
 NOT_MEASURED = "not measured"
@@ -86,6 +86,7 @@ class Audit:
         alpha: float | None = None,
         lengths: tuple[float, float] = (math.nan, math.nan),
         silent: int = 0,
+        probe_part: float = math.nan,
     ) -> None:
         """Write one row."""
         self.rows.append(
@@ -109,6 +110,7 @@ class Audit:
                     "length_low": lengths[0],
                     "length_high": lengths[1],
                     "silent": silent,
+                    "probe_part": probe_part,
                 },
             )
         )
@@ -190,7 +192,12 @@ def taus_of(target: str, targets: Mapping[str, Mapping[str, PromptScores]], taus
 
 
 def token_rows(
-    audit: Audit, target: str, prompts: Mapping[str, PromptScores], taus: Mapping[str, Any], margin: float
+    audit: Audit,
+    target: str,
+    prompts: Mapping[str, PromptScores],
+    taus: Mapping[str, Any],
+    margin: float,
+    errors: Taus,
 ) -> None:
     """Assumption 1."""
     scopes: dict[str, list[Sums]] = {}
@@ -212,7 +219,10 @@ def token_rows(
         for scope, (sums, chosen) in found.items():
             scopes.setdefault(scope, []).append(sums)
             ends = (float(scores.lengths[chosen].min()), float(scores.lengths[chosen].max()))
-            _share_row(audit, [sums], margin, prompt_id=name, scope=scope, lengths=ends, **common)
+            known = errors.get((name, target))
+            part = probe_part(sums, None if known is None else np.asarray(known, dtype=np.float64)[chosen])
+            more = {"prompt_id": name, "scope": scope, "lengths": ends, "probe_part": part}
+            _share_row(audit, [sums], margin, **more, **common)
     for scope, pool in scopes.items():
         if len(pool) > 1:
             _share_row(audit, pool, margin, prompt_id=None, scope=scope, **common)

@@ -9,16 +9,19 @@ along the response, 2 where they all point one way. Shape letters: N responses, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from gradvar.errors import GradvarError
-from gradvar.estimators.additive import Sums, of_these_prompts
-from gradvar.estimators.intervals import check_level
-from gradvar.runs.records import Estimate
+from gradvar.estimators.additive import Sums, of_prompts_like_these, of_these_prompts
+from gradvar.estimators.inputs import SUM_TARGET
+from gradvar.estimators.intervals import PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
+from gradvar.runs.records import Estimate, TableRow, estimate_table
 
 Array = NDArray[np.float64]
 
@@ -52,6 +55,11 @@ def prefix_growth(prefix_squares: Any, prefix_lengths: Any, *, level: float = 0.
         GradvarError: Shapes that differ or hold fewer than two prefixes, lengths below 1 or falling, negative squares.
     """
     check_level(level)
+    return growth_of([prefix_sums(prefix_squares, prefix_lengths)], level=level)
+
+
+def prefix_sums(prefix_squares: Any, prefix_lengths: Any) -> Sums:
+    """Sums of products and squares of the centred logs, along responses and over them; arguments as `prefix_growth`."""
     squares = np.asarray(prefix_squares, dtype=np.float64)
     lengths = np.asarray(prefix_lengths, dtype=np.float64)
     if squares.shape != lengths.shape or squares.ndim != 2 or squares.shape[1] < 2 or squares.shape[0] < 1:
@@ -80,16 +88,87 @@ def prefix_growth(prefix_squares: Any, prefix_lengths: Any, *, level: float = 0.
     gone = np.concatenate([inside, outside * (n / max(n - 1, 1))], axis=1)
     left = total - gone
     left[:, [1, 3]] = np.where(left[:, [1, 3]] > 1e-12 * total[[1, 3]], left[:, [1, 3]], 0.0)
-    sums = Sums(value=total, without=left)
+    return Sums(value=total, without=left)
 
-    def slope(parts: Array, k: int) -> Array:
-        return np.asarray(parts[..., k] / np.where(parts[..., k + 1] > 0, parts[..., k + 1], np.nan))
 
+def growth_of(prompts: Sequence[Sums], *, level: float) -> PrefixGrowth:
+    """Growth over one prompt or several, between responses with a constant a prompt."""
     method = "log-log least squares, delete-one-response jackknife, t"
-    return PrefixGrowth(
-        within=of_these_prompts([sums], lambda p: slope(p, 0), level=level, method=f"along responses, {method}"),
-        between=of_these_prompts([sums], lambda p: slope(p, 2), level=level, method=f"over responses, {method}"),
-        difference=of_these_prompts(
-            [sums], lambda p: slope(p, 0) - slope(p, 2), level=level, method=f"along minus over responses, {method}"
-        ),
+    one, two, both = (
+        of_these_prompts(prompts, statistic, level=level, method=f"{where}, {method}")
+        for where, statistic in _STATISTICS.values()
     )
+    return PrefixGrowth(within=one, between=two, difference=both)
+
+
+def prefix_table(
+    prefixes: Mapping[tuple[str, str], tuple[Any, Any]],
+    targets: Sequence[str],
+    *,
+    level: float = 0.95,
+    seed: int,
+) -> pd.DataFrame:
+    """Growth inside responses and between them, for every prompt and target, their sum, and over prompts.
+
+    Quantities: "prefix_within", "prefix_between" and "prefix_difference" (within minus between, paired); pooled rows
+    for these prompts and for prompts like these (`estimand`).
+
+    Args:
+        prefixes: (prompt_id, target) to (squared norms, lengths), each (N, k), NaN norms where left out.
+        targets: Targets in their order. Norms of disjoint parameters add: where a prompt has all of several targets at
+            the same lengths, it has the "sum" too.
+        level: Nominal coverage.
+        seed: For the record; nothing is random here.
+
+    Raises:
+        GradvarError: As `prefix_growth`.
+    """
+    check_level(level)
+    held: dict[str, dict[str, Sums]] = {}
+    names = list(dict.fromkeys(name for name, _ in prefixes))
+    for name in names:
+        parts = [prefixes[name, target] for target in targets if (name, target) in prefixes]
+        for target in targets:
+            if (name, target) in prefixes:
+                held.setdefault(target, {})[name] = prefix_sums(*prefixes[name, target])
+        if len(parts) == len(targets) > 1 and all(np.array_equal(one[1], parts[0][1]) for one in parts):
+            held.setdefault(SUM_TARGET, {})[name] = prefix_sums(np.sum([one[0] for one in parts], axis=0), parts[0][1])
+    rows: list[TableRow] = []
+    for target in [*[t for t in targets if t in held], *([SUM_TARGET] if SUM_TARGET in held else [])]:
+        own = held[target]
+        pools: list[tuple[str | None, list[Sums]]] = [(name, [one]) for name, one in own.items()]
+        if len(own) > 1:
+            pools.append((None, list(own.values())))
+        for name_or_none, pool in pools:
+            found = growth_of(pool, level=level)
+            estimates = [(found.within, found.between, found.difference, THESE_PROMPTS)]
+            if name_or_none is None:
+                across = [
+                    of_prompts_like_these(pool, statistic, level=level, method=f"{where}, log-log least squares")
+                    for where, statistic in _STATISTICS.values()
+                ]
+                estimates.append((across[0], across[1], across[2], PROMPTS_LIKE_THESE))
+            for *three, estimand in estimates:
+                rows += [
+                    TableRow(
+                        quantity=quantity,
+                        estimate=replace(estimate, seed=seed),
+                        target=target,
+                        prompt_id=name_or_none,
+                        advantage="score",
+                        extra={"estimand": estimand},
+                    )
+                    for quantity, estimate in zip(_STATISTICS, three, strict=True)
+                ]
+    return estimate_table(rows)
+
+
+def _slope(parts: Array, k: int) -> Array:
+    return np.asarray(parts[..., k] / np.where(parts[..., k + 1] > 0, parts[..., k + 1], np.nan))
+
+
+_STATISTICS: dict[str, tuple[str, Callable[[Array], Array]]] = {
+    "prefix_within": ("along responses", lambda p: _slope(p, 0)),
+    "prefix_between": ("over responses", lambda p: _slope(p, 2)),
+    "prefix_difference": ("along minus over responses", lambda p: _slope(p, 0) - _slope(p, 2)),
+}

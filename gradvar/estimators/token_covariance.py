@@ -106,7 +106,7 @@ def token_covariance(
                 share=estimate,
                 length_low=float(sizes[rows].min()),
                 length_high=float(sizes[rows].max()),
-                probe_part=_probe_part(sums, None if errors is None else errors[rows]),
+                probe_part=probe_part(sums, None if errors is None else errors[rows]),
                 verdict=verdict,
                 n_needed=needed,
             )
@@ -175,7 +175,8 @@ def share_estimate(prompts: list[Sums], *, margin: float, level: float) -> tuple
     return estimate, VERDICTS[decide_from_margin(*where)], n_to_decide(estimate.n, *where)
 
 
-def _probe_part(sums: Sums, errors: Array | None) -> float:
+def probe_part(sums: Sums, errors: Array | None) -> float:
+    """Part of the share's squared error that the random signs make; NaN where the errors are not known."""
     if errors is None or not np.isfinite(errors).all() or len(errors) < 2:
         return math.nan
     share = share_statistic(sums.without)

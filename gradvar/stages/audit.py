@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from gradvar.estimators import audit_table
+from gradvar.estimators import audit_table, prefix_table
+from gradvar.estimators.audit_rows import NOT_MEASURED
 from gradvar.runs import EstimateConfig, Run
 from gradvar.runs.provenance import utc_now
 from gradvar.stages.entropy import entropy_rows
@@ -24,7 +25,10 @@ def audit(
     rule: str = "grpo",
     alpha: float | None = None,
 ) -> dict[str, pd.DataFrame]:
-    """Judge assumptions 0 to 4; write and return the table `audit`, and what the run holds of tokens and prefixes.
+    """Judge assumptions 0 to 4; write and return the table `audit`.
+
+    Where the run was measured with probes also `token_covariance` (the audit's rows of assumption 1, by reward and
+    length), with prefixes also `prefixes` (growth inside responses beside growth between them).
 
     Args:
         run: A run with Grams.
@@ -40,6 +44,7 @@ def audit(
     config = agreed_config(run, EstimateConfig, given)
     started = utc_now()
     groups = estimated_groups(run, listener)
+    taus, norms = run.taus(), run.prefixes()
     with listener.task("audit", 2) as advance:
         table = audit_table(
             groups,
@@ -53,7 +58,8 @@ def audit(
             exponent_margin=config.margin,
             baseline_margin=config.baseline_margin,
             length_margin=config.length_margin,
-            taus={key: tau.value for key, tau in run.taus().items()},
+            taus={key: tau.value for key, tau in taus.items()},
+            tau_errors={key: tau.error for key, tau in taus.items()},
             seed=config.seed,
         )
         advance(1)
@@ -65,6 +71,12 @@ def audit(
             )
         advance(1)
     tables = {"audit": table}
+    tokens = table[(table["assumption"] == 1) & (table["verdict"] != NOT_MEASURED)]
+    if len(tokens):
+        tables["token_covariance"] = tokens.reset_index(drop=True)
+    if norms:
+        curves = {key: (one.value, one.lengths) for key, one in norms.items()}
+        tables["prefixes"] = prefix_table(curves, run.targets, level=config.level, seed=config.seed)
     run.begin("audit", config, started=started)
     for name, one in tables.items():
         run.write_estimates(name, one)

@@ -66,11 +66,12 @@ def fit(run: Run, given: Mapping[str, Any], listener: Listener | None = None) ->
 def _measured_proxies(run: Run, groups: Sequence[PromptScores]) -> dict[str, dict[str, Any]]:
     """What the measuring pass saw that may stand for a gradient's norm: W and the entropy of every response."""
     found: dict[str, dict[str, Any]] = {"w": {}, "entropy": {}}
-    for name, count in {group.prompt_id: len(group.lengths) for group in groups}.items():
+    for name, ids in {group.prompt_id: group.rollout_ids for group in groups}.items():
         if run.file("measures", name).exists():
             measures = run.measures(name)
-            if len(measures.proxy) >= count:
-                found["w"][name], found["entropy"][name] = measures.proxy[:count], measures.entropy[:count]
+            if set(ids) <= set(measures.rollout_ids):
+                kept = measures.select(ids)
+                found["w"][name], found["entropy"][name] = kept.proxy, kept.entropy
     return {name: by_prompt for name, by_prompt in found.items() if by_prompt}
 
 

@@ -8,6 +8,7 @@ import pytest
 import gradvar
 from benchmarks.synthetic import simulated_prompt, write_run
 from cli.main import main
+from gradvar.estimators import prefix_growth
 from gradvar.runs import TABLE_COLUMNS
 
 TARGETS = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
@@ -27,11 +28,11 @@ def call(capsys):
     return run
 
 
-def simulated(path, number, count, *, texts, n=32, targets=TARGETS, **law):
+def simulated(path, number, count, *, texts, n=32, targets=TARGETS, probed=False, **law):
     prompts = [
         simulated_prompt(str(q), n, targets, rng=np.random.default_rng([number, q]), **law) for q in range(count)
     ]
-    return write_run(path, prompts, texts=texts)
+    return write_run(path, prompts, texts=texts, probed=probed)
 
 
 def complete(table, seed):
@@ -145,3 +146,34 @@ def test_one_text_twice_in_a_run_is_matched_in_order(tmp_path):
     assert ids["two"] == {"5": "0", "7": "1", "8": "8", "1": "two:1"}
     assert len(notes) == 1
     assert "first: 1" in notes[0]
+
+
+def test_audit_shows_tokens_and_prefixes_where_they_were_measured(call, tmp_path):
+    simulated(tmp_path / "plain", 1, 1, texts=["a"])
+    assert "gradvar measure RUN --probes 4" in " ".join(call("audit", tmp_path / "plain").split())
+    assert not (tmp_path / "plain" / "tables" / "prefixes.parquet").exists()
+    simulated(tmp_path / "r", 1, 4, texts=list("abcd"), n=48, probed=True)
+    out = call("audit", tmp_path / "r")
+    assert "1 token gradients are uncorrelated: supported" in out
+    assert "along responses" in out
+    assert "reward 0, length bin 1 of 2" in out
+    run = gradvar.open_run(tmp_path / "r")
+    tokens, growth = run.table("token_covariance"), run.table("prefixes")
+    for table in (tokens, growth):
+        complete(table, 0)
+        assert set(table["target"]) == {*TARGETS, "sum"}
+        assert set(table["estimand"]) == {"these prompts", "prompts like these"}
+    alone = tokens[tokens["prompt_id"].notna() & (tokens["target"] == TARGETS[0])]
+    # The simulated taus differ from the norms by their probes' noise alone.
+    assert alone["probe_part"].between(0.3, 1.0).all()
+    one = prefix_growth(run.prefixes()["0", TARGETS[0]].value, run.prefixes()["0", TARGETS[0]].lengths)
+    row = growth[(growth["prompt_id"] == "0") & (growth["target"] == TARGETS[0])].set_index("quantity")
+    for quantity, expected in (
+        ("prefix_within", one.within),
+        ("prefix_between", one.between),
+        ("prefix_difference", one.difference),
+    ):
+        assert row.loc[quantity, "value"] == pytest.approx(expected.value)
+        assert row.loc[quantity, "high"] == pytest.approx(expected.high)
+    within = growth[(growth["quantity"] == "prefix_within") & (growth["target"] == "sum")]
+    np.testing.assert_allclose(within["value"], 1.5, rtol=1e-6)
