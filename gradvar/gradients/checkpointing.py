@@ -27,7 +27,10 @@ def choose_checkpointing(model: nn.Module, wish: str | None) -> str:
         GradvarError: A wish that is none of the three.
     """
     if wish is None:
-        return "non_reentrant" if getattr(model, "is_gradient_checkpointing", False) else "off"
+        # transformers 5.20 renamed it, and warns of the old name
+        renamed = hasattr(model, "is_activation_checkpointing")
+        on = getattr(model, "is_activation_checkpointing" if renamed else "is_gradient_checkpointing", False)
+        return "non_reentrant" if on else "off"
     if wish not in CHECKPOINTING:
         raise GradvarError(f"checkpointing: expected one of {', '.join(CHECKPOINTING)}, received {wish!r}")
     return wish
