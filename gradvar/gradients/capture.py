@@ -81,6 +81,11 @@ class Taps:
             if self._sink is None or not torch.is_grad_enabled():
                 return output
             value: Tensor = args[0] if args else next(iter(kwargs.values()))
+            if not isinstance(output, Tensor):
+                raise GradvarError(
+                    f"{path} ({type(module).__name__}) gives a {type(output).__name__}, not x W' + b, so its gradient "
+                    "cannot be measured: choose other targets"
+                )
             version = value._version
             if path not in self._checked:
                 _check_linear(path, module, value.detach(), output.detach())

@@ -98,7 +98,11 @@ class Head:
             called: list[bool] = []
             with _replaced(base, output, called):
                 again = self._model(input_ids=ids, use_cache=False).logits
-            if called and again.shape == expected.shape and _close(again, expected):
+            # the states in reverse must give the logits in reverse: some heads read other outputs than these states
+            backwards = type(output)(**{**output, "last_hidden_state": output["last_hidden_state"].flip(1)})
+            with _replaced(base, backwards, []):
+                reverse = self._model(input_ids=ids, use_cache=False).logits
+            if called and again.shape == expected.shape and _close(again, expected) and _close(reverse, again.flip(1)):
                 return base, output
         raise GradvarError(
             f"{type(self._model).__name__}: no inner model was found whose last hidden state gives the model's logits; "
@@ -229,7 +233,8 @@ def _base_candidates(model: nn.Module) -> Iterator[nn.Module]:
     seen = {id(model)}
     base = getattr(model, "base_model", None)
     getter = getattr(model, "get_decoder", None)
-    for candidate in (base, getter() if getter is not None else None, getattr(base, "decoder", None)):
+    decoder = getter() if getter is not None else None
+    for candidate in (base, decoder, getattr(base, "decoder", None), getattr(model, "model", None)):
         if isinstance(candidate, nn.Module) and id(candidate) not in seen:
             seen.add(id(candidate))
             yield candidate

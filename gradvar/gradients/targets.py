@@ -170,6 +170,8 @@ def _kind(layer: nn.Module, inside: str) -> str:
 def _whole(path: str, module: nn.Module, kind: str, layer: int | None) -> Target:
     n_in, n_out = features(module)
     bias = "bias" if getattr(module, "bias", None) is not None else None
+    # PhiMoE's router is a Linear that gives the experts chosen, not its product
+    alone = is_one_expert(path) or (kind == "router" and type(module).forward is not nn.Linear.forward)
     return Target(
         key=path,
         module=path,
@@ -179,7 +181,7 @@ def _whole(path: str, module: nn.Module, kind: str, layer: int | None) -> Target
         has_bias=bias is not None,
         kind=kind,
         layer=layer,
-        direct=Direct(weight="weight", bias=bias, transposed=False, experts=1) if is_one_expert(path) else None,
+        direct=Direct(weight="weight", bias=bias, transposed=False, experts=1) if alone else None,
     )
 
 

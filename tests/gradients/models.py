@@ -121,6 +121,72 @@ CONFIGS: dict[str, tuple[str, dict]] = {
         "GptOssConfig",
         _common(num_local_experts=3, num_experts_per_tok=2, head_dim=4, sliding_window=6),
     ),
+    "qwen3_moe": ("Qwen3MoeConfig", _common(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8, head_dim=4)),
+    "olmo3": ("Olmo3Config", _common(sliding_window=6)),
+    "smollm3": ("SmolLM3Config", _common()),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        _common(moe_num_experts=3, moe_k=2, moe_intermediate_size=8, moe_layer_start_index=1),
+    ),
+    "hunyuan": ("HunYuanDenseV1Config", _common(head_dim=4)),
+    "minimax": ("MiniMaxConfig", _common(num_local_experts=3, head_dim=4, block_size=8)),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        _common(
+            num_experts=3,
+            num_experts_per_tok=2,
+            moe_intermediate_size=8,
+            shared_expert_intermediate_size=12,
+            head_dim=4,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=4,
+            linear_value_head_dim=4,
+            layer_types=["linear_attention", "full_attention"],
+        ),
+    ),
+    "phimoe": ("PhimoeConfig", _common(num_local_experts=3)),
+    "llama4": (
+        "Llama4TextConfig",
+        _common(
+            num_local_experts=3,
+            intermediate_size_mlp=24,
+            head_dim=4,
+            attention_chunk_size=8,
+            interleave_moe_layer_step=2,
+        ),
+    ),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        _common(
+            n_routed_experts=4,
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=2,
+            moe_intermediate_size=8,
+            q_lora_rank=8,
+            kv_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=4,
+            v_head_dim=4,
+            first_k_dense_replace=1,
+            num_key_value_heads=4,
+        ),
+    ),
+    "mamba2": (
+        "Mamba2Config",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_heads": 4,
+            "head_dim": 8,
+            "state_size": 4,
+            "n_groups": 1,
+            "chunk_size": 8,
+            **_SPECIAL,
+        },
+    ),
     # these compute rotary angles, alibi or the attention's softmax in float32 whatever the model's dtype
     "gpt_neo": (
         "GPTNeoConfig",
@@ -139,7 +205,7 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "bloom": ("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 16, "n_layer": 2, "n_head": 4, **_SPECIAL}),
     "mpt": ("MptConfig", {"vocab_size": VOCABULARY, "d_model": 16, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),
 }
-FLOAT32_INSIDE = ("deepseek_v3", "gpt_neo", "gptj", "bloom", "mpt")
+FLOAT32_INSIDE = ("deepseek_v3", "qwen3_next", "mamba2", "gpt_neo", "gptj", "bloom", "mpt")
 
 
 def make_model(name: str, dtype: torch.dtype = torch.float64, **changes):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from gradvar.errors import GradvarError
 from gradvar.gradients import list_targets, measure_scores, resolve_targets
 from tests.gradients import references
 from tests.gradients.models import CONFIGS, FLOAT32_INSIDE, make_model, make_prompt_and_responses
@@ -10,7 +11,19 @@ from tests.gradients.models import CONFIGS, FLOAT32_INSIDE, make_model, make_pro
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
 TOLERANCE = {name: 2e-5 if name in FLOAT32_INSIDE else 1e-10 for name in CONFIGS}
-MIXTURES = ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss")
+MIXTURES = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_next",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss",
+    "ernie4_5_moe",
+    "minimax",
+    "phimoe",
+    "llama4",
+)
 HEAD_OF_ITS_OWN = ("gemma2", "cohere", "granite", "nanochat")
 SPLIT = {
     "gpt2": ({"q", "k", "v"}, 16),
@@ -62,7 +75,7 @@ def test_fused_matrices_are_cut_exactly_where_their_rows_are_contiguous(name):
     assert {t.out_features for t in blocks if t.kind == "k"} == ({height} if height else set())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n != "mamba2"])
 def test_presets_find_attention_and_mlp_in_the_last_layer(name):
     model = make_model(name)
     kinds = {t.kind for t in resolve_targets(model, "last:attn")}
@@ -77,3 +90,16 @@ def test_rows_of_a_fused_matrix_are_the_roles_they_are_named_for():
     model = make_model("phi3")
     blocks = {t.kind: t.rows for t in list_targets(model) if t.layer == 1 and t.rows is not None}
     assert blocks == {"q": (0, 16), "k": (16, 24), "v": (24, 32), "gate": (0, 24), "up": (24, 48)}
+
+
+@pytest.mark.parametrize("preset", ["attn", "mlp"])
+def test_a_model_without_attention_says_what_it_has(preset):
+    with pytest.raises(GradvarError, match=r"matches nothing: these layers have other.*measurable: .*mixer\.in_proj"):
+        resolve_targets(make_model("mamba2"), f"last:{preset}")
+    assert {t.kind for t in resolve_targets(make_model("mamba2"), "last:all")} == {"other"}
+
+
+def test_latent_attention_counts_every_projection_to_queries_keys_and_values():
+    """DeepSeek makes q of q_a and q_b, k and v of kv_a (with the shared rotary key) and kv_b."""
+    names = [t.key.rpartition(".")[2] for t in resolve_targets(make_model("deepseek_v3"), "last:qkv")]
+    assert names == ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"]
