@@ -96,7 +96,7 @@ def survey_targets(model: nn.Module, specs: Sequence[str] = ()) -> TargetListing
         refused=refused,
         others=others,
         quantised=_quantisation(model),
-        adapters=catalogue.has_adapters,
+        adapters=bool(catalogue.adapters),
     )
 
 

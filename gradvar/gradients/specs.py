@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from gradvar.errors import GradvarError
-from gradvar.gradients.targets import MLP_KINDS, QKV_KINDS, Target, TargetCatalogue, is_adapter
+from gradvar.gradients.targets import MLP_KINDS, QKV_KINDS, Target, TargetCatalogue
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "qkv": QKV_KINDS,
@@ -38,7 +38,8 @@ def resolve_targets(model: nn.Module, specs: str | Sequence[str]) -> list[Target
     joined by commas, and KINDS among qkv, attn (qkv and output), mlp, all, q, k, v, o, gate, up, down, router, joined
     by commas; or a glob over module paths (`*.o_proj`, `lm_head`), over row blocks (`*.c_attn:q`) or over single
     experts of a fused tensor (`*.experts.down_proj:3`). In a mixture of experts, mlp is the experts and the shared
-    expert; the router goes by its own name and with all.
+    expert; the router goes by its own name and with all. Where peft's adapters are active, presets choose their
+    matrices (and the copies in modules_to_save) alone: what is trained.
 
     Raises:
         GradvarError: A spec matches nothing, or names something that cannot be measured.
@@ -93,15 +94,13 @@ def find_targets(catalogue: TargetCatalogue, spec: str) -> list[Target]:
     if set(MLP_KINDS) & set(wanted):
         _refuse_part_of_the_experts(catalogue, spec, wanted, layers)
     found = []
-    for target in catalogue.whole.values():
+    for target in catalogue.by_preset():
         if target.layer in layers:
             # a fused matrix is cut up before its kind is asked for, so that `v` finds the rows of a c_attn
-            if catalogue.has_adapters and not is_adapter(target.module):
-                continue  # an adapted policy trains its adapters alone; its frozen matrices are had by a glob
             parts = catalogue.parts(target)
             found += [part for part in parts if part.kind in wanted]
     if not found:
-        kinds_here = sorted({p.kind for t in catalogue.whole.values() if t.layer in layers for p in catalogue.parts(t)})
+        kinds_here = sorted({p.kind for t in catalogue.by_preset() if t.layer in layers for p in catalogue.parts(t)})
         refused = [f"{p} {why}" for p, why in catalogue.refused.items() if _layer_of(catalogue, p) in layers]
         raise GradvarError(
             f"target {spec!r} matches nothing: "

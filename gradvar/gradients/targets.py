@@ -39,7 +39,7 @@ _MLP_NAMES = (
 )
 _BESIDE = re.compile(r"indexer|encoder_?attn|cross_?att.*|inter_attention")
 """Inside attention but not its projections: what picks keys without a gradient, and what reads another sequence."""
-_LORA = re.compile(r"\.(lora_[AB])\.[^.]+$")
+_LORA = re.compile(r"\.(?:lora_[AB]|modules_to_save)\.([^.]+)$")
 
 
 _NO_VALUES = "has weights on the meta device (no values)"
@@ -82,8 +82,20 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_adapter(path: str) -> bool:
-    """Return whether the path is that of a low-rank adapter's own matrix, as peft names them."""
+    """Return whether the path is that of a matrix peft trains: a low-rank adapter's own, or a copy of a whole one."""
     return _LORA.search(path) is not None
+
+
+def _acts(model: nn.Module, path: str) -> bool:
+    """Return whether an adapter's matrix takes part: its adapter is active, not switched off and not merged."""
+    found = _LORA.search(path)
+    if found is None:
+        return False
+    holder = model.get_submodule(path[: found.start()])
+    if getattr(holder, "disable_adapters", False) is True or getattr(holder, "merged", False) is True:
+        return False
+    active = getattr(holder, "active_adapters", None)
+    return active is None or found.group(1) in active
 
 
 def features(module: nn.Module) -> tuple[int, int]:
@@ -225,7 +237,7 @@ class TargetCatalogue:
                 continue
             kind = "head" if module is head else self._kind(path, index)
             self.whole[path] = _whole(path, module, kind, index)
-        self.has_adapters = any(is_adapter(path) for path in self.whole)
+        self.adapters = {path for path in self.whole if _acts(model, path)}  # those that act
 
     def _kind(self, path: str, index: int | None) -> str:
         if index is None:
@@ -258,6 +270,15 @@ class TargetCatalogue:
                 self.refused[key] = why or ""
             elif name == "weight" and not any(True for _ in module.children()):
                 self.refused[key] = refusal(path, module) or ""
+
+    def by_preset(self) -> list[Target]:
+        """Return the whole matrices that presets choose from.
+
+        An adapted policy trains its active adapters alone; its frozen matrices, and other adapters, are had by a glob.
+        """
+        if self.adapters:
+            return [self.whole[path] for path in self.whole if path in self.adapters]
+        return [target for path, target in self.whole.items() if not is_adapter(path)]
 
     def experts(self, target: Target) -> list[Target]:
         """Return one target for each expert of a fused tensor, none for any other target."""

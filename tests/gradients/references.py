@@ -95,7 +95,7 @@ def gram_of(scores):
 def error(gram, reference):
     """Largest error of an entry relative to ||s_i|| ||s_j||; rows that are zero in theory are measured against all."""
     norms = np.sqrt(np.diag(reference))
-    norms = np.maximum(norms, max(1e-12 * norms.max(), 1e-300))
+    norms = np.maximum(norms, max(1e-12 * norms.max(), 1e-150))
     return float((np.abs(gram - reference) / np.outer(norms, norms)).max())
 
 
