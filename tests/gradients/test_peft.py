@@ -91,7 +91,7 @@ def test_without_its_adapters_the_model_is_its_base(lora):
         assert largest_gap(lora, "last:all") < 1e-10
         (gram,) = measure_scores(lora, PROMPT, RESPONSES, "last:q").grams.values()
     assert references.error(gram.gram(), next(iter(plain.values())).gram()) < 1e-10
-    with lora.disable_adapter(), pytest.raises(GradvarError, match="no gradient reached .*lora_A"):
+    with lora.disable_adapter(), pytest.raises(GradvarError, match=r"no gradient reached .*lora_A"):
         measure_scores(lora, PROMPT, RESPONSES, "*.1.self_attn.q_proj.lora_A.*")
 
 
@@ -111,5 +111,5 @@ def test_whole_copies_that_are_trained_beside_the_adapters():
     model = adapted(modules_to_save=["o_proj", "lm_head"])
     assert keys(model, "last:o") == ["self_attn.o_proj.modules_to_save.default"]
     assert largest_gap(model, "last:all") < 1e-10
-    with pytest.raises(GradvarError, match="no gradient reached .*o_proj.original_module"):
+    with pytest.raises(GradvarError, match=r"no gradient reached .*o_proj\.original_module"):
         measure_scores(model, PROMPT, RESPONSES, "*.1.self_attn.o_proj.original_module")
