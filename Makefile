@@ -6,8 +6,9 @@ TORCH ?= 2.13.0
 RUN ?= demo-run
 BIN := .venv/bin
 VLLM := .venv-vllm/bin
+BENCH := .venv-bench/bin
 
-.PHONY: demo test test-fast test-vllm lint policy clean
+.PHONY: demo test test-fast test-vllm bench lint policy clean
 
 demo: .venv/installed
 	$(BIN)/gradvar demo $(RUN)
@@ -52,5 +53,19 @@ policy: .venv/installed
 	$(VLLM)/python -m pip install -q -e '.[dev]'
 	touch $@
 
+# Speed and memory of the gradients against other libraries, at most 20 minutes on two idle cores: benchmarks/gradients.md
+bench: .venv-bench/installed
+	$(BENCH)/python -m pytest -q tests/benchmarks
+	$(BENCH)/python -m benchmarks.gradients
+
+# BackPACK and bergson ask for torchvision, torchaudio and bitsandbytes, which would bring a CUDA build and are not used.
+.venv-bench/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-bench
+	$(BENCH)/python -m pip install -q --upgrade pip
+	$(BENCH)/python -m pip install -q torch==$(TORCH)
+	$(BENCH)/python -m pip install -q -e '.[bench]'
+	$(BENCH)/python -m pip install -q --no-deps backpack-for-pytorch==1.7.1 bergson==2.5.1
+	touch $@
+
 clean:
-	rm -rf .venv .venv-vllm demo-run build *.egg-info
+	rm -rf .venv .venv-vllm .venv-bench demo-run build *.egg-info

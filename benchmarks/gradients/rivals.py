@@ -45,6 +45,14 @@ def ours(work: Work, token_budget: int) -> Grams:
     return {key: gram.gram() for key, gram in found.grams.items()}
 
 
+def ours_bounded(work: Work, token_budget: int) -> Grams:
+    """The same within 256 MiB beside the model."""
+    from gradvar.gradients import measure_scores
+
+    found = measure_scores(work.model, work.prompt, work.responses, list(work.targets), memory_budget=BOUND)
+    return {key: gram.gram() for key, gram in found.grams.items()}
+
+
 def ours_bfloat16(work: Work, token_budget: int) -> Grams:
     """The same under bfloat16 autocast."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -176,6 +184,8 @@ def bergson(work: Work, token_budget: int) -> Grams:
 
 
 REFERENCE = "autograd.grad"
+BOUND = 256 << 20
+BOUNDED = Rival(name="gradvar in 256 MiB", run=ours_bounded, what="`measure_scores` with that memory budget")
 RIVALS = {
     rival.name: rival
     for rival in (
