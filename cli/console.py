@@ -101,6 +101,8 @@ def verdict(text: Any, *, short: bool = False) -> str:
         "proportional to length": "green",
         "supported": "green",
         "resolved": "green",
+        "precise": "green",
+        "imprecise": "red",
         "holds": "green",
         "not rejected": "green",
         "not proportional": "red",

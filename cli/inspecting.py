@@ -12,6 +12,7 @@ from . import options as o
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
     app.command()(targets)
+    app.command()(check)
 
 
 def targets(
@@ -36,3 +37,33 @@ def targets(
 
     listing = stage(model, spec or (), revision=revision, trust_remote_code=bool(trust_remote_code))
     catalogue.show_targets(listing, every=every, as_json=as_json)
+
+
+def check(
+    run: o.RunPath,
+    responses: Annotated[
+        int, typer.Option("--responses", help="Responses of a prompt to measure again, from shortest to longest.")
+    ] = 4,
+    prompts: Annotated[int, typer.Option("--prompts", help="Prompts that they are taken from.")] = 1,
+    level: o.Level = None,
+    seed: o.Seed = None,
+    config: o.ConfigFile = None,
+    as_json: o.Json = False,
+) -> None:
+    """Check the measurement: rounding of the gradients, sampler against policy, and that the score has mean zero.
+
+    Measures some responses again, alone and together, as the run does and in float32 with eager attention (a second
+    copy of the model beside the first), and says by how much g and D differ. Shows the tokens on which sampler and
+    policy differ most. "precise" means within 5%.
+    """
+    settings = o.given(config, level=level, seed=seed)
+
+    from gradvar.runs import open_run
+    from gradvar.stages import check as stage
+
+    from . import checks, console
+
+    target = open_run(run)
+    with target.locked():
+        stage(target, settings, console.Terminal(), responses=responses, prompts=prompts)
+    checks.show_check(target, as_json=as_json)

@@ -61,6 +61,15 @@ def show_measured(run: Run, *, as_json: bool) -> None:
     console.result.print(f"next: gradvar fit {run.path}; gradvar cv {run.path}", markup=False)
 
 
+def measured_how(run: Run) -> str:
+    """Return dtype, attention and bias choice of the run's gradients, in words."""
+    how = run.info["stages"].get("measure", {})
+    if "dtype" not in how:
+        return "not measured yet"
+    counted = run.info["config"].get("measure", {}).get("include_bias", True)
+    return f"{how['dtype']}, {how['attention']} attention, biases {'counted' if counted else 'not counted'}"
+
+
 def show_paths(paths: Sequence[Path], *, as_json: bool) -> None:
     """Show which files were written."""
     if as_json:
@@ -96,6 +105,8 @@ def show_info(run: Run, *, as_json: bool) -> None:
         f"{sample.get('max_tokens')} tokens, {sample.get('dtype')} on {sample.get('device')}, "
         f"seed {sample.get('seed')}",
         "targets": ", ".join(run.targets) or "none measured yet",
+        "measured": measured_how(run),
+        **({"left out": f"{sum(map(len, left_out.values()))} responses"} if (left_out := run.left_out()) else {}),
     }
     for name, value in facts.items():
         console.result.print(f"{name:<9} {value}", markup=False, soft_wrap=True)

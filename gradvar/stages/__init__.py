@@ -2,6 +2,7 @@
 
 from gradvar.stages.agreement import disagreement, sampler_agreements
 from gradvar.stages.audit import audit
+from gradvar.stages.check import check
 from gradvar.stages.compare import Comparison, compare
 from gradvar.stages.estimate import advice, alpha, cv, fit
 from gradvar.stages.figures import draw_figures
@@ -23,6 +24,7 @@ __all__ = [
     "advice",
     "alpha",
     "audit",
+    "check",
     "compare",
     "cv",
     "demo",

@@ -108,3 +108,24 @@ def test_a_budget_too_small_for_one_response(call, run):
     line = call("measure", run, "--dry-run", "--memory-budget", "0.00001", code=2)
     assert "too small for the longest response" in line
     assert "expected at least" in line
+
+
+def test_check_prints_words_and_the_worst_tokens(call, run):
+    measure(open_run(run), {"targets": ("last:v",)})
+    out = call("check", run, "--responses", "3")
+    for words in ("precise", "alone", "in a batch", "score identity", "entropy balance", "conditioning", "position"):
+        assert words in out
+    assert "sampler against policy: disagree" in out  # small.py's sampler says -1 of every token
+    assert "float32, sdpa attention, biases counted" in out
+    assert "float32, sdpa attention, biases counted" in call("info", run)
+    document = json.loads(call("check", run, "--json"))
+    assert {row["quantity"] for row in document["check"]} >= {
+        "gradient_cosine",
+        "deviation_error",
+        "sampler_worst_token",
+    }
+    assert "--responses: expected at least 2" in call("check", run, "--responses", "1", code=2)
+
+
+def test_check_of_a_run_that_was_not_measured(call, run):
+    assert "gradvar measure" in call("check", run, code=2)

@@ -16,14 +16,14 @@ TOKENS = range(2, 6)
 """Token ids of ordinary responses."""
 
 
-def make_run(folder, lengths=(5, 9, 3, 7, 6, 8), *, spoil=False, prompts=2) -> Run:
+def make_run(folder, lengths=(5, 9, 3, 7, 6, 8), *, spoil=False, prompts=2, dtype="float32") -> Run:
     """Return a run of `prompts` prompts with responses of these lengths, its rewards, and log-probs of a sampler."""
     model = make_model_folder(folder / "model")
     if spoil:
         _spoil(model)
     run = create_run(folder / "run")
     made = SampleConfig(
-        model=str(model), rollouts=len(lengths), max_tokens=16, engine="imported", dtype="float32", device="cpu"
+        model=str(model), rollouts=len(lengths), max_tokens=16, engine="imported", dtype=dtype, device="cpu"
     )
     found = find_model(str(model))
     run.info["model"] = {"path": str(model), "revision": None, "weights_sha256": found.weights_hash()}
