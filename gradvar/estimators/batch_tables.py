@@ -1,0 +1,359 @@
+"""The table `batches`: the update of a batch of prompts, rule by rule and scope by scope.
+
+Quantities, for every target, rule, scope and number of prompts B of a batch (column batch_prompts):
+    rho, cv              of the whole update, estimand "prompts like these"; around its mean on the batch's own prompts,
+                         estimand "these prompts"; verdict "resolved", "unresolved" or "silent: all rewards equal"
+    between_share        part of the variance that lies between prompts
+    intra_variance, between_variance, squared_signal    in the rule's own units
+    scope_ratio          CV weighted over the whole batch over CV weighted inside prompt groups
+    cv_ratio             CV over the reference rule's at the same scope
+Scope is "batch", "prompt group", or "either" where the rule's weights differ by a constant only. Further columns:
+    prompts_needed       prompts that would resolve the CV
+    sketch_error         standard error of the value that the sketch makes; it is inside the interval; 0 where exact
+    products             "exact" or "sketch of d"
+    extrapolated         whether B exceeds K / 3, so that no batches of that size were formed
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from gradvar.errors import GradvarError
+from gradvar.estimators.advantages import advantages, check_advantage
+from gradvar.estimators.aggregation import Rule, expand_rules
+from gradvar.estimators.batch_estimates import (
+    METHOD,
+    Statistic,
+    between_share,
+    between_variance,
+    given_rho,
+    intra_variance,
+    log_cv_ratio,
+    plain_estimate,
+    ratio_estimate,
+    rho_interval,
+    spread,
+    squared_signal,
+    total_rho,
+)
+from gradvar.estimators.batches import (
+    BatchMoments,
+    depends_on_scope,
+    formed_moments,
+    mean_weights,
+    prompt_parts,
+)
+from gradvar.estimators.cross_products import CrossProducts
+from gradvar.estimators.cv import SILENT, UNRESOLVED, cv_from_rho, n_to_resolve, resolution
+from gradvar.estimators.groups import draw_groups, group_coefficients
+from gradvar.estimators.inputs import generator
+from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
+from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
+
+Array = NDArray[np.float64]
+
+BATCH, GROUP, EITHER = "batch", "prompt group", "either"
+PERMUTATIONS, FORMED_PERMUTATIONS = 128, 16
+"""P of products within prompts, and of formed batches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Study:
+    """One target's prompts, ready, with the labels of its rows."""
+
+    target: str
+    prompts: list[PromptScores]
+    products: CrossProducts
+    drawn: Mapping[str, NDArray[np.intp]]
+    advantage: str
+    group_size: int
+    sizes: tuple[int, ...]
+    max_length: float
+    level: float
+    seed: int
+    left_out: int
+    source: str
+
+    def none(self, method: str = METHOD) -> Estimate:
+        """Return the estimate with nothing in it."""
+        if len(self.prompts) < MINIMUM_PROMPTS:
+            method = f"{method}; no interval below {MINIMUM_PROMPTS} prompts"
+        return Estimate(
+            value=math.nan,
+            low=math.nan,
+            high=math.nan,
+            level=self.level,
+            method=method,
+            n=sum(len(p.lengths) for p in self.prompts),
+            clusters=len(self.prompts),
+            seed=self.seed,
+        )
+
+    def coefficients(self, rule: Rule, alpha: float | None) -> dict[str, Array]:
+        """Return (P, M, n) coefficients by prompt, weights inside the group."""
+        return {
+            p.prompt_id: group_coefficients(
+                self.drawn[p.prompt_id],
+                _rewards(p, self.advantage),
+                p.lengths,
+                rule,
+                advantage=self.advantage,
+                alpha=alpha,
+                max_length=self.max_length,
+            )
+            for p in self.prompts
+        }
+
+    def mean_coefficients(self, rule: Rule, alpha: float | None) -> dict[str, Array]:
+        """Return (P, M, n) coefficients by prompt, weights of a large batch."""
+        weights = mean_weights(self.prompts, rule, self.group_size, alpha=alpha, max_length=self.max_length)
+        found = {}
+        for p in self.prompts:
+            rows = self.drawn[p.prompt_id]
+            factors = advantages(_rewards(p, self.advantage)[rows], self.advantage, lengths=p.lengths[rows])
+            found[p.prompt_id] = weights[p.prompt_id][rows] * factors
+        return found
+
+
+_Batches = dict[tuple[str, int], tuple[BatchMoments, bool]]
+"""By scope and B: the moments, and whether they are extrapolated."""
+
+
+def batch_table(
+    groups: Sequence[PromptScores],
+    products: Mapping[str, CrossProducts],
+    *,
+    rules: Sequence[str] = ("grpo", "dapo", "dr_grpo", "vl_norm"),
+    alphas: Sequence[float] = (0.5, 0.75, 1.0, 2.0),
+    group_size: int = 8,
+    batch_prompts: Sequence[int] = (8, 128),
+    advantage: str = "grpo",
+    reference: str = "grpo",
+    level: float = 0.95,
+    permutations: int = PERMUTATIONS,
+    seed: int,
+) -> pd.DataFrame:
+    """Estimate the update of batches of several prompts: see the module for the rows.
+
+    Args:
+        groups: Prompts by targets; those of targets without products are left out.
+        products: Inner products between prompts' responses by target, rows in the order of `groups`.
+        rules: Names for `aggregation_weights`.
+        alphas: Exponents for rules that take one.
+        group_size: n, responses to each prompt.
+        batch_prompts: B, prompts of a batch.
+        advantage: Kind of `advantages`, computed inside each group of n.
+        reference: Rule the ratios are taken against (its first alpha where it takes one).
+        level: Nominal coverage.
+        permutations: Random permutations of each prompt's responses.
+        seed: Of all permutations.
+
+    Raises:
+        GradvarError: Unknown rule, advantage or alpha, a batch without a prompt, or fewer than 2 prompts with two
+            groups of verified responses.
+    """
+    check_level(level)
+    check_advantage(advantage)
+    variants, compared = expand_rules(rules, alphas), expand_rules([reference], alphas)[0]
+    sizes = tuple(dict.fromkeys(int(size) for size in batch_prompts))
+    if not sizes or min(sizes) < 1:
+        raise GradvarError(f"prompts of a batch: expected at least 1, received {list(batch_prompts)}")
+    rows: list[TableRow] = []
+    for target in dict.fromkeys(scores.target for scores in groups if scores.target in products):
+        study = _study(
+            [scores for scores in groups if scores.target == target],
+            products[target],
+            advantage=advantage,
+            group_size=group_size,
+            sizes=sizes,
+            permutations=permutations,
+            level=level,
+            seed=seed,
+        )
+        everything = {variant: _batches(study, *variant) for variant in dict.fromkeys([*variants, compared])}
+        for variant in variants:
+            rows += _rows(study, variant, everything[variant], everything[compared], compared)
+    return estimate_table(rows)
+
+
+def _study(
+    prompts: Sequence[PromptScores],
+    products: CrossProducts,
+    *,
+    advantage: str,
+    group_size: int,
+    permutations: int,
+    seed: int,
+    **labels: Any,
+) -> _Study:
+    keep = {
+        p.prompt_id: np.arange(len(p.lengths)) if advantage == "score" else np.flatnonzero(~np.isnan(p.rewards))
+        for p in prompts
+    }
+    keep = {name: rows for name, rows in keep.items() if len(rows) >= 2 * group_size}
+    if len(keep) < 2:
+        raise GradvarError(
+            f"batches need at least 2 prompts with {2 * group_size} verified responses each (two disjoint groups of "
+            f"{group_size}), {len(keep)} of {len(prompts)} have that: sample more, or ask for a smaller group"
+        )
+    usable = [p.select(keep[p.prompt_id]) for p in prompts if p.prompt_id in keep]
+    return _Study(
+        target=prompts[0].target,
+        prompts=usable,
+        products=products.select(keep),
+        drawn={
+            p.prompt_id: draw_groups(
+                len(p.lengths), group_size, permutations, rng=generator(seed, p.prompt_id, "batches")
+            )
+            for p in usable
+        },
+        advantage=advantage,
+        group_size=group_size,
+        max_length=float(max([p.max_length for p in usable] + [p.lengths.max() for p in usable])),
+        seed=seed,
+        left_out=sum(len(p.lengths) for p in prompts) - sum(len(p.lengths) for p in usable),
+        source=products.source,
+        **labels,
+    )
+
+
+def _rewards(scores: PromptScores, advantage: str) -> Array:
+    return np.zeros(len(scores.lengths)) if advantage == "score" else scores.rewards
+
+
+def _batches(study: _Study, rule: Rule, alpha: float | None) -> _Batches:
+    coefficients = study.coefficients(rule, alpha)
+    parts = prompt_parts(study.prompts, study.products, study.drawn, coefficients)
+    if not depends_on_scope(rule, alpha):
+        return {(EITHER, size): (parts.batch(size), False) for size in study.sizes}
+    found = {(GROUP, size): (parts.batch(size), False) for size in study.sizes}
+    formed = [size for size in study.sizes if size > 1 and 3 * size <= len(study.prompts)]
+    larger = [size for size in study.sizes if 3 * size > len(study.prompts)]
+    if formed:
+        first = {name: rows[:FORMED_PERMUTATIONS] for name, rows in study.drawn.items()}
+        moments = formed_moments(
+            study.prompts,
+            study.products,
+            first,
+            coefficients,
+            rule,
+            formed,
+            alpha=alpha,
+            max_length=study.max_length,
+            rng=generator(study.seed, study.target, "batches of prompts"),
+        )
+        found.update({(BATCH, size): (one, False) for size, one in moments.items()})
+    if 1 in study.sizes:
+        found[BATCH, 1] = found[GROUP, 1]
+    if larger:
+        whole = prompt_parts(study.prompts, study.products, study.drawn, study.mean_coefficients(rule, alpha))
+        found.update({(BATCH, size): (whole.batch(size), True) for size in larger if size > 1})
+    return found
+
+
+def _rows(
+    study: _Study,
+    variant: tuple[Rule, float | None],
+    batches: _Batches,
+    references: _Batches,
+    compared: tuple[Rule, float | None],
+) -> list[TableRow]:
+    rows = []
+    for (scope, size), (moments, extrapolated) in batches.items():
+        add = _Adder(study=study, variant=variant, scope=scope, size=size, extrapolated=extrapolated)
+        if not moments.power.mean() > 0.0:
+            rows.append(add.row("cv", replace(study.none(), method=f"{METHOD}; {SILENT}"), 0.0, verdict=SILENT))
+            continue
+        for estimand, statistic in ((PROMPTS_LIKE_THESE, total_rho), (THESE_PROMPTS, given_rho)):
+            found = spread(statistic, moments)
+            rho = rho_interval(found, add.none())
+            about: dict[str, Any] = {"verdict": resolution(rho), "needed": _needed(rho, size), "estimand": estimand}
+            rows.append(add.row("rho", rho, found.sketch, **about))
+            rows.append(add.row("cv", cv_from_rho(rho), math.nan, **about))
+        for name, part in _PARTS.items():
+            found = spread(part, moments)
+            rows.append(add.row(name, plain_estimate(found, add.none()), found.sketch))
+        if scope == BATCH and size > 1:
+            rows.append(add.ratio("scope_ratio", moments, batches[GROUP, size][0]))
+        if variant != compared:
+            beside = next(references[s, size] for s in (scope, EITHER, GROUP) if (s, size) in references)
+            rows.append(add.ratio("cv_ratio", moments, beside[0]))
+    return rows
+
+
+_PARTS: dict[str, Statistic] = {
+    "between_share": between_share,
+    "intra_variance": intra_variance,
+    "between_variance": between_variance,
+    "squared_signal": squared_signal,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Adder:
+    """Makes the rows of one rule, scope and batch."""
+
+    study: _Study
+    variant: tuple[Rule, float | None]
+    scope: str
+    size: int
+    extrapolated: bool
+
+    def none(self) -> Estimate:
+        return self.study.none(
+            f"{METHOD}; sums in the weights at their mean over all responses" if self.extrapolated else METHOD
+        )
+
+    def ratio(self, name: str, moments: BatchMoments, reference: BatchMoments) -> TableRow:
+        found = spread(log_cv_ratio, moments, reference)
+        ratio = ratio_estimate(found, replace(self.none(), method=f"paired {self.none().method} of the log"))
+        verdict = UNRESOLVED
+        if math.isfinite(ratio.value):
+            verdict = "lower" if ratio.high < 1.0 else "higher" if ratio.low > 1.0 else "undetermined"
+        return self.row(name, ratio, found.sketch * abs(ratio.value), verdict=verdict)
+
+    def row(
+        self,
+        quantity: str,
+        estimate: Estimate,
+        sketch: float,
+        *,
+        verdict: str | None = None,
+        needed: float = math.nan,
+        estimand: str = PROMPTS_LIKE_THESE,
+    ) -> TableRow:
+        rule, alpha = self.variant
+        return TableRow(
+            quantity=quantity,
+            estimate=estimate,
+            target=self.study.target,
+            rule=rule.name,
+            alpha=alpha,
+            advantage=self.study.advantage,
+            scope=self.scope,
+            group_size=self.study.group_size,
+            verdict=verdict,
+            extra={
+                "batch_prompts": self.size,
+                "estimand": estimand,
+                "prompts_needed": needed,
+                "sketch_error": sketch,
+                "products": self.study.source,
+                "extrapolated": self.extrapolated,
+                "left_out": self.study.left_out,
+            },
+        )
+
+
+def _needed(rho: Estimate, size: int) -> float:
+    """Prompts at which rho's lower end would leave 0."""
+    if math.isnan(rho.value) or math.isnan(rho.low):
+        return math.nan
+    return n_to_resolve(replace(rho, n=rho.clusters, clusters=1), size)
