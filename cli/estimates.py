@@ -47,6 +47,7 @@ def cv(
     advantage: o.Advantage = None,
     rule: o.Rules = None,
     alpha: o.Alphas = None,
+    batch_prompts: o.BatchPrompts = None,
     level: o.Level = None,
     seed: o.Seed = None,
     config: o.ConfigFile = None,
@@ -55,7 +56,9 @@ def cv(
     """Estimate the coefficient of variation of each aggregator's update: sqrt(variance) over the mean's norm.
 
     Total CV, lengths random, at one group size. Where the signal cannot be told from zero the CV is unresolved: its
-    lower bound is given, and the number of responses that would resolve it.
+    lower bound is given, and the number of responses that would resolve it. Where `gradvar measure --cross` made
+    products between prompts, batches of several prompts too: variance within and between prompts, and what weights
+    over the whole batch change.
     """
     settings = o.given(
         config,
@@ -63,6 +66,7 @@ def cv(
         advantage=advantage,
         rules=tuple(rule) if rule else None,
         alphas=tuple(alpha) if alpha else None,
+        batch_prompts=tuple(batch_prompts) if batch_prompts else None,
         level=level,
         seed=seed,
     )

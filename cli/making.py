@@ -99,6 +99,8 @@ def measure(
     checkpointing: o.Checkpointing = None,
     probes: o.Probes = None,
     prefixes: o.Prefixes = None,
+    cross: o.Cross = None,
+    sketch_dim: o.SketchDim = None,
     seed: o.Seed = None,
     leave_out_non_finite: o.LeaveOut = None,
     logprob_limit: o.LogprobLimit = None,
@@ -107,8 +109,8 @@ def measure(
 ) -> None:
     """Measure every response's gradient on the chosen weights, as the exact Gram matrix of inner products.
 
-    Targets add: `--targets all:mlp` on a measured run measures these too and keeps the others; `--probes` and
-    `--prefixes` add likewise. `gradvar targets MODEL` lists what can be measured.
+    Targets add: `--targets all:mlp` on a measured run measures these too and keeps the others; `--probes`, `--prefixes`
+    and `--cross` add likewise. `gradvar targets MODEL` lists what can be measured.
     """
     settings = o.given(
         config,
@@ -119,6 +121,8 @@ def measure(
         checkpointing=checkpointing,
         probes=probes,
         prefixes=prefixes,
+        cross=cross,
+        sketch_dim=sketch_dim,
         seed=seed,
         leave_out_non_finite=leave_out_non_finite,
         logprob_limit=logprob_limit,

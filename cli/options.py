@@ -125,6 +125,21 @@ Checkpointing = _option(
     default="chosen by the memory budget",
     panel=_G,
 )
+Cross = _option(
+    str,
+    "--cross",
+    "none, sketch or exact: inner products between responses to different prompts, for the CV of batches of prompts "
+    "(`gradvar cv`). sketch: a random projection of each gradient, from the same pass. Adds to a measured run.",
+    default="none",
+    panel=_G,
+)
+SketchDim = _option(
+    int,
+    "--sketch-dim",
+    "Numbers kept of each gradient and target, a power of two: products err by about 1/sqrt of it, measured and shown.",
+    default=4096,
+    panel=_G,
+)
 LeaveOut = Annotated[
     bool | None,
     typer.Option(
@@ -157,6 +172,16 @@ Alphas = Annotated[
     list[float] | None,
     typer.Option(
         "--alpha", help="An exponent of vl_norm; several times.", show_default="0.5 0.75 1 1.5 2", rich_help_panel=_E
+    ),
+]
+BatchPrompts = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--batch-prompts",
+        help="Prompts of a batch, each with a group of responses, where products between prompts are measured; several "
+        "times.",
+        show_default="8 128",
+        rich_help_panel=_E,
     ),
 ]
 Level = _option(float, "--level", "Coverage of the intervals.", default=0.95, panel=_E)

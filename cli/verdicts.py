@@ -35,13 +35,17 @@ def show_law(run: Run, *, as_json: bool) -> None:
 
 
 def show_cv(run: Run, *, as_json: bool) -> None:
-    """Show every aggregator's CV, pooled and prompt by prompt."""
+    """Show every aggregator's CV, pooled, prompt by prompt, and of batches of prompts where they were measured."""
+    from . import batching
+
     table = run.table("cv")
     if as_json:
-        console.print_json({"cv": console.records(table)})
+        batches = batching.batch_records(run)
+        console.print_json({"cv": console.records(table), **({"batches": batches} if batches is not None else {})})
         return
     _print_aggregators(table)
     _print_prompts(table)
+    batching.print_batches(run)
     console.result.print(f"every number: {run.path / 'tables' / 'cv.parquet'}", markup=False, soft_wrap=True)
 
 

@@ -8,6 +8,7 @@ from gradvar.gradients.listing import TargetGroup, TargetListing, survey_targets
 from gradvar.gradients.passes import NonFiniteError
 from gradvar.gradients.plan import Block, Cost, Plan
 from gradvar.gradients.scores import ScoreMeasurement, measure_scores, score_grams
+from gradvar.gradients.sketch import SketchPlan
 from gradvar.gradients.specs import PRESETS, check_targets, resolve_targets
 from gradvar.gradients.targets import Target, list_targets
 from gradvar.runs.measures import PrefixNorms, TauEstimate
@@ -17,6 +18,7 @@ __all__ = [
     "NonFiniteError",
     "PrefixNorms",
     "ScoreMeasurement",
+    "SketchPlan",
     "TauEstimate",
     "measure_finite",
     "measure_scores",

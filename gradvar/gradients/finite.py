@@ -49,7 +49,7 @@ def measure_finite(
         return measure_scores(model, prompt_ids, responses, targets, rollout_ids=rollout_ids, **options), {}
     except NonFiniteError as error:
         first = error
-    alone = {**options, "on_progress": None}
+    alone = {**options, "on_progress": None, "sketch": None}
     left_out: dict[int, str] = {}
     for row, name in enumerate(rollout_ids):
         alone["loss_masks"] = None if loss_masks is None else [loss_masks[row]]

@@ -10,6 +10,7 @@ Shape letters: N responses, T tokens, I inputs, O outputs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -51,12 +52,13 @@ class GradientStore(ABC):
         """Return whether the response's output gradients, as far as they were added, are finite."""
         return bool(self._bias[response].isfinite().all())
 
-    def gram(self, include_bias: bool, tile_bytes: int) -> Tensor:
+    def gram(self, include_bias: bool, tile_bytes: int, on_tile: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Return the (N, N) float64 Gram, on the CPU.
 
         Args:
             include_bias: Whether the bias gradients count as parameters too.
             tile_bytes: Size of the largest tile.
+            on_tile: Shown the first row and the gradients (N, rows I) of every tile.
         """
         width = torch.finfo(self.dtype).bits // 8
         height = max(1, min(self.rows, tile_bytes // (self.responses * self.columns * width)))
@@ -67,6 +69,8 @@ class GradientStore(ABC):
             tile = buffer[:, : (stop - start) * self.columns]
             for response in range(self.responses):
                 self.fill(response, start, stop, tile[response].view(stop - start, self.columns))
+            if on_tile is not None:
+                on_tile(start, tile)
             for piece in torch.split(tile, _STRETCH, dim=1):
                 total += (piece @ piece.T).to(self._wide, torch.float64)
         if include_bias:

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from gradvar.gradients.gram import GradientStore
 from gradvar.gradients.passes import Job, TokenValues, prepared, require_finite, run_pass, whole
-from gradvar.gradients.plan import Plan
+from gradvar.gradients.plan import Block, Plan
 from gradvar.gradients.reweighted import (
     Reweightings,
     check_counts,
@@ -25,8 +26,10 @@ from gradvar.gradients.reweighted import (
     random_signs,
     tau_estimate,
 )
+from gradvar.gradients.sketch import REPEATS, Sketch, SketchPlan
 from gradvar.runs.measures import PrefixNorms, TauEstimate
 from gradvar.runs.records import ScoreGram
+from gradvar.runs.sketches import GradientSketch
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +56,8 @@ class ScoreMeasurement:
     """By target key, sum_t ||grad log pi_t||^2 of each response by random signs; empty without probes."""
     prefixes: dict[str, PrefixNorms] = field(default_factory=dict)
     """By target key, ||s_i^(1..l)||^2 along each response; empty where not asked for."""
+    sketches: dict[str, GradientSketch] = field(default_factory=dict)
+    """By target key, for products with other prompts' responses; empty where not asked for."""
 
 
 def measure_scores(
@@ -71,6 +76,7 @@ def measure_scores(
     probes: int = 0,
     seed: int | None = None,
     prefixes: int = 0,
+    sketch: SketchPlan | None = None,
     padding_side: str = "right",
     checkpointing: str | None = None,
 ) -> ScoreMeasurement:
@@ -94,6 +100,7 @@ def measure_scores(
         seed: Of the signs, required with probes. A response's signs depend on it, the prompt and the rollout id alone.
         prefixes: k lengths for `prefixes`, evenly spaced along each response's loss tokens, the last the whole
             response: k - 1 more truncated backward passes.
+        sketch: Which `sketches` to make of every gradient, from the same passes.
         padding_side: "right" or "left". Changes nothing in the results; refused where it would.
         checkpointing: "off", "reentrant" or "non_reentrant": above the lowest target a layer's activations are made
             again at backward instead of kept. None honours what is switched on in the model. Changes memory and
@@ -120,12 +127,18 @@ def measure_scores(
         job.extra = _reweightings(job, include_bias, probes, seed, prefixes)
         n, ids, tile = len(responses), job.ids, job.plan.tile_bytes
         sums = {target.key: torch.zeros((n, n), dtype=torch.float64) for target in job.targets}
+        sketches = {
+            target.key: Sketch(sketch, target.key, (target.out_features, target.in_features), n)
+            for target in (job.targets if sketch is not None else [])
+            if sketch is not None
+        }
         for blocks in job.plan.passes:
             stores = run_pass(job, blocks)
             while stores:  # each is let go before the next pass fills memory again
                 block, store = stores.pop()
                 with job.autocast.off():
-                    sums[block.target.key] += store.gram(include_bias and block.target.has_bias, tile)
+                    bias = include_bias and block.target.has_bias
+                    sums[block.target.key] += _gram(block, store, bias, tile, sketches.get(block.target.key))
                 del store
     for key, total in sums.items():
         require_finite(ids, [bool(x) for x in total.diagonal().isfinite()], f"the gradient over {key}")
@@ -160,6 +173,17 @@ def measure_scores(
         }
         if prefixes
         else {},
+        sketches={
+            key: GradientSketch(
+                target=key,
+                matrix=one.values(),
+                rollout_ids=ids,
+                seed=one.plan.seed,
+                parts=REPEATS,
+                include_bias=include_bias,
+            )
+            for key, one in sketches.items()
+        },
     )
 
 
@@ -211,6 +235,15 @@ def _reweightings(job: Job, include_bias: bool, probes: int, seed: int | None, p
         signs = random_signs(seed or 0, job.prompt, name, len(response), probes)
         weights.append(np.concatenate([signs, prefix_weights(mask, prefixes)]))
     return Reweightings(weights=weights, include_bias=include_bias)
+
+
+def _gram(block: Block, store: GradientStore, bias: bool, tile_bytes: int, sketch: Sketch | None) -> torch.Tensor:
+    """Return the Gram of a block; its tiles and biases go into the sketch, where one is made."""
+    if sketch is None:
+        return store.gram(bias, tile_bytes)
+    if bias:
+        sketch.add_bias(block.start, torch.stack([store.bias_gradient(i) for i in range(store.responses)]))
+    return store.gram(bias, tile_bytes, lambda start, tile: sketch.add_rows(block.start + start, tile))
 
 
 def _extra_norms(job: Job) -> dict[str, NDArray[np.float64]]:

@@ -15,6 +15,7 @@ from gradvar.runs.records import (
     target_label,
 )
 from gradvar.runs.run import SUM, Run, create_run, open_run
+from gradvar.runs.sketches import GradientSketch
 
 __all__ = [
     # the directory
@@ -31,6 +32,7 @@ __all__ = [
     # records
     "TABLE_COLUMNS",
     "Estimate",
+    "GradientSketch",
     "Measures",
     "PrefixNorms",
     "Prompt",

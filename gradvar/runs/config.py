@@ -22,6 +22,7 @@ from gradvar.errors import GradvarError
 
 ENGINES = ("auto", "vllm", "transformers", "imported")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+CROSS = ("none", "sketch", "exact")
 CHECKPOINTING = ("off", "reentrant", "non_reentrant")
 ADVANTAGES = ("grpo", "mean", "rloo", "raw", "score", "opo")
 
@@ -128,8 +129,12 @@ class MeasureConfig:
     """Random-sign probes of a response for tau, one truncated backward pass each; 0 measures none."""
     prefixes: int = 0
     """Lengths along each response at which the score's squared norm is taken; 0 measures none."""
+    cross: str = "none"
+    """sketch or exact: also measure inner products between responses to different prompts, for batches of prompts."""
+    sketch_dim: int = 4096
+    """Numbers kept of each response's gradient over a target: an inner product errs by about 1 / sqrt(sketch_dim)."""
     seed: int = 0
-    """Seed of the probes' signs."""
+    """Seed of the probes' signs and of the sketches."""
     checkpointing: str | None = None
     """off, reentrant or non_reentrant; None chooses."""
     leave_out_non_finite: bool = False
@@ -150,6 +155,9 @@ class MeasureConfig:
         _require(
             self.prefixes == 0 or self.prefixes >= 2, "prefixes", "at least 2 lengths, or 0 for none", self.prefixes
         )
+        _require(self.cross in CROSS, "cross", f"one of {', '.join(CROSS)}", self.cross)
+        d = self.sketch_dim
+        _require(256 <= d <= 65536 and d & (d - 1) == 0, "sketch_dim", "a power of two from 256 to 65536", d)
         _require(self.seed >= 0, "seed", "a whole number from 0", self.seed)
         _require(
             self.checkpointing is None or self.checkpointing in CHECKPOINTING,
@@ -172,6 +180,8 @@ class EstimateConfig:
     """Aggregators to compare."""
     alphas: tuple[float, ...] = (0.5, 0.75, 1.0, 1.5, 2.0)
     """Exponents of vl_norm to compare."""
+    batch_prompts: tuple[int, ...] = (8, 128)
+    """Prompts of a batch, where the run holds products between prompts; each has a group of responses."""
     level: float = 0.95
     """Coverage of the intervals."""
     margin: float = 0.25
@@ -192,6 +202,8 @@ class EstimateConfig:
         _require(self.advantage in ADVANTAGES, "advantage", f"one of {', '.join(ADVANTAGES)}", self.advantage)
         _require(len(self.rules) > 0, "rules", "at least one aggregator", self.rules)
         _require(all(map(math.isfinite, self.alphas)), "alphas", "finite numbers", self.alphas)
+        sizes = self.batch_prompts
+        _require(len(sizes) > 0 and min(sizes) >= 1, "batch_prompts", "numbers of prompts from 1", sizes)
         _require(0.5 <= self.level < 1, "level", "a fraction from 0.5, below 1", self.level)
         for name in ("margin", "identity_margin", "token_margin", "baseline_margin", "length_margin"):
             _require(_is_positive(getattr(self, name)), name, "a number above 0", getattr(self, name))

@@ -17,6 +17,7 @@ from gradvar.errors import GradvarError
 from gradvar.runs import provenance, storage
 from gradvar.runs.measures import Measures, read_measures, write_measures
 from gradvar.runs.records import Prompt, Rollout, ScoreGram
+from gradvar.runs.sketches import GradientSketch, read_sketches, write_sketches
 
 _PROMPTS = pa.schema(
     [
@@ -228,6 +229,15 @@ class RunFiles:
         """Write one prompt's measures, whole or not at all."""
         write_measures(self.file("measures", prompt_id), measures)
 
+    def sketches(self, prompt_id: str) -> dict[str, GradientSketch]:
+        """Read the sketches of one prompt's gradients, by target; none where they are not those of its Grams."""
+        digest = self.grams_label(prompt_id)
+        return {} if digest is None else read_sketches(self.file("sketches", prompt_id), rollouts_digest=digest)
+
+    def write_sketches(self, prompt_id: str, sketches: dict[str, GradientSketch], *, rollouts_digest: str) -> None:
+        """Write one prompt's sketches, whole or not at all."""
+        write_sketches(self.file("sketches", prompt_id), sketches, rollouts_digest=rollouts_digest)
+
     # --- tables -------------------------------------------------------------------------------------------------
 
     def table(self, name: str) -> pd.DataFrame:
@@ -248,8 +258,8 @@ class RunFiles:
         return path
 
     def file(self, kind: str, prompt_id: str) -> Path:
-        """Return the path of one prompt's file of a kind: rollouts, rewards, grams or measures."""
-        suffix = "safetensors" if kind == "grams" else "parquet"
+        """Return the path of one prompt's file of a kind: rollouts, rewards, grams, measures or sketches."""
+        suffix = "safetensors" if kind in ("grams", "sketches") else "parquet"
         return self.path / kind / f"{prompt_id}.{suffix}"
 
 

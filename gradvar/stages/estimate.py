@@ -21,6 +21,7 @@ from gradvar.estimators import (
 )
 from gradvar.runs import SUM, EstimateConfig, PromptScores, Run
 from gradvar.runs.provenance import utc_now
+from gradvar.stages.batch import write_batches
 from gradvar.stages.entropy import entropy_rows
 from gradvar.stages.groups import check_group_size, estimated_groups
 from gradvar.stages.identity import agreed_config
@@ -78,6 +79,8 @@ def _measured_proxies(run: Run, groups: Sequence[PromptScores]) -> dict[str, dic
 def cv(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> pd.DataFrame:
     """Estimate every aggregator's total CV; write and return the table `cv`.
 
+    Where the run holds products between prompts, the table `batches` is written too: batches of several prompts.
+
     Args:
         run: A run with Grams and rewards.
         given: Settings of `EstimateConfig` given now.
@@ -91,7 +94,7 @@ def cv(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> 
     started = utc_now()
     groups = estimated_groups(run, listener)
     check_group_size(groups, config)
-    with listener.task("cv", 1) as advance:
+    with listener.task("cv", 2) as advance:
         table = cv_table(
             groups,
             rules=config.rules,
@@ -102,8 +105,10 @@ def cv(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> 
             seed=config.seed,
         )
         advance(1)
-    run.begin("cv", config, started=started)
-    run.write_estimates("cv", table)
+        run.begin("cv", config, started=started)
+        run.write_estimates("cv", table)
+        write_batches(run, groups, config, listener)
+        advance(1)
     run.finish("cv")
     return table
 

@@ -10,7 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradvar.errors import GradvarError
-from gradvar.gradients import NonFiniteError, ScoreMeasurement, measure_finite, measure_scores, resolve_targets
+from gradvar.gradients import (
+    NonFiniteError,
+    ScoreMeasurement,
+    SketchPlan,
+    measure_finite,
+    measure_scores,
+    resolve_targets,
+)
 from gradvar.models import find_model, load_model
 from gradvar.runs import (
     MeasureConfig,
@@ -23,6 +30,7 @@ from gradvar.runs import (
     TauEstimate,
     rollouts_digest,
 )
+from gradvar.stages.batch import sketch_error_line
 from gradvar.stages.groups import left_out_line
 from gradvar.stages.identity import agree_on_model, agreed_config
 from gradvar.stages.listener import Advance, Listener, Silent
@@ -45,11 +53,13 @@ class Work:
     """Targets whose taus are missing, or were made with other probes."""
     prefixes: list[str]
     """Targets whose prefix norms are missing, or were made at another number of lengths."""
+    sketches: list[str]
+    """Targets whose sketches are missing, or were made with another seed or dimension."""
 
     @property
     def targets(self) -> list[str]:
         """Targets that the model has to be run for."""
-        return list(dict.fromkeys([*self.grams, *self.taus, *self.prefixes]))
+        return list(dict.fromkeys([*self.grams, *self.taus, *self.prefixes, *self.sketches]))
 
     @property
     def kept(self) -> list[Rollout]:
@@ -69,6 +79,7 @@ class Work:
             "probes": config.probes if self.taus else 0,
             "seed": config.seed,
             "prefixes": config.prefixes if self.prefixes else 0,
+            "sketch": SketchPlan(dimension=config.sketch_dim, seed=config.seed) if self.sketches else None,
             "checkpointing": config.checkpointing,
         }
 
@@ -114,6 +125,8 @@ def measure(run: Run, given: Mapping[str, Any], listener: Listener | None = None
                 _measure_prompt(run, config, made, ready.model, work, advance)
     if (line := left_out_line(run)) is not None:
         listener.warn(line)
+    if config.cross == "sketch" and (line := sketch_error_line(run)) is not None:
+        listener.say(line)
     attention = str(getattr(ready.model.config, "_attn_implementation", "unknown"))
     run.finish("measure", targets=ready.targets, dtype=made.dtype, attention=attention, bias=config.include_bias)
 
@@ -146,7 +159,8 @@ def _missing(run: Run, config: MeasureConfig, prompt: Prompt, targets: Sequence[
     measures = run.measures(name) if fresh else None
     grams = [key for key in targets if key not in have] if fresh else list(dict.fromkeys([*have, *targets]))
     asked = targets if fresh else grams  # what is done again is done whole
-    taus, prefixes = [], []
+    taus, prefixes, sketches = [], [], []
+    made = run.sketches(name) if fresh else {}
     for key in asked:
         tau = measures.taus.get(key) if measures else None
         if config.probes and (tau is None or (tau.probes, tau.seed) != (config.probes, config.seed)):
@@ -154,6 +168,11 @@ def _missing(run: Run, config: MeasureConfig, prompt: Prompt, targets: Sequence[
         norms = measures.prefixes.get(key) if measures else None
         if config.prefixes and (norms is None or norms.count != config.prefixes):
             prefixes.append(key)
+        sketch = made.get(key)
+        if config.cross == "sketch" and (
+            sketch is None or (sketch.dimension, sketch.seed) != (config.sketch_dim, config.seed)
+        ):
+            sketches.append(key)
     return Work(
         prompt=prompt,
         rollouts=rollouts,
@@ -162,6 +181,7 @@ def _missing(run: Run, config: MeasureConfig, prompt: Prompt, targets: Sequence[
         grams=grams,
         taus=taus,
         prefixes=prefixes,
+        sketches=sketches,
     )
 
 
@@ -195,6 +215,10 @@ def _measure_prompt(
     if new or not work.fresh:
         ids = [rollout.rollout_id for rollout in work.rollouts]
         run.write_grams(name, grams, rollouts_digest=rollouts_digest(work.rollouts), rollout_ids=ids)
+    if work.sketches:
+        made_now = {key: measured.sketches[key] for key in work.sketches}
+        sketches = {**(run.sketches(name) if work.fresh else {}), **made_now}
+        run.write_sketches(name, sketches, rollouts_digest=rollouts_digest(work.rollouts))
     for rollout_id, why in left_out.items():
         run.log("response left out", prompt_id=name, rollout_id=rollout_id, why=why)
     run.log("measured", prompt_id=name, grams=list(new), taus=work.taus, prefixes=work.prefixes)

@@ -1,0 +1,130 @@
+"""Batches of several prompts: the run's products between prompts to the table `batches`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from gradvar.estimators.batch_tables import batch_table
+from gradvar.estimators.cross_products import (
+    CrossProducts,
+    SketchError,
+    SketchProducts,
+    SummedProducts,
+    sketch_error,
+)
+from gradvar.runs import SUM, EstimateConfig, PromptScores, Run
+from gradvar.stages.listener import Listener
+
+TABLE = "batches"
+
+
+def write_batches(
+    run: Run, groups: Sequence[PromptScores], config: EstimateConfig, listener: Listener
+) -> pd.DataFrame | None:
+    """Estimate the update of batches of several prompts; write and return the table `batches`.
+
+    Args:
+        run: A run with Grams and rewards.
+        groups: From `estimated_groups`.
+        config: How to estimate.
+        listener: Who is told.
+
+    Returns:
+        The table; None where the run holds no products between prompts, or fewer than two prompts.
+
+    Raises:
+        GradvarError: Too few verified responses for two groups.
+    """
+    products, without = cross_products(run, groups)
+    named = {name for name, one in products.items() if one}
+    if not named:
+        (run.path / "tables" / f"{TABLE}.parquet").unlink(missing_ok=True)  # of products that are no longer there
+        return None
+    if without:
+        listener.warn(
+            f"{len(without)} prompts (first: {without[0]}) have no sketches like the others' and are in no batch: run "
+            f"`gradvar measure {run.path} --cross sketch`"
+        )
+    inside = [group for group in groups if group.target in named and group.prompt_id not in without]
+    if len({group.prompt_id for group in inside}) < 2:
+        return None
+    table = batch_table(
+        inside,
+        products,
+        rules=config.rules,
+        alphas=config.alphas,
+        group_size=config.group_size,
+        batch_prompts=config.batch_prompts,
+        advantage=config.advantage,
+        level=config.level,
+        seed=config.seed,
+    )
+    run.write_estimates(TABLE, table)
+    return table
+
+
+def cross_products(run: Run, groups: Sequence[PromptScores]) -> tuple[dict[str, CrossProducts], list[str]]:
+    """Return the run's products between prompts by target, and the prompts that have none.
+
+    Rows are those of `groups`. Where sketches differ in seed or dimension, those that most prompts share are taken.
+    """
+    scores: dict[str, dict[str, PromptScores]] = {}
+    for group in groups:
+        scores.setdefault(group.target, {})[group.prompt_id] = group
+    targets = [name for name in scores if name != SUM]
+    held = {name: run.sketches(name) for name in next(iter(scores.values()), {})}
+    labels = {
+        name: {(one.dimension, one.seed, one.parts) for key, one in sketches.items() if key in targets}
+        for name, sketches in held.items()
+        if set(targets) <= set(sketches)
+    }
+    common = Counter(next(iter(label)) for label in labels.values() if len(label) == 1).most_common(1)
+    if not common:
+        return {}, []
+    chosen = [name for name in held if labels.get(name) == {common[0][0]}]
+    found: dict[str, CrossProducts] = {
+        target: SketchProducts(
+            sketches={name: held[name][target].rows(scores[target][name].rollout_ids) for name in chosen},
+            parts=common[0][0][2],
+        )
+        for target in targets
+    }
+    if SUM in scores:
+        found[SUM] = SummedProducts(targets=list(found.values()))
+    return found, [name for name in held if name not in chosen]
+
+
+def sketch_errors(run: Run) -> dict[str, SketchError]:
+    """Compare every sketch of the run with its prompt's exact Gram: by target, over all prompts."""
+    found: dict[str, list[SketchError]] = {}
+    for name in run.measured_prompt_ids():
+        sketches = run.sketches(name)
+        grams = run.grams(name) if sketches else {}
+        for target, one in sketches.items():
+            if target in grams and grams[target].rollout_ids == one.rollout_ids:
+                found.setdefault(target, []).append(sketch_error(one.matrix, grams[target].matrix))
+    return {
+        target: SketchError(
+            measured=float(np.sqrt(np.mean([e.measured**2 for e in errors]))),
+            stated=float(np.sqrt(np.mean([e.stated**2 for e in errors]))),
+            largest=max(e.largest for e in errors),
+        )
+        for target, errors in found.items()
+    }
+
+
+def sketch_error_line(run: Run) -> str | None:
+    """Return one line on how far the sketches' inner products are off, None without sketches."""
+    errors = sketch_errors(run)
+    if not errors:
+        return None
+    worst = max(errors.values(), key=lambda error: error.measured)
+    return (
+        f"sketches checked against the exact Grams within prompts: an inner product is off by {worst.measured:.2%} of "
+        f"the norms' product (root mean square of the worst of {len(errors)} targets; at most {worst.stated:.2%} is "
+        f"expected; largest {worst.largest:.1%})"
+    )
