@@ -153,7 +153,7 @@ class SketchError:
     measured: float
     """Root mean square over pairs of responses to one prompt, against the exact Gram; NaN for one response."""
     stated: float
-    """What theory bounds it by, sqrt(mean (1 + cos_ij^2) / d)."""
+    """What theory bounds its expectation by, sqrt(mean (1 + cos_ij^2) / d); one sketch may be a little off it."""
     largest: float
     """The largest over these pairs."""
 

@@ -125,6 +125,6 @@ def sketch_error_line(run: Run) -> str | None:
     worst = max(errors.values(), key=lambda error: error.measured)
     return (
         f"sketches checked against the exact Grams within prompts: an inner product is off by {worst.measured:.2%} of "
-        f"the norms' product (root mean square of the worst of {len(errors)} targets; at most {worst.stated:.2%} is "
-        f"expected; largest {worst.largest:.1%})"
+        f"the norms' product (root mean square, the worst of {len(errors)} targets; {worst.stated:.2%} expected; "
+        f"largest {worst.largest:.1%})"
     )
