@@ -205,7 +205,7 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "bloom": ("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 16, "n_layer": 2, "n_head": 4, **_SPECIAL}),
     "mpt": ("MptConfig", {"vocab_size": VOCABULARY, "d_model": 16, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),
 }
-FLOAT32_INSIDE = ("deepseek_v2", "deepseek_v3", "qwen3_next", "mamba2", "gpt_neo", "gptj", "bloom", "mpt")
+FLOAT32_INSIDE = ("deepseek_v2", "deepseek_v3", "llama4", "qwen3_next", "mamba2", "gpt_neo", "gptj", "bloom", "mpt")
 
 
 def make_model(name: str, dtype: torch.dtype = torch.float64, **changes):

@@ -84,7 +84,9 @@ class Counter:
 def calls_and_bytes(target, *, enable=None, train=False, **options):
     model = make_model("qwen2", num_hidden_layers=6, attention_dropout=0.5)
     if enable is not None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": enable})
+        name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # since 5.20
+        switch = getattr(model, f"{name}_checkpointing_enable")
+        switch(**{f"{name}_checkpointing_kwargs": {"use_reentrant": enable}})
     model.train(train)
     prompt, responses = make_prompt_and_responses((20,))
     counter = Counter(model, len(prompt) + 19)
