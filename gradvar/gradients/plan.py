@@ -16,7 +16,7 @@ import torch
 from gradvar.errors import GradvarError
 from gradvar.gradients.targets import Target
 
-DEFAULT_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
+DEFAULT_TOKEN_BUDGET = {"cpu": 512, "cuda": 16384}
 _TILE_SHARE = 0.15
 _TILE_LIMIT = 256 << 20
 
