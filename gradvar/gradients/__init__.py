@@ -1,12 +1,11 @@
 """Responses to score Grams: targets, capture, log-probabilities, Gram, checks. Importing this loads torch."""
 
 from gradvar.gradients.check import PrecisionCheck, PrecisionRow, check_precision, float32_reference
-from gradvar.gradients.cost import plan_measurement
 from gradvar.gradients.finite import measure_finite
-from gradvar.gradients.fit import fit_measurement
 from gradvar.gradients.listing import TargetGroup, TargetListing, survey_targets
 from gradvar.gradients.passes import NonFiniteError
 from gradvar.gradients.plan import Block, Cost, Plan
+from gradvar.gradients.prepare import plan_measurement
 from gradvar.gradients.scores import ScoreMeasurement, measure_scores, score_grams
 from gradvar.gradients.sketch import SketchPlan
 from gradvar.gradients.specs import PRESETS, check_targets, resolve_targets
@@ -36,7 +35,6 @@ __all__ = [
     "Block",
     "Cost",
     "Plan",
-    "fit_measurement",
     "plan_measurement",
     # checking
     "PrecisionCheck",

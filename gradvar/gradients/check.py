@@ -15,8 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradvar.errors import GradvarError
+from gradvar.gradients.fit import default_budget
 from gradvar.gradients.gram import GradientStore
-from gradvar.gradients.passes import Job, TokenValues, prepared, run_pass, whole
+from gradvar.gradients.job import Job, TokenValues
+from gradvar.gradients.passes import run_pass, whole
+from gradvar.gradients.prepare import prepared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,17 +93,14 @@ def check_precision(
         GradvarError: As in `measure_scores`, or the reference has other targets than the model.
     """
     trusted = float32_reference(model) if reference is None else reference
-    options = {
-        "loss_masks": loss_masks,
-        "temperature": temperature,
-        "memory_budget": memory_budget,
-        "rollout_ids": rollout_ids,
-    }
+    # both keep their gradients at one time, the reference perhaps in twice as many bytes
+    third = (default_budget(next(model.parameters()).device) if memory_budget is None else memory_budget) // 3
+    options = {"loss_masks": loss_masks, "temperature": temperature, "memory_budget": third, "rollout_ids": rollout_ids}
     n = len(responses)
     sums: dict[str, list[Tensor]] = {}
     with (
-        prepared(model, prompt_ids, responses, targets, token_budget=token_budget, **options) as job,  # type: ignore[arg-type]
-        prepared(trusted, prompt_ids, responses, targets, token_budget=1, **options) as other,  # type: ignore[arg-type]
+        prepared(model, prompt_ids, responses, targets, token_budget=token_budget, **options) as job,
+        prepared(trusted, prompt_ids, responses, targets, token_budget=1, **options) as other,
     ):
         if [t.key for t in job.targets] != [t.key for t in other.targets]:
             raise GradvarError("the reference model has other targets than the model: expected a copy of it")

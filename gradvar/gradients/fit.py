@@ -1,66 +1,108 @@
-"""A plan whose estimated peak, activations too, stays within a memory budget: smaller batches, then checkpointing."""
+"""A plan whose peak, activations too, stays within a memory budget: smaller batches, checkpointing, more passes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-from torch import nn
+import torch
 
 from gradvar.errors import GradvarError
-from gradvar.gradients.checkpointing import choose_checkpointing
-from gradvar.gradients.cost import plan_measurement
-from gradvar.gradients.plan import Plan
+from gradvar.gradients.cost import fixed_bytes, tile_casts, work_bytes
+from gradvar.gradients.job import Job
+from gradvar.gradients.logprobs import chunk_bytes
+from gradvar.gradients.plan import DEFAULT_TOKEN_BUDGET, Plan, free_memory, least_bytes, smallest_tile, split_work
+from gradvar.gradients.usage import peak_bytes
+
+_FREE_SHARE = 0.8
+"""Part of what is free that is used without a budget: the rest is for the allocator and for other processes."""
+_TILE_SHARE = 0.15
+_TILE_LIMIT = 256 << 20
+_CHUNK_SHARE = 1 / 32
+"""A chunk of logits is at most this part of the budget."""
 
 
-def fit_measurement(
-    model: nn.Module,
-    prompt_ids: Sequence[int],
-    responses: Sequence[Sequence[int]],
-    targets: str | Sequence[str],
-    *,
-    token_budget: int | None = None,
-    memory_budget: int | None = None,
-    checkpointing: str | None = None,
-    **options: Any,
+def default_budget(device: torch.device) -> int:
+    """Return what is free on the device, less a margin, in bytes."""
+    return int(_FREE_SHARE * free_memory(device))
+
+
+def choose_plan(
+    job: Job, *, token_budget: int | None, memory_budget: int | None, checkpointing: str, may_checkpoint: bool
 ) -> Plan:
-    """Return a plan with `plan.cost.peak_bytes` within the memory budget, by estimates; only short probes are run.
+    """Return a plan whose estimated peak is within the memory budget; only short probes are run.
 
-    Batches take at most half of the budget, gradients and tiles the rest. `measure_scores` works by the plan when given
-    its `token_budget`, `memory_budget` (what is left for gradients and tiles) and `checkpointing`.
+    Batches take at most half of the budget where they can, gradients and tiles the rest.
 
     Args:
-        model: As in `measure_scores`, and so are the arguments not named here.
-        prompt_ids: Token ids of the prompt.
-        responses: The responses; only their lengths matter.
-        targets: What `resolve_targets` understands.
+        job: The request; its plan is not looked at.
         token_budget: Padded tokens of a batch, at most; None chooses.
         memory_budget: Bytes for everything beside the model; None takes most of what is free.
-        checkpointing: As in `measure_scores`; None switches it on where nothing else would do.
-        **options: As in `plan_measurement`.
+        checkpointing: "off", "reentrant" or "non_reentrant".
+        may_checkpoint: Switch it on where nothing else would do.
 
     Raises:
-        GradvarError: The request does not fit the model, or the longest response alone does not fit the budget.
+        GradvarError: A budget is not positive, or too small for the longest response alone.
     """
-    kind = choose_checkpointing(model, checkpointing)
-    kinds = (kind, "non_reentrant") if checkpointing is None and kind == "off" else (kind,)
-    least: list[int] = []
-    for each in kinds:
-        tokens, total = token_budget, memory_budget
-        while True:
-            shape = {**options, "token_budget": tokens, "checkpointing": each}
-            plan = plan_measurement(model, prompt_ids, responses, targets, memory_budget=total, **shape)
-            total = plan.memory_budget if total is None else total
-            if plan.cost is None:
-                raise TypeError("a plan without its cost")
-            work = plan.cost.activation_bytes + plan.cost.logits_bytes
+    if token_budget is not None and token_budget < 1:
+        raise GradvarError(f"token budget: expected at least 1 token, received {token_budget}")
+    if memory_budget is not None and memory_budget < 1:
+        raise GradvarError(f"memory budget: expected a positive number of bytes, received {memory_budget}")
+    if any(target.direct is not None for target in job.targets):
+        token_budget = 1  # each response alone
+    total = default_budget(job.device) if memory_budget is None else memory_budget
+    plans, least = [], []
+    for kind in [checkpointing, *(["non_reentrant"] if may_checkpoint and checkpointing == "off" else [])]:
+        tokens, chunk, work = _batching(job, token_budget, total, kind)
+        plan = _split(job, tokens, total, chunk, work, kind)
+        if plan is None:
+            least.append(_least(job, kind))
+        else:
+            plans.append(plan)
             if 2 * work <= total:
-                return plan_measurement(model, prompt_ids, responses, targets, memory_budget=total - work, **shape)
-            if plan.cost.batches == len(responses):  # each alone already
-                least.append(2 * work)
                 break
-            tokens = max(1, min(plan.token_budget - 1, int(plan.token_budget * total / (2 * work))))
+    if plans:  # layers made again cost about a third of a pass
+        return min(plans, key=lambda plan: len(plan.passes) * (3 if plan.checkpointing == "off" else 4))
     raise GradvarError(
-        f"memory budget of {total} bytes is too small for the longest response alone: expected at least {min(least)} "
-        "bytes"
+        f"memory budget of {total} bytes is too small: expected at least {min(least)} bytes, for the longest response "
+        "alone and one row of the largest target"
     )
+
+
+def _batching(job: Job, token_budget: int | None, total: int, kind: str) -> tuple[int, int, int]:
+    """Return (token budget, chunk of logits, bytes of the largest batch), at most half of the total if it can be."""
+    tokens = token_budget or DEFAULT_TOKEN_BUDGET.get(job.device.type, DEFAULT_TOKEN_BUDGET["cpu"])
+    chunk = min(chunk_bytes(job.device), int(_CHUNK_SHARE * total))
+    while True:
+        peak = peak_bytes(job, None, kind, tokens)
+        work = sum(work_bytes(job, peak, tokens, chunk))
+        if 2 * work <= total:
+            return tokens, chunk, work
+        if len(job.batches(tokens)) == len(job.responses):  # each alone already: one token's logits at a time
+            return tokens, 1, sum(work_bytes(job, peak, tokens, 1))
+        tokens = max(1, min(tokens - 1, int(tokens * total / (2 * work))))
+
+
+def _split(job: Job, tokens: int, total: int, chunk: int, work: int, kind: str) -> Plan | None:
+    """Return the plan with batches of `work` bytes, None where too little is left for gradients and tiles."""
+    spare = total - fixed_bytes(job)
+    smallest = smallest_tile(job.targets, len(job.responses), job.dtype)
+    wish = max(smallest, min(_TILE_LIMIT, max(work - tile_casts(job), int(_TILE_SHARE * spare))))
+    for tile in (wish, smallest):
+        room = spare - max(work, tile + tile_casts(job))
+        if room >= least_bytes(job.targets, job.lengths, job.dtype):
+            passes = split_work(job.targets, job.lengths, job.dtype, room)
+            return Plan(
+                token_budget=tokens,
+                memory_budget=total,
+                tile_bytes=tile,
+                chunk_bytes=chunk,
+                spare_bytes=spare - work - max(sum(block.bytes for block in blocks) for blocks in passes),
+                passes=passes,
+                checkpointing=kind,
+            )
+    return None
+
+
+def _least(job: Job, kind: str) -> int:
+    """Return a budget that does: every response alone, one token's logits, one row of a target."""
+    work = sum(work_bytes(job, peak_bytes(job, None, kind, 1), 1, 1))
+    tile = smallest_tile(job.targets, len(job.responses), job.dtype) + tile_casts(job)
+    return fixed_bytes(job) + least_bytes(job.targets, job.lengths, job.dtype) + max(work, tile)

@@ -17,6 +17,8 @@ from torch import Tensor
 
 _STRETCH = 1 << 16
 """Longest inner product taken without float64 in between, in entries."""
+PIECE = 1 << 20
+"""Largest intermediate product, in entries."""
 
 
 class GradientStore(ABC):
@@ -108,11 +110,10 @@ class FactorStore(GradientStore):
     def fill(self, response: int, start: int, stop: int, out: Tensor) -> None:
         """Write rows [start, stop) of a response's gradient to `out`."""
         for i, (a, delta) in enumerate(self._factors[response]):
-            left, right = delta[:, start:stop].T, a
             if i == 0:
-                _multiply(left, right, out)
+                _multiply(delta[:, start:stop].T, a, out)
             else:
-                out += _multiply(left, right, torch.empty_like(out))
+                _add_product(delta[:, start:stop].T, a, out)
 
 
 class MatrixStore(GradientStore):
@@ -123,8 +124,7 @@ class MatrixStore(GradientStore):
         self._gradients = torch.zeros((responses, rows, columns), dtype=dtype, device=device)
 
     def _keep(self, response: int, a: Tensor, delta: Tensor) -> None:
-        gradient = self._gradients[response]
-        gradient += _multiply(delta.T, a, torch.empty_like(gradient))
+        _add_product(delta.T, a, self._gradients[response])
 
     def add_gradient(self, response: int, weight: Tensor | None, bias: Tensor | None) -> None:
         """Add a part of a response's gradient, as autograd gave it: weight (O, I), bias (O,)."""
@@ -135,7 +135,8 @@ class MatrixStore(GradientStore):
 
     def is_finite(self, response: int) -> bool:
         """Return whether the response's gradient, as far as it was added, is finite."""
-        return super().is_finite(response) and bool(self._gradients[response].isfinite().all())
+        low, high = torch.aminmax(self._gradients[response])  # makes no copy
+        return super().is_finite(response) and bool(low.isfinite() & high.isfinite())
 
     def fill(self, response: int, start: int, stop: int, out: Tensor) -> None:
         """Write rows [start, stop) of a response's gradient to `out`."""
@@ -174,10 +175,9 @@ class HeadStore(GradientStore):
             hidden.to(home), tokens.to(home) - self._span.start, weights.to(home), normaliser.to(home)
         )  # fmt: skip
         if self._shift is not None:
-            for start in range(0, self.rows, 1024):
-                stop = min(start + 1024, self.rows)
-                delta = self._delta(response, start, stop)
-                self._bias[response, start:stop] = delta.sum(0).to(self._wide, torch.float64)
+            for begin, end in self._pieces(response, 0, self.rows):
+                delta = self._delta(response, begin, end)
+                self._bias[response, begin:end] = delta.sum(0).to(self._wide, torch.float64)
 
     def add_input(self, response: int, ids: Tensor, gradient: Tensor) -> None:
         """Add what arrives at the input embedding: ids (T,), gradient (T, I)."""
@@ -185,6 +185,11 @@ class HeadStore(GradientStore):
 
     def _keep(self, response: int, a: Tensor, delta: Tensor) -> None:
         raise TypeError("the output embedding takes add_output and add_input")
+
+    def _pieces(self, response: int, start: int, stop: int) -> list[tuple[int, int]]:
+        """Return rows [begin, end) whose delta over all positions is at most `PIECE` entries."""
+        height = max(1, PIECE // self._outputs[response][0].shape[0])
+        return [(begin, min(begin + height, stop)) for begin in range(start, stop, height)]
 
     def _delta(self, response: int, start: int, stop: int) -> Tensor:
         hidden, tokens, weights, normaliser = self._outputs[response]
@@ -200,7 +205,8 @@ class HeadStore(GradientStore):
     def fill(self, response: int, start: int, stop: int, out: Tensor) -> None:
         """Write rows [start, stop) of a response's gradient to `out`."""
         hidden = self._outputs[response][0]
-        _multiply(self._delta(response, start, stop).T, hidden, out)
+        for begin, end in self._pieces(response, start, stop):
+            _multiply(self._delta(response, begin, end).T, hidden, out[begin - start : end - start])
         if response in self._inputs:
             ids, gradient = self._inputs[response]
             here = (ids >= start) & (ids < stop)
@@ -212,3 +218,14 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     if left.is_cuda and left.dtype == right.dtype != out.dtype:
         return torch.mm(left, right, out_dtype=out.dtype, out=out)
     return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
+
+
+def _add_product(left: Tensor, right: Tensor, total: Tensor) -> None:
+    """Add left @ right to `total`, a piece of rows at a time where the dtypes differ."""
+    if left.dtype == right.dtype == total.dtype:
+        total.addmm_(left, right)
+        return
+    height = max(1, PIECE // total.shape[1])
+    for start in range(0, total.shape[0], height):
+        part = total[start : start + height]
+        part += _multiply(left[start : start + height], right, torch.empty_like(part))

@@ -24,7 +24,7 @@ from gradvar.gradients.states import Autocast
 from gradvar.gradients.targets import output_embeddings
 
 _CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
-_VOCABULARY_TILE = 8192
+VOCABULARY_TILE = 8192
 _AMPLITUDES = (1.0, 8.0, 64.0)
 """Largest logits at which the head is probed: soft-capping is invisible at small ones."""
 
@@ -133,7 +133,9 @@ class Head:
                     return
         self.weight, self.bias = module.weight.detach(), None if bias is None else bias.detach()
 
-    def token_scores(self, hidden: Tensor, tokens: Tensor, weights: Tensor, temperature: float) -> TokenScores:
+    def token_scores(
+        self, hidden: Tensor, tokens: Tensor, weights: Tensor, temperature: float, chunk_size: int
+    ) -> TokenScores:
         """Return log-probabilities and the gradient of their weighted sum.
 
         Args:
@@ -141,9 +143,10 @@ class Head:
             tokens: (T,) the token that each of them predicts.
             weights: (T,) 1 where the token carries loss, else 0.
             temperature: Divides the logits.
+            chunk_size: Bytes of a chunk of logits, at most (that of a single token, where it is larger).
         """
         vocabulary = self.shape()[0]
-        chunk = max(1, chunk_bytes(hidden.device) // (vocabulary * (8 if hidden.dtype == torch.float64 else 4)))
+        chunk = max(1, chunk_size // (vocabulary * (8 if hidden.dtype == torch.float64 else 4)))
         parts = [
             self._chunk(hidden[i : i + chunk], tokens[i : i + chunk], weights[i : i + chunk], temperature)
             for i in range(0, hidden.shape[0], chunk)
@@ -211,7 +214,7 @@ def _product(hidden: Tensor, weight: Tensor) -> Tensor:
     if hidden.is_cuda and hidden.dtype == weight.dtype:
         return torch.mm(hidden, weight.T, out_dtype=kind)
     wide = hidden.to(kind)
-    return torch.cat([wide @ rows.to(kind).T for rows in torch.split(weight, _VOCABULARY_TILE)], dim=1)
+    return torch.cat([wide @ rows.to(kind).T for rows in torch.split(weight, VOCABULARY_TILE)], dim=1)
 
 
 def _weighted_rows(probability: Tensor, weight: Tensor) -> Tensor:
@@ -222,7 +225,7 @@ def _weighted_rows(probability: Tensor, weight: Tensor) -> Tensor:
         return torch.mm(probability.to(weight.dtype), weight, out_dtype=probability.dtype)
     total = torch.zeros((probability.shape[0], weight.shape[1]), dtype=probability.dtype, device=weight.device)
     for columns, rows in zip(
-        torch.split(probability, _VOCABULARY_TILE, 1), torch.split(weight, _VOCABULARY_TILE), strict=True
+        torch.split(probability, VOCABULARY_TILE, 1), torch.split(weight, VOCABULARY_TILE), strict=True
     ):
         total.addmm_(columns, rows.to(probability.dtype))
     return total

@@ -7,131 +7,23 @@ Shape letters: N responses, L response tokens, T tokens of a batch row, D hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradvar.errors import GradvarError
-from gradvar.gradients.batches import Batch, UnalignedTokensError, make_batches
+from gradvar.gradients.batches import Batch, UnalignedTokensError
 from gradvar.gradients.capture import ParameterTaps, Taps
-from gradvar.gradients.checkpointing import checkpointed, choose_checkpointing
 from gradvar.gradients.experts import is_one_expert
 from gradvar.gradients.gram import FactorStore, GradientStore, HeadStore, MatrixStore
-from gradvar.gradients.logprobs import Head, TokenScores, compute_dtype
-from gradvar.gradients.plan import Block, Plan, make_plan
-from gradvar.gradients.request import check_causal, check_padding, check_request, check_sharing
-from gradvar.gradients.reweighted import Reweightings
-from gradvar.gradients.specs import resolve_targets
-from gradvar.gradients.states import Autocast, frozen, full_precision
-from gradvar.gradients.targets import Target
+from gradvar.gradients.job import Job, TokenValues
+from gradvar.gradients.logprobs import TokenScores, compute_dtype
+from gradvar.gradients.plan import Block
 from gradvar.gradients.trunk import choose_forward
-
-TokenValues = list[NDArray[np.float64]]
-_PROBE_TOKENS = 8
-
-
-@dataclass(kw_only=True, eq=False)
-class TokenColumns:
-    """Per-token results as they come in, by response."""
-
-    logprobs: list[NDArray[np.float64] | None]
-    entropy: list[NDArray[np.float64] | None]
-    collision: list[NDArray[np.float64] | None]
-
-
-@dataclass(kw_only=True, eq=False)
-class Job:
-    """One checked request on a model held ready."""
-
-    model: nn.Module
-    targets: list[Target]
-    prompt: list[int]
-    responses: list[list[int]]
-    masks: list[list[int]]
-    ids: tuple[int, ...]
-    temperature: float
-    head: Head
-    autocast: Autocast
-    plan: Plan
-    padding_side: str
-    dtype: torch.dtype
-    tied: str | None
-    """Path of the input embedding where it shares the chosen head's weight."""
-    tied_scale: float
-    """Its output is this times the weight's rows."""
-    tokens: TokenColumns
-    report: Callable[[int], None]
-    extra: Reweightings
-    """Other weights on the same tokens: `run_pass` adds the squared norms of their scores. None unless set."""
-    done: int = field(default=0)
-
-
-@contextmanager
-def prepared(
-    model: nn.Module,
-    prompt_ids: Sequence[int],
-    responses: Sequence[Sequence[int]],
-    targets: str | Sequence[str],
-    *,
-    loss_masks: Sequence[Sequence[int] | None] | None = None,
-    temperature: float = 1.0,
-    token_budget: int | None = None,
-    memory_budget: int | None = None,
-    rollout_ids: Sequence[int] | None = None,
-    on_progress: Callable[[int], None] | None = None,
-    padding_side: str = "right",
-    checkpointing: str | None = None,
-) -> Iterator[Job]:
-    """Check a request and hold the model ready for `run_pass`; arguments as in `measure_scores`.
-
-    Inside, the model is in eval mode with its parameters frozen, gradients are on, float32 products are float32
-    products and autocast is as the caller set it; all is as before on leaving.
-    """
-    ids = tuple(range(len(responses))) if rollout_ids is None else tuple(rollout_ids)
-    masks = check_request(model, prompt_ids, responses, loss_masks, temperature, ids)
-    chosen = resolve_targets(model, targets)
-    kind = choose_checkpointing(model, checkpointing)
-    with (
-        torch.inference_mode(False), torch.enable_grad(), frozen(model), full_precision(), checkpointed(model, kind)
-    ):  # fmt: skip
-        head = Head(model, list(prompt_ids)[-_PROBE_TOKENS:])
-        tied, tied_scale = check_sharing(model, chosen, head)
-        check_causal(head.base, list(prompt_ids)[-_PROBE_TOKENS:])
-        check_padding(head.base, list(prompt_ids)[-_PROBE_TOKENS:], padding_side)
-        dtype = _model_dtype(model)
-        n = len(responses)
-        yield Job(
-            model=model,
-            targets=chosen,
-            prompt=list(prompt_ids),
-            responses=[list(response) for response in responses],
-            masks=masks,
-            ids=ids,
-            temperature=temperature,
-            head=head,
-            autocast=Autocast.current(next(model.parameters()).device),
-            plan=make_plan(
-                chosen,
-                [len(prompt_ids) + len(response) - 1 for response in responses],
-                dtype=dtype,
-                device=next(model.parameters()).device,
-                token_budget=token_budget,
-                memory_budget=memory_budget,
-                checkpointing=kind,
-            ),
-            padding_side=padding_side,
-            dtype=dtype,
-            tied=tied,
-            tied_scale=tied_scale,
-            tokens=TokenColumns(logprobs=[None] * n, entropy=[None] * n, collision=[None] * n),
-            extra=Reweightings(weights=[], include_bias=True),
-            report=on_progress or (lambda done: None),
-        )
 
 
 def run_pass(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientStore]]:
@@ -151,15 +43,17 @@ def run_pass(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientSto
 
 
 def _run_batches(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientStore]]:
-    device = next(job.model.parameters()).device
     stores = [(block, _new_store(job, block, len(job.responses))) for block in blocks]
     norms = job.extra.empty(block.target.key for block in blocks)
     first_pass = job.tokens.logprobs[0] is None
-    batches = make_batches(job.prompt, job.responses, job.plan.token_budget, device, job.padding_side)
+    batches = job.batches(job.plan.token_budget)
     with job.autocast.on(), torch.no_grad():
-        forward = choose_forward(job.model, job.head.base, job.prompt, job.responses, _lowest_layer(job, blocks))
-    modules = {path: job.model.get_submodule(path) for path in tapped_paths(job, blocks)}
-    with Taps(modules) as taps, ParameterTaps(direct_parameters(job, blocks)) as direct:
+        forward = choose_forward(
+            job.model, job.head.base, job.prompt, job.responses, _lowest_layer(job, blocks),
+            tokens=max(batch.input_ids.numel() for batch in batches), spare_bytes=job.plan.spare_bytes,
+        )  # fmt: skip
+    modules = {path: job.model.get_submodule(path) for path in job.tapped_paths(blocks)}
+    with Taps(modules) as taps, ParameterTaps(job.direct_parameters(blocks)) as direct:
         for batch in batches:
             taps.listen(_collector(job, batch, batch.members, stores))
             direct.listen(_direct_collector(batch.members, stores))
@@ -179,25 +73,6 @@ def _run_batches(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, Gradien
         _check_silent(direct)
     job.extra.add(norms)
     return stores
-
-
-def tapped_paths(job: Job, blocks: Sequence[Block]) -> list[str]:
-    """Return the modules whose factors the blocks need, the tied input embedding among them."""
-    paths = {block.target.module for block in blocks if block.target.kind != "head" and block.target.direct is None}
-    if job.tied is not None and any(block.target.kind == "head" for block in blocks):
-        paths.add(job.tied)
-    return sorted(paths)
-
-
-def direct_parameters(job: Job, blocks: Sequence[Block]) -> dict[str, nn.Parameter]:
-    """Return, by full name, the parameters whose gradients the blocks take from autograd itself."""
-    found = {}
-    for target in (block.target for block in blocks):
-        if target.direct is not None:
-            for name in (target.direct.weight, target.direct.bias):
-                if name is not None:
-                    found[f"{target.module}.{name}"] = job.model.get_parameter(f"{target.module}.{name}")
-    return found
 
 
 def _check_silent(direct: ParameterTaps) -> None:
@@ -383,7 +258,7 @@ def _predictions(job: Job, batch: Batch, hidden: Tensor) -> _Predictions:
         tokens=chosen,
         weights=weight,
         spans=spans,
-        scores=job.head.token_scores(flat, chosen, weight, job.temperature),
+        scores=job.head.token_scores(flat, chosen, weight, job.temperature, job.plan.chunk_bytes),
     )
 
 
@@ -421,7 +296,3 @@ def require_finite(ids: Sequence[int], finite: Sequence[bool], what: str) -> Non
     bad = [i for i, good in zip(ids, finite, strict=True) if not good]
     if bad:
         raise NonFiniteError(what, bad)
-
-
-def _model_dtype(model: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from gradvar.errors import GradvarError
 from gradvar.gradients.targets import Target
 
 DEFAULT_TOKEN_BUDGET = {"cpu": 512, "cuda": 16384}
-_TILE_SHARE = 0.15
-_TILE_LIMIT = 256 << 20
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +46,11 @@ class Cost:
     padded_tokens: int
     """The same with padding."""
     kept_bytes: int
-    """Gradients or factors of the largest pass."""
+    """Gradients or factors of the largest pass, and the Grams."""
     tile_bytes: int
-    """The largest tile of the Gram."""
+    """The largest tile of the Gram, with what it is made from."""
     activation_bytes: int
-    """What the graph of the largest batch keeps for backward, with one layer made again under checkpointing."""
+    """Forward and backward of the largest batch at their peak, with what is copied of it."""
     logits_bytes: int
     """A chunk of logits and what is made of it."""
     forward_flop: int
@@ -77,8 +77,13 @@ class Plan:
     token_budget: int
     """Padded tokens of a batch, at most (a single longer response goes alone)."""
     memory_budget: int
-    """Bytes for gradients and tiles."""
+    """Bytes for everything beside the model."""
     tile_bytes: int
+    """The largest tile of a Gram."""
+    chunk_bytes: int
+    """A chunk of logits, at most (that of a single token, where it is larger)."""
+    spare_bytes: int
+    """What of the budget is left while a batch runs."""
     passes: tuple[tuple[Block, ...], ...]
     checkpointing: str = "off"
     """Activation checkpointing above the lowest target: "off", "reentrant" or "non_reentrant"."""
@@ -87,78 +92,57 @@ class Plan:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on the device."""
+    """Return the bytes that are free on the device, blocks that torch holds unused among them."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // 4
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + idle
+    free = int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // 4
+    with suppress(OSError), open("/proc/meminfo", encoding="ascii") as lines:
+        free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), free)
+    with suppress(OSError, ValueError):  # a container's own limit; "max" where it has none
+        limit, used = (int(_CGROUP.joinpath(name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, max(0, limit - used))
+    return free
 
 
-def make_plan(
-    targets: Sequence[Target],
-    lengths: Sequence[int],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    token_budget: int | None,
-    memory_budget: int | None,
-    checkpointing: str = "off",
-) -> Plan:
+def split_work(
+    targets: Sequence[Target], lengths: Sequence[int], dtype: torch.dtype, room: int
+) -> tuple[tuple[Block, ...], ...]:
     """Return which rows of which targets are kept how, in which pass.
 
     Args:
         targets: What is measured.
         lengths: Tokens fed for each response, the prompt's included.
         dtype: The model's dtype.
-        device: Where the factors are kept.
-        token_budget: Padded tokens of a batch; None chooses by device.
-        memory_budget: Bytes for gradients and tiles; None takes 60% of what is free.
-        checkpointing: Noted in the plan.
-
-    Raises:
-        GradvarError: A budget is not positive, or too small for a single row of a target.
+        room: Bytes for what is kept in a pass, at least `least_bytes`.
     """
-    if token_budget is not None and token_budget < 1:
-        raise GradvarError(f"token budget: expected at least 1 token, received {token_budget}")
-    if any(target.direct is not None for target in targets):
-        token_budget = 1  # each response alone
-    if memory_budget is not None and memory_budget < 1:
-        raise GradvarError(f"memory budget: expected a positive number of bytes, received {memory_budget}")
-    budget = memory_budget if memory_budget is not None else int(0.6 * free_memory(device))
-    tile = min(_TILE_LIMIT, int(_TILE_SHARE * budget))
     passes: list[list[Block]] = [[]]
-    room = budget - tile
-    inputs: set[str] = set()
+    left, inputs = room, set[str]()
     for target in targets:
         start, stop = target.rows or (0, target.out_features)
         while start < stop:
-            block = _fit(target, start, stop, lengths, dtype, room, inputs)
+            block = _fit(target, start, stop, lengths, dtype, left, inputs)
             if block is None:
                 if not passes[-1]:
-                    raise GradvarError(
-                        f"memory budget of {budget} bytes is too small for one row of {target.key}: "
-                        f"expected at least {_least(target, lengths, dtype)} bytes"
-                    )
+                    raise ValueError(f"{room} bytes are too few for one row of {target.key}")
                 passes.append([])
-                room, inputs = budget - tile, set()
+                left, inputs = room, set()
                 continue
             passes[-1].append(block)
-            room -= block.bytes
+            left -= block.bytes
             inputs.add(_input_of(target))
             start = block.stop
-    return Plan(
-        token_budget=token_budget or DEFAULT_TOKEN_BUDGET.get(device.type, DEFAULT_TOKEN_BUDGET["cpu"]),
-        memory_budget=budget,
-        tile_bytes=tile,
-        passes=tuple(tuple(blocks) for blocks in passes),
-        checkpointing=checkpointing,
-    )
+    return tuple(tuple(blocks) for blocks in passes)
+
+
+def least_bytes(targets: Sequence[Target], lengths: Sequence[int], dtype: torch.dtype) -> int:
+    """Return the bytes in which one row of every target can be kept, one at a time."""
+    return max(min(fixed + a_row for fixed, a_row in _costs(target, lengths, dtype).values()) for target in targets)
+
+
+def smallest_tile(targets: Sequence[Target], count: int, dtype: torch.dtype) -> int:
+    """Return the bytes of a tile of one row of the widest target."""
+    return max(target.in_features for target in targets) * count * (8 if dtype == torch.float64 else 4)
 
 
 def _input_of(target: Target) -> str:
@@ -203,8 +187,3 @@ def _fit(
         if best is None or (-(block.stop - start), block.bytes) < (-(best.stop - start), best.bytes):
             best = block
     return best
-
-
-def _least(target: Target, lengths: Sequence[int], dtype: torch.dtype) -> int:
-    smallest = min(fixed + a_row for fixed, a_row in _costs(target, lengths, dtype).values())
-    return int(smallest / (1 - _TILE_SHARE)) + 1

@@ -69,6 +69,25 @@ def check_counts(probes: int, prefixes: int, seed: int | None) -> None:
         raise GradvarError(f"seed: expected 0 or more, received {seed}")
 
 
+def reweightings(
+    prompt: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    masks: Sequence[Sequence[int]],
+    ids: Sequence[int],
+    *,
+    include_bias: bool,
+    probes: int,
+    seed: int,
+    prefixes: int,
+) -> Reweightings:
+    """Return what is measured beside the responses' own scores: the probes, then the prefixes but for the last."""
+    weights = []
+    for name, response, mask in zip(ids, responses, masks, strict=True):
+        signs = random_signs(seed, prompt, name, len(response), probes)
+        weights.append(np.concatenate([signs, prefix_weights(mask, prefixes)]))
+    return Reweightings(weights=weights, include_bias=include_bias)
+
+
 def random_signs(seed: int, prompt: Sequence[int], rollout_id: int, length: int, probes: int) -> NDArray[np.float64]:
     """Return (probes, length) signs, +1 or -1, of one response.
 

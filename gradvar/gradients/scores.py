@@ -16,16 +16,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from gradvar.gradients.gram import GradientStore
-from gradvar.gradients.passes import Job, TokenValues, prepared, require_finite, run_pass, whole
+from gradvar.gradients.job import Job, TokenValues
+from gradvar.gradients.passes import require_finite, run_pass, whole
 from gradvar.gradients.plan import Block, Plan
-from gradvar.gradients.reweighted import (
-    Reweightings,
-    check_counts,
-    prefix_norms,
-    prefix_weights,
-    random_signs,
-    tau_estimate,
-)
+from gradvar.gradients.prepare import prepared
+from gradvar.gradients.reweighted import prefix_norms, tau_estimate
 from gradvar.gradients.sketch import REPEATS, Sketch, SketchPlan
 from gradvar.runs.measures import PrefixNorms, TauEstimate
 from gradvar.runs.records import ScoreGram
@@ -93,7 +88,8 @@ def measure_scores(
         temperature: The logits are divided by it.
         include_bias: Whether a target's bias is part of its parameters.
         token_budget: Padded tokens of a batch; None chooses. Changes speed, not results.
-        memory_budget: Bytes for gradients and tiles; None takes most of what is free. Changes speed, not results.
+        memory_budget: Bytes for everything beside the model, at most (factors, gradients, tiles, activations, logits);
+            None takes most of what is free. Changes speed, not results.
         rollout_ids: Names of the responses, 0 to N - 1 if None.
         on_progress: Called after every batch with the number of responses done so far, of N.
         probes: K random-sign probes for `taus`, one more truncated backward pass for each.
@@ -103,13 +99,12 @@ def measure_scores(
         sketch: Which `sketches` to make of every gradient, from the same passes.
         padding_side: "right" or "left". Changes nothing in the results; refused where it would.
         checkpointing: "off", "reentrant" or "non_reentrant": above the lowest target a layer's activations are made
-            again at backward instead of kept. None honours what is switched on in the model. Changes memory and
-            speed, not results.
+            again at backward instead of kept. None honours what is switched on in the model, and switches it on where
+            the memory budget asks for it. Changes memory and speed, not results.
 
     Raises:
-        GradvarError: The request does not fit the model, or a response's gradient is not finite.
+        GradvarError: The request does not fit the model or the budget, or a response's gradient is not finite.
     """
-    check_counts(probes, prefixes, seed)
     with prepared(
         model,
         prompt_ids,
@@ -117,14 +112,17 @@ def measure_scores(
         targets,
         loss_masks=loss_masks,
         temperature=temperature,
+        include_bias=include_bias,
         token_budget=token_budget,
         memory_budget=memory_budget,
         rollout_ids=rollout_ids,
         on_progress=on_progress,
+        probes=probes,
+        seed=seed,
+        prefixes=prefixes,
         padding_side=padding_side,
         checkpointing=checkpointing,
     ) as job:
-        job.extra = _reweightings(job, include_bias, probes, seed, prefixes)
         n, ids, tile = len(responses), job.ids, job.plan.tile_bytes
         sums = {target.key: torch.zeros((n, n), dtype=torch.float64) for target in job.targets}
         sketches = {
@@ -210,7 +208,7 @@ def score_grams(
         temperature: The logits are divided by it.
         include_bias: Whether a target's bias is part of its parameters.
         token_budget: Padded tokens of a batch; None chooses.
-        memory_budget: Bytes for gradients and tiles; None takes most of what is free.
+        memory_budget: Bytes for everything beside the model, at most; None takes most of what is free.
 
     Raises:
         GradvarError: The request does not fit the model, or a response's gradient is not finite.
@@ -226,15 +224,6 @@ def score_grams(
         token_budget=token_budget,
         memory_budget=memory_budget,
     ).grams
-
-
-def _reweightings(job: Job, include_bias: bool, probes: int, seed: int | None, prefixes: int) -> Reweightings:
-    """Return what `job.extra` is to measure: the probes, then the prefixes but for the last."""
-    weights = []
-    for name, response, mask in zip(job.ids, job.responses, job.masks, strict=True):
-        signs = random_signs(seed or 0, job.prompt, name, len(response), probes)
-        weights.append(np.concatenate([signs, prefix_weights(mask, prefixes)]))
-    return Reweightings(weights=weights, include_bias=include_bias)
 
 
 def _gram(block: Block, store: GradientStore, bias: bool, tile_bytes: int, sketch: Sketch | None) -> torch.Tensor:

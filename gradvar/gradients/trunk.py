@@ -34,7 +34,14 @@ _CHANGING_ROTATION = ("dynamic", "longrope")
 
 
 def choose_forward(
-    model: nn.Module, base: nn.Module, prompt: Sequence[int], responses: Sequence[Sequence[int]], lowest: int | None
+    model: nn.Module,
+    base: nn.Module,
+    prompt: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    lowest: int | None,
+    *,
+    tokens: int,
+    spare_bytes: int,
 ) -> Forward:
     """Return how a batch's last hidden states are had: with the trunk shared where that is the same and saves work.
 
@@ -44,6 +51,8 @@ def choose_forward(
         prompt: The prompt that all responses follow.
         responses: The responses.
         lowest: Index of the lowest decoder layer that is measured; None where something below the layers is.
+        tokens: Padded tokens of the largest batch.
+        spare_bytes: What the trunk may take beside a whole sequence's run.
     """
 
     def whole(batch: Batch) -> Tensor:
@@ -62,7 +71,10 @@ def choose_forward(
         same = same_states(shared[batch.real], plain[batch.real], base)
     except (AttributeError, GradvarError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return whole  # a model whose layers cannot be run apart
-    return Trunk(base, layers, lowest, prompt) if same else whole
+    if not same:
+        return whole
+    trunk = Trunk(base, layers, lowest, prompt)
+    return trunk if trunk.extra_bytes(tokens) <= spare_bytes else whole
 
 
 class Trunk:
@@ -112,6 +124,12 @@ class Trunk:
                 return last_hidden(self._base, batch)
         finally:
             hook.remove()
+
+    def extra_bytes(self, tokens: int) -> int:
+        """Return the bytes of keys, values and states for a batch of so many tokens, one layer's copies among them."""
+        kept = [value for layer in self._cache.layers for value in vars(layer).values() if isinstance(value, Tensor)]
+        a_token = (sum(value.nbytes for value in kept) + self._prompt.nbytes) // self._length + 1
+        return (2 * tokens + self._length) * a_token
 
     def _run_below(self, ids: Tensor, **options: Any) -> tuple[Tensor, Any]:
         """Return what arrives at the lowest layer that is not of the trunk, and the keys and values so far."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradvar.errors import GradvarError
-from gradvar.gradients import Cost, Plan, fit_measurement
+from gradvar.gradients import Cost, Plan, plan_measurement
 from gradvar.runs import Run
 from gradvar.stages.listener import Listener, Silent
 from gradvar.stages.measure import Work, find_work
@@ -70,7 +70,7 @@ def plan_measure(run: Run, given: Mapping[str, Any], listener: Listener | None =
             asked = {key: value for key, value in options.items() if key not in ("temperature", "include_bias", "seed")}
             responses = [list(rollout.token_ids) for rollout in work.kept]
             try:
-                plan = fit_measurement(ready.model, list(work.prompt.token_ids), responses, work.targets, **asked)
+                plan = plan_measurement(ready.model, list(work.prompt.token_ids), responses, work.targets, **asked)
             except GradvarError as error:
                 raise GradvarError(f"prompt {work.prompt.prompt_id!r}: {error}") from error
             if plan.cost is None:

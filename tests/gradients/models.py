@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
+
+from gradvar.errors import GradvarError
+from gradvar.gradients import plan_measurement
 
 VOCABULARY = 37
 _COMMON = {
@@ -251,3 +255,10 @@ def uneven(name="qwen2"):
     model.model.layers[0].eval()
     model.model.embed_tokens.weight.requires_grad_(False)
     return model
+
+
+def least_budget(model, prompt, responses, targets, **options):
+    """The smallest memory budget that the planner takes, as it names it."""
+    with pytest.raises(GradvarError, match=r"expected at least \d+ bytes") as caught:
+        plan_measurement(model, prompt, responses, targets, memory_budget=1, **options)
+    return int(str(caught.value).split("at least ")[1].split()[0])

@@ -88,8 +88,8 @@ def calls_and_bytes(target, *, enable=None, train=False, **options):
         switch = getattr(model, f"{name}_checkpointing_enable")
         switch(**{f"{name}_checkpointing_kwargs": {"use_reentrant": enable}})
     model.train(train)
-    prompt, responses = make_prompt_and_responses((20,))
-    counter = Counter(model, len(prompt) + 19)
+    prompt, responses = make_prompt_and_responses((50,))  # longer than any probe
+    counter = Counter(model, len(prompt) + 49)
     with counter.hooks:
         result = measure_scores(model, prompt, responses, target, **options)
     return counter.calls, counter.bytes, result

@@ -9,7 +9,7 @@ from gradvar.errors import GradvarError
 from gradvar.gradients import list_targets, measure_scores, plan_measurement, resolve_targets
 from gradvar.gradients.capture import ParameterTaps
 from tests.gradients import references
-from tests.gradients.models import make_model, make_prompt_and_responses, state
+from tests.gradients.models import least_budget, make_model, make_prompt_and_responses, state
 
 PROMPT, RESPONSES = make_prompt_and_responses()
 MOE = "model.layers.1.mlp"
@@ -79,9 +79,10 @@ def test_biases_of_experts_and_router(gpt_oss, include_bias):
 
 def test_masks_temperature_and_blocks_of_rows(gpt_oss):
     masks = [[1, *([0, 1, 1] * len(r))][: len(r)] for r in RESPONSES]
-    options = {"masks": masks, "temperature": 0.6, "memory_budget": 30_000}
+    least = least_budget(gpt_oss, PROMPT, RESPONSES, "last:mlp,router,qkv")
+    options = {"masks": masks, "temperature": 0.6, "memory_budget": least}
     assert max(gaps(gpt_oss, "last:mlp,router,qkv", **options).values()) < 1e-10
-    plan = plan_measurement(gpt_oss, PROMPT, RESPONSES, "last:mlp,router,qkv", memory_budget=30_000)
+    plan = plan_measurement(gpt_oss, PROMPT, RESPONSES, "last:mlp,router,qkv", memory_budget=least)
     assert len(plan.passes) > 1
     assert plan.cost.batches == len(RESPONSES)
 

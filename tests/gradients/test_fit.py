@@ -1,11 +1,11 @@
-"""Plans that stay within a memory budget, activations counted."""
+"""Plans that stay within a memory budget: smaller batches, checkpointing, more passes, and the same Grams."""
 
 import pytest
 
 from gradvar.errors import GradvarError
-from gradvar.gradients import fit_measurement, measure_scores, plan_measurement
+from gradvar.gradients import measure_scores, plan_measurement
 from tests.gradients import references
-from tests.gradients.models import make_model, make_prompt_and_responses
+from tests.gradients.models import least_budget, make_model, make_prompt_and_responses
 
 LENGTHS = (150, 90, 120, 60, 30, 140)
 
@@ -19,41 +19,56 @@ def model():
 def test_smaller_budgets_give_smaller_batches_and_the_same_grams(model, share):
     prompt, responses = make_prompt_and_responses(LENGTHS)
     free = plan_measurement(model, prompt, responses, "1:qkv,mlp")
-    budget = int(share * free.cost.peak_bytes)
-    plan = fit_measurement(model, prompt, responses, "1:qkv,mlp", memory_budget=budget)
-    assert plan.cost.peak_bytes <= budget
-    assert plan.memory_budget < budget
-    assert (plan.token_budget < free.token_budget) == (share < 2)
+    budget = int(share * 2 * (free.cost.activation_bytes + free.cost.logits_bytes))
+    plan = plan_measurement(model, prompt, responses, "1:qkv,mlp", memory_budget=budget)
+    assert plan.cost.peak_bytes <= budget == plan.memory_budget
+    assert (plan.token_budget < free.token_budget) == (share < 1)
     assert plan.checkpointing == "off"
     whole = measure_scores(model, prompt, responses, "1:qkv,mlp")
-    fitted = measure_scores(
-        model, prompt, responses, "1:qkv,mlp",
-        token_budget=plan.token_budget, memory_budget=plan.memory_budget, checkpointing=plan.checkpointing,
-    )  # fmt: skip
+    fitted = measure_scores(model, prompt, responses, "1:qkv,mlp", memory_budget=budget)
     assert fitted.plan.passes == plan.passes
+    assert fitted.plan.token_budget == plan.token_budget
     for key, gram in whole.grams.items():
         assert references.error(fitted.grams[key].gram(), gram.gram()) < 1e-12
 
 
-def test_checkpointing_comes_on_where_batches_of_one_do_not_fit(model):
+def test_checkpointing_comes_on_where_it_is_the_only_way(model):
     prompt, responses = make_prompt_and_responses(LENGTHS)
-    cost = plan_measurement(model, prompt, responses, "0:q", token_budget=1).cost
-    budget = int(1.9 * (cost.activation_bytes + cost.logits_bytes))
-    plan = fit_measurement(model, prompt, responses, "0:q", memory_budget=budget)
+    least = least_budget(model, prompt, responses, "0:q")
+    plain = least_budget(model, prompt, responses, "0:q", checkpointing="off")
+    assert least < plain
+    plan = plan_measurement(model, prompt, responses, "0:q", memory_budget=plain - 1)
     assert plan.checkpointing == "non_reentrant"
-    assert plan.cost.peak_bytes <= budget
-    with pytest.raises(GradvarError, match="too small for the longest response alone"):
-        fit_measurement(model, prompt, responses, "0:q", memory_budget=budget, checkpointing="off")
+    assert plan.cost.peak_bytes <= plain - 1
+    with pytest.raises(GradvarError, match=f"too small: expected at least {plain} bytes, for the longest response"):
+        plan_measurement(model, prompt, responses, "0:q", memory_budget=plain - 1, checkpointing="off")
 
 
-def test_the_least_that_is_named_would_do(model):
+@pytest.mark.parametrize("targets", ["0:q", "2:qkv,mlp", "lm_head", ["lm_head", "last:o"]])
+@pytest.mark.parametrize("kind", ["off", "reentrant", "non_reentrant", None])
+def test_the_least_that_is_named_does_and_nothing_less(model, targets, kind):
     prompt, responses = make_prompt_and_responses(LENGTHS)
-    with pytest.raises(GradvarError, match=r"expected at least (\d+) bytes") as caught:
-        fit_measurement(model, prompt, responses, "0:q", memory_budget=100_000)
-    least = int(str(caught.value).split("at least ")[1].split()[0])
-    assert fit_measurement(model, prompt, responses, "0:q", memory_budget=least).cost.peak_bytes <= least
+    least = least_budget(model, prompt, responses, targets, checkpointing=kind)
+    plan = plan_measurement(model, prompt, responses, targets, memory_budget=least, checkpointing=kind)
+    assert plan.cost.peak_bytes <= least
+    with pytest.raises(GradvarError, match=f"at least {least} bytes"):
+        plan_measurement(model, prompt, responses, targets, memory_budget=least - 1, checkpointing=kind)
 
 
 def test_a_token_budget_is_a_limit(model):
     prompt, responses = make_prompt_and_responses(LENGTHS)
-    assert fit_measurement(model, prompt, responses, "0:q", token_budget=200).token_budget == 200
+    assert plan_measurement(model, prompt, responses, "0:q", token_budget=200).token_budget == 200
+
+
+def test_a_containers_limit_is_what_is_free(monkeypatch, tmp_path):
+    import torch
+
+    from gradvar.gradients.plan import free_memory
+
+    host = free_memory(torch.device("cpu"))
+    monkeypatch.setattr("gradvar.gradients.plan._CGROUP", tmp_path)
+    tmp_path.joinpath("memory.current").write_text("1000\n")
+    tmp_path.joinpath("memory.max").write_text("max\n")
+    assert free_memory(torch.device("cpu")) > 10_000 < host
+    tmp_path.joinpath("memory.max").write_text("5000\n")
+    assert free_memory(torch.device("cpu")) == 4000

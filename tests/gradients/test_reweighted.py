@@ -8,7 +8,7 @@ from gradvar.errors import GradvarError
 from gradvar.gradients import list_targets, measure_scores, resolve_targets
 from gradvar.gradients.reweighted import prefix_lengths, random_signs
 from tests.gradients import references
-from tests.gradients.models import make_model, make_prompt_and_responses
+from tests.gradients.models import least_budget, make_model, make_prompt_and_responses
 
 SPECS = ["all:qkv", "last:o,mlp"]
 SEED = 7
@@ -38,6 +38,8 @@ def check_against_literal(model, specs, **options):
     prompt, responses = make_prompt_and_responses((1, 12, 5))
     targets = resolve_targets(model, specs)
     keys = [t.key for t in targets]
+    if "memory_budget" in options:
+        options["memory_budget"] = least_budget(model, prompt, responses, keys, probes=3)
     measured = measure_scores(model, prompt, responses, keys, probes=3, seed=SEED, **options)
     shared = {name: options[name] for name in ("temperature", "include_bias") if name in options}
     expected = literal_taus(
@@ -61,7 +63,7 @@ def check_against_literal(model, specs, **options):
         {"temperature": 0.6, "include_bias": False},
         {"loss_masks": [None, [1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 0, 1], [0, 0, 1, 1, 1]]},
         {"rollout_ids": [40, 3, -1]},
-        {"memory_budget": 40_000},
+        {"memory_budget": "least"},
     ],
 )
 def test_probes_equal_the_literal_loop_over_the_same_signs(qwen, options):
@@ -180,12 +182,14 @@ def literal_prefixes(model, targets, prompt, responses, prefixes, *, masks=None,
         {},
         {"temperature": 0.6, "include_bias": False},
         {"loss_masks": [None, [1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 0, 1], [0, 0, 1, 1, 1]], "token_budget": 1},
-        {"memory_budget": 40_000},
+        {"memory_budget": "least"},
     ],
 )
 def test_prefixes_equal_the_literal_loop(qwen, options, prefixes):
     prompt, responses = make_prompt_and_responses((1, 12, 5))
     targets = resolve_targets(qwen, SPECS)
+    if "memory_budget" in options:
+        options = {"memory_budget": least_budget(qwen, prompt, responses, SPECS, prefixes=prefixes)}
     measured = measure_scores(qwen, prompt, responses, SPECS, prefixes=prefixes, **options)
     shared = {name: options[name] for name in ("temperature", "include_bias") if name in options}
     expected, lengths = literal_prefixes(

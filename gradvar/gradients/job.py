@@ -1,0 +1,85 @@
+"""One checked request on a model that is held ready: what the passes, the probes and the planner share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from gradvar.gradients.batches import Batch, make_batches
+from gradvar.gradients.logprobs import Head
+from gradvar.gradients.plan import Block, Plan
+from gradvar.gradients.reweighted import Reweightings
+from gradvar.gradients.states import Autocast
+from gradvar.gradients.targets import Target
+
+TokenValues = list[NDArray[np.float64]]
+
+
+@dataclass(kw_only=True, eq=False)
+class TokenColumns:
+    """Per-token results as they come in, by response."""
+
+    logprobs: list[NDArray[np.float64] | None]
+    entropy: list[NDArray[np.float64] | None]
+    collision: list[NDArray[np.float64] | None]
+
+
+@dataclass(kw_only=True, eq=False)
+class Job:
+    """One checked request on a model held ready."""
+
+    model: nn.Module
+    targets: list[Target]
+    prompt: list[int]
+    responses: list[list[int]]
+    masks: list[list[int]]
+    ids: tuple[int, ...]
+    temperature: float
+    head: Head
+    autocast: Autocast
+    device: torch.device
+    """Where token ids go."""
+    padding_side: str
+    dtype: torch.dtype
+    tied: str | None
+    """Path of the input embedding where it shares the chosen head's weight."""
+    tied_scale: float
+    """Its output is this times the weight's rows."""
+    tokens: TokenColumns
+    report: Callable[[int], None]
+    extra: Reweightings
+    """Other weights on the same tokens: `run_pass` adds the squared norms of their scores. None unless set."""
+    plan: Plan
+    done: int = field(default=0)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens fed for each response, the prompt's included."""
+        return [len(self.prompt) + len(response) - 1 for response in self.responses]
+
+    def batches(self, token_budget: int) -> list[Batch]:
+        """Return the batches of a pass."""
+        return make_batches(self.prompt, self.responses, token_budget, self.device, self.padding_side)
+
+    def tapped_paths(self, blocks: Sequence[Block] | None = None) -> tuple[str, ...]:
+        """Return the modules whose factors the blocks (None: all targets) need, a tied input embedding among them."""
+        targets = self.targets if blocks is None else [block.target for block in blocks]
+        paths = {target.module for target in targets if target.kind != "head" and target.direct is None}
+        if self.tied is not None and any(target.kind == "head" for target in targets):
+            paths.add(self.tied)
+        return tuple(sorted(paths))
+
+    def direct_parameters(self, blocks: Sequence[Block] | None = None) -> dict[str, nn.Parameter]:
+        """Return, by full name, the parameters whose gradients the blocks (None: all targets) take from autograd."""
+        found = {}
+        for target in self.targets if blocks is None else [block.target for block in blocks]:
+            if target.direct is not None:
+                for name in (target.direct.weight, target.direct.bias):
+                    if name is not None:
+                        found[f"{target.module}.{name}"] = self.model.get_parameter(f"{target.module}.{name}")
+        return found

@@ -1,0 +1,141 @@
+"""From a request to a model held ready, with a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradvar.gradients.checkpointing import checkpointed, choose_checkpointing
+from gradvar.gradients.cost import cost_of
+from gradvar.gradients.fit import choose_plan
+from gradvar.gradients.job import Job, TokenColumns
+from gradvar.gradients.logprobs import Head
+from gradvar.gradients.plan import Plan
+from gradvar.gradients.request import check_causal, check_padding, check_request, check_sharing
+from gradvar.gradients.reweighted import check_counts, reweightings
+from gradvar.gradients.specs import resolve_targets
+from gradvar.gradients.states import Autocast, frozen, full_precision
+
+_PROBE_TOKENS = 8
+
+
+@contextmanager
+def prepared(model: nn.Module, *request: Any, **options: Any) -> Iterator[Job]:
+    """Hold the model ready for `run_pass` as the request's plan asks; arguments as in `planned`."""
+    with planned(model, *request, **options) as job, checkpointed(model, job.plan.checkpointing):
+        yield job
+
+
+@contextmanager
+def planned(
+    model: nn.Module,
+    prompt_ids: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    targets: str | Sequence[str],
+    *,
+    loss_masks: Sequence[Sequence[int] | None] | None = None,
+    temperature: float = 1.0,
+    include_bias: bool = True,
+    token_budget: int | None = None,
+    memory_budget: int | None = None,
+    rollout_ids: Sequence[int] | None = None,
+    on_progress: Callable[[int], None] | None = None,
+    probes: int = 0,
+    seed: int | None = None,
+    prefixes: int = 0,
+    padding_side: str = "right",
+    checkpointing: str | None = None,
+) -> Iterator[Job]:
+    """Check a request, hold the model ready and plan the work; arguments as in `measure_scores`.
+
+    Inside, the model is in eval mode with its parameters frozen, gradients are on, float32 products are float32
+    products and autocast is as the caller set it; all is as before on leaving.
+    """
+    check_counts(probes, prefixes, seed)
+    ids = tuple(range(len(responses))) if rollout_ids is None else tuple(rollout_ids)
+    masks = check_request(model, prompt_ids, responses, loss_masks, temperature, ids)
+    chosen = resolve_targets(model, targets)
+    kind = choose_checkpointing(model, checkpointing)
+    with torch.inference_mode(False), torch.enable_grad(), frozen(model), full_precision():
+        head = Head(model, list(prompt_ids)[-_PROBE_TOKENS:])
+        tied, tied_scale = check_sharing(model, chosen, head)
+        check_causal(head.base, list(prompt_ids)[-_PROBE_TOKENS:])
+        check_padding(head.base, list(prompt_ids)[-_PROBE_TOKENS:], padding_side)
+        n, device = len(responses), next(model.parameters()).device
+        job = Job(
+            model=model,
+            targets=chosen,
+            prompt=list(prompt_ids),
+            responses=[list(response) for response in responses],
+            masks=masks,
+            ids=ids,
+            temperature=temperature,
+            head=head,
+            autocast=Autocast.current(device),
+            device=device,
+            padding_side=padding_side,
+            dtype=next(p.dtype for p in model.parameters() if p.is_floating_point()),
+            tied=tied,
+            tied_scale=tied_scale,
+            tokens=TokenColumns(logprobs=[None] * n, entropy=[None] * n, collision=[None] * n),
+            extra=reweightings(
+                prompt_ids, responses, masks, ids, include_bias=include_bias, probes=probes, seed=seed or 0,
+                prefixes=prefixes,
+            ),
+            report=on_progress or (lambda done: None),
+            plan=Plan(token_budget=1, memory_budget=0, tile_bytes=0, chunk_bytes=0, spare_bytes=0, passes=()),
+        )  # fmt: skip
+        job.plan = choose_plan(
+            job,
+            token_budget=token_budget,
+            memory_budget=memory_budget,
+            checkpointing=kind,
+            may_checkpoint=checkpointing is None,
+        )
+        yield job
+
+
+def plan_measurement(
+    model: nn.Module,
+    prompt_ids: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    targets: str | Sequence[str],
+    *,
+    loss_masks: Sequence[Sequence[int] | None] | None = None,
+    token_budget: int | None = None,
+    memory_budget: int | None = None,
+    rollout_ids: Sequence[int] | None = None,
+    probes: int = 0,
+    prefixes: int = 0,
+    padding_side: str = "right",
+    checkpointing: str | None = None,
+) -> Plan:
+    """Return how `measure_scores` would split this work, with what it would take in `Plan.cost`.
+
+    Nothing is measured: only probes of a few tokens are run. Arguments as in `measure_scores`; of the responses only
+    the lengths matter.
+
+    Raises:
+        GradvarError: The request does not fit the model or the budget, as in `measure_scores`.
+    """
+    with planned(
+        model,
+        prompt_ids,
+        responses,
+        targets,
+        loss_masks=loss_masks,
+        token_budget=token_budget,
+        memory_budget=memory_budget,
+        rollout_ids=rollout_ids,
+        probes=probes,
+        seed=0,
+        prefixes=prefixes,
+        padding_side=padding_side,
+        checkpointing=checkpointing,
+    ) as job:
+        return replace(job.plan, cost=cost_of(job, job.plan, job.extra.count))

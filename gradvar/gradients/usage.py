@@ -1,0 +1,202 @@
+"""What a run of the model takes, read off short probes: bytes held at one time, FLOP.
+
+A batch of B rows of T tokens takes c + B (a T + b T^2); c, a and b are read off three probes of a few tokens, so they
+hold for any architecture, attention implementation and checkpointing. Bytes are those of every tensor alive, the
+temporaries of forward and backward among them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from gradvar.gradients.batches import Batch, last_hidden, make_batches
+from gradvar.gradients.capture import ParameterTaps, Taps
+from gradvar.gradients.checkpointing import checkpointed
+from gradvar.gradients.job import Job
+from gradvar.gradients.plan import Block
+
+_PROBE_LENGTH = 32
+_known: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Any]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """c + B (a T + b T^2) for B rows of T tokens."""
+
+    constant: float
+    linear: float
+    square: float
+
+    @classmethod
+    def through(cls, points: Sequence[tuple[int, float]], rows: int = 1) -> Growth:
+        """Return the growth through three points (T, value) of batches of `rows` rows; no part is negative."""
+        (t, x), (u, y), (v, z) = points
+        square = max(0.0, ((z - y) / (v - u) - (y - x) / (u - t)) / (v - t))
+        linear = max(0.0, (z - y) / (v - u) - square * (u + v))
+        constant = max(0.0, z - linear * v - square * v**2)
+        return cls(constant=constant, linear=linear / rows, square=square / rows)
+
+    def at(self, tokens: int, rows: int = 1) -> float:
+        """Return the value for a batch."""
+        return self.constant + rows * (self.linear * tokens + self.square * tokens**2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flop:
+    """Multiplications and additions of a batch, without the head's."""
+
+    forward: Growth
+    backward: Growth
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all tensors that are made inside and still alive; those from outside are not counted."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = 0
+        self.peak = 0
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator and count what it made."""
+        kwargs = kwargs or {}
+        for value in tree_leaves((args, kwargs)):
+            self._see(value, 0)  # from outside, unless known: its views are nothing new
+        output = func(*args, **kwargs)
+        for value in tree_leaves(output):
+            self._see(value, 1)
+        return output
+
+    def _see(self, value: object, count: int) -> None:
+        if not isinstance(value, Tensor):
+            return
+        storage = value.untyped_storage()
+        name, size = storage._cdata, count * storage.nbytes()
+        if name in self._alive:
+            return
+
+        def gone(_: object) -> None:
+            self.now -= size
+            self._alive.pop(name, None)
+
+        self._alive[name] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def peak_bytes(job: Job, blocks: Sequence[Block] | None, kind: str, token_budget: int) -> Growth:
+    """Return the most bytes alive at one time in a batch's forward and backward, the model's own weights left out.
+
+    What was found is kept for the model's next request.
+
+    Args:
+        job: The request.
+        blocks: What is tapped, None for all targets: backward ends at the lowest.
+        kind: Checkpointing: "off", "reentrant" or "non_reentrant".
+        token_budget: Padded tokens of a batch: where batches are padded, attention keeps more.
+    """
+
+    def watch(run: _Run) -> tuple[float, ...]:
+        with LiveBytes() as live:
+            run.back(run.forth())
+        return (live.peak,)
+
+    found: Growth = _probe(job, blocks, kind, token_budget, watch)[0]
+    return found
+
+
+def flop(job: Job, blocks: Sequence[Block] | None, kind: str, token_budget: int) -> Flop:
+    """Return the FLOP of a batch; arguments as in `peak_bytes`."""
+
+    def watch(run: _Run) -> tuple[float, ...]:
+        with counter() as forward:  # it holds on to tensors: bytes are watched in a run of their own
+            hidden = run.forth()
+        with counter() as backward:
+            run.back(hidden)
+        return forward.get_total_flops(), backward.get_total_flops()
+
+    forward, backward = _probe(job, blocks, kind, token_budget, watch)
+    return Flop(forward=forward, backward=backward)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """A short batch to send forward and back."""
+
+    job: Job
+    batch: Batch
+
+    def forth(self) -> Tensor:
+        with self.job.autocast.on():
+            return last_hidden(self.job.head.base, self.batch)
+
+    def back(self, hidden: Tensor) -> None:
+        if hidden.requires_grad:
+            torch.autograd.backward(hidden, torch.ones_like(hidden))
+
+
+def _probe(
+    job: Job,
+    blocks: Sequence[Block] | None,
+    kind: str,
+    token_budget: int,
+    watch: Callable[[_Run], tuple[float, ...]],
+) -> list[Growth]:
+    """Return how each number that `watch` reads off a run grows with the tokens."""
+    long = max(6, min(_PROBE_LENGTH, max(job.lengths)))
+    rows = 2 if any(batch.attention_mask is not None for batch in job.batches(token_budget)) else 1
+    attention = getattr(getattr(job.model, "config", None), "_attn_implementation", None)
+    key = (
+        watch.__qualname__,
+        paths,
+        kind,
+        long,
+        rows,
+        attention,
+        job.autocast,
+        job.dtype,
+        job.padding_side,
+        job.device,
+    )
+    known = _known.setdefault(job.model, {})
+    if key not in known:
+        word = job.prompt[-1:]
+        seen: list[tuple[int, tuple[float, ...]]] = []
+        modules = {path: job.model.get_submodule(path) for path in paths}
+        with job.autocast.off(), checkpointed(job.model, kind), Taps(modules) as taps, ParameterTaps(parameters):
+            for length in (3, max(3, long // 4), max(4, long // 2), long):  # the first holds the checks of each module
+                sequences = [word * length, word * (length - 1)][:rows]
+                (batch,) = make_batches(word, sequences, rows * length, job.device, job.padding_side)
+                taps.listen(lambda path, value, gradient: None)
+                seen.append((length, watch(_Run(job=job, batch=batch))))
+        columns = range(len(seen[0][1]))
+        known[key] = [Growth.through([(length, values[i]) for length, values in seen[1:]], rows) for i in columns]
+    found: list[Growth] = known[key]
+    return found
+
+
+def counter() -> FlopCounterMode:
+    """Return a counter that knows the attention operators of the CPU too."""
+    operators = torch.ops.aten
+
+    def forth(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+    def back(gradient: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
+
+    known = {
+        operators._scaled_dot_product_flash_attention_for_cpu: forth,
+        operators._scaled_dot_product_flash_attention_for_cpu_backward: back,
+    }
+    return FlopCounterMode(display=False, custom_mapping=known)
