@@ -155,19 +155,10 @@ def _probe(
     """Return how each number that `watch` reads off a run grows with the tokens."""
     long = max(6, min(_PROBE_LENGTH, max(job.lengths)))
     rows = 2 if any(batch.attention_mask is not None for batch in job.batches(token_budget)) else 1
+    paths, parameters = job.tapped_paths(blocks), job.direct_parameters(blocks)
     attention = getattr(getattr(job.model, "config", None), "_attn_implementation", None)
-    key = (
-        watch.__qualname__,
-        paths,
-        kind,
-        long,
-        rows,
-        attention,
-        job.autocast,
-        job.dtype,
-        job.padding_side,
-        job.device,
-    )
+    state = (attention, job.autocast, job.dtype, job.padding_side, job.device)
+    key = (watch.__qualname__, paths, tuple(parameters), kind, long, rows, state)
     known = _known.setdefault(job.model, {})
     if key not in known:
         word = job.prompt[-1:]
