@@ -47,11 +47,22 @@ def show_measured(run: Run, *, as_json: bool) -> None:
     if as_json:
         rows = {name: vars(one) for name, one in agreements.items()}
         console.print_json(
-            {"run": str(run.path), "targets": run.targets, "sampler": rows, "disagreement": disagreement(run)}
+            {
+                "run": str(run.path),
+                "targets": run.targets,
+                "left_out": run.left_out(),
+                "sampler": rows,
+                "disagreement": disagreement(run),
+            }
         )
         return
     _print_disagreement(run)
-    console.result.print(f"{len(run.measured_prompt_ids())} prompts measured on {', '.join(run.targets)}", markup=False)
+    taus, prefixes = run.taus().values(), run.prefixes().values()
+    more = [f", tau by {n} probes" for n in sorted({tau.probes for tau in taus})]
+    more += [f", {n} prefixes" for n in sorted({norms.count for norms in prefixes})]
+    console.result.print(
+        f"{len(run.measured_prompt_ids())} prompts measured on {', '.join(run.targets)}{''.join(more)}", markup=False
+    )
     if agreements:
         worst = max(one.max_abs for one in agreements.values())
         mean = np.mean([one.mean_abs for one in agreements.values()])

@@ -142,7 +142,7 @@ class Run(RunFiles):
         scores = []
         for prompt_id in prompt_ids:
             grams, rollouts = self.grams(prompt_id), self._measured_rollouts(prompt_id)
-            ids = _in_all([grams[name] for name in known])
+            ids = self._kept_ids(prompt_id, [grams[name] for name in known])
             if len(ids) < 2:
                 raise GradvarError(f"prompt {prompt_id!r} has fewer than 2 responses that were not left out")
             place = {r.rollout_id: row for row, r in enumerate(rollouts)}
@@ -194,9 +194,16 @@ class Run(RunFiles):
         for prompt_id in self.measured_prompt_ids():
             if self.file("measures", prompt_id).exists():
                 grams, measures = self.grams(prompt_id), self.measures(prompt_id)
-                ids = _in_all([grams[name] for name in known])
+                ids = self._kept_ids(prompt_id, [grams[name] for name in known])
                 if set(ids) <= set(measures.rollout_ids):
                     yield prompt_id, measures.select(ids)
+
+    def _kept_ids(self, prompt_id: str, grams: Sequence[ScoreGram]) -> tuple[int, ...]:
+        """Return the rollouts that all these Grams hold and nobody left out, in their order."""
+        common = set.intersection(*[set(gram.rollout_ids) for gram in grams])
+        if self.file("measures", prompt_id).exists():
+            common -= set(self.measures(prompt_id).left_out)
+        return tuple(name for name in grams[0].rollout_ids if name in common)
 
     def _measured_rollouts(self, prompt_id: str) -> list[Rollout]:
         """Return the rollouts that the prompt's Grams were measured on; the run may hold more by now."""
@@ -223,12 +230,6 @@ class Run(RunFiles):
         masks = [np.ones(len(r.token_ids)) if r.loss_mask is None else np.array(r.loss_mask) for r in rollouts]
         logprobs = measures.select(ids).policy_logprobs
         return np.array([float(lp.astype(np.float64) @ mask) for lp, mask in zip(logprobs, masks, strict=True)])
-
-
-def _in_all(grams: Sequence[ScoreGram]) -> tuple[int, ...]:
-    """Return the rollouts that every one of these Grams of a prompt holds, in their order."""
-    common = set.intersection(*[set(gram.rollout_ids) for gram in grams])
-    return tuple(name for name in grams[0].rollout_ids if name in common)
 
 
 def _restricted(gram: ScoreGram, ids: Sequence[int]) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ from cli.main import main
 from gradvar.demo import policy_path
 from gradvar.runs import open_run
 from gradvar.stages import measure
-from tests.stages.small import make_run
+from tests.stages.small import INFINITE, make_run, responses, write_responses
 
 
 @pytest.fixture
@@ -129,3 +129,14 @@ def test_check_prints_words_and_the_worst_tokens(call, run):
 
 def test_check_of_a_run_that_was_not_measured(call, run):
     assert "gradvar measure" in call("check", run, code=2)
+
+
+def test_measure_says_what_was_added_and_what_was_left_out(call, tmp_path):
+    token_ids = responses((4, 5, 6, 4))
+    token_ids[1][0] = INFINITE
+    run = make_run(tmp_path, spoil=True)
+    write_responses(run, "1", token_ids)
+    out = call("measure", run.path, "--probes", "2", "--prefixes", "3", "--leave-out-non-finite")
+    assert ", tau by 2 probes, 3 prefixes" in " ".join(out.split())
+    assert list(json.loads(call("measure", run.path, "--json"))["left_out"]["1"]) == ["1"]
+    assert "left out  1 responses" in call("info", run.path)

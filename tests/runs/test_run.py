@@ -5,10 +5,23 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from gradvar.errors import GradvarError
-from gradvar.runs import Measures, Prompt, Rollout, Run, SampleConfig, ScoreGram, create_run, open_run, rollouts_digest
+from gradvar.runs import (
+    Measures,
+    PrefixNorms,
+    Prompt,
+    Rollout,
+    Run,
+    SampleConfig,
+    ScoreGram,
+    TauEstimate,
+    create_run,
+    open_run,
+    rollouts_digest,
+)
 
 PROMPTS = [
     Prompt(prompt_id="0", text="héllo\n", token_ids=(1, 2, 3), data_source="s", ground_truth={"a": [1, "b"]}),
@@ -140,3 +153,46 @@ def test_opening_a_run_loads_no_torch(run):
         "assert not {'torch', 'transformers', 'vllm'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_extra_columns_come_back_and_what_was_left_out_is_in_no_score(run):
+    gradients = np.random.default_rng(1).normal(size=(3, 4))
+    about = {"rollout_ids": (0, 1, 2), "dtype": "float32", "include_bias": True, "temperature": 1.0}
+    rollouts = [*ROLLOUTS, Rollout(rollout_id=2, token_ids=(4,), text="z", finish_reason="stop")]
+    run.write_rollouts("0", rollouts)
+    grams = {name: ScoreGram(target=name, matrix=gradients @ gradients.T, **about) for name in ("a", "b")}
+    run.write_grams("0", grams, rollouts_digest=rollouts_digest(rollouts))
+    lengths = np.array([[1, 2], [1, 2], [1, 1]])
+    measures = Measures(
+        rollout_ids=(0, 1, 2),
+        policy_logprobs=[np.full(len(r.token_ids), -1.0, dtype=np.float32) for r in rollouts],
+        entropy=np.arange(3.0),
+        proxy=np.arange(3.0),
+        taus={"b": TauEstimate(target="b", value=np.arange(3.0), error=np.full(3, np.nan), probes=1, seed=5)},
+        prefixes={"a": PrefixNorms(target="a", lengths=lengths, value=lengths / 3)},
+        left_out={1: "the gradient over b is not finite"},
+    )
+    run.write_measures("0", measures)
+    again = open_run(run.path).measures("0")
+    np.testing.assert_array_equal(again.taus["b"].value, np.arange(3.0))
+    assert (again.taus["b"].probes, again.taus["b"].seed) == (1, 5)
+    np.testing.assert_array_equal(again.prefixes["a"].lengths, lengths)
+    np.testing.assert_array_equal(again.prefixes["a"].value, lengths / 3)
+    assert again.left_out == measures.left_out
+    scores = run.scores("a")[0]
+    assert scores.rollout_ids == (0, 2)
+    np.testing.assert_array_equal(scores.gram, grams["a"].matrix[np.ix_([0, 2], [0, 2])])
+    np.testing.assert_array_equal(scores.lengths, [2, 1])
+    np.testing.assert_array_equal(scores.log_probs, [-2.0, -1.0])
+    np.testing.assert_array_equal(run.taus()["0", "b"].value, [0.0, 2.0])
+    np.testing.assert_array_equal(run.prefixes()["0", "a"].lengths, [[1, 2], [1, 1]])
+    assert run.taus().keys() == {("0", "b")}
+
+
+def test_measures_that_are_none_of_ours(run):
+    write_measured(run)
+    path = run.file("measures", "0")
+    schema = pq.read_schema(path).with_metadata({"gradvar": '{"taus": {"model.q": {"probes": 1, "seed": 0}}}'})
+    pq.write_table(pq.read_table(path).cast(schema), path)
+    with pytest.raises(GradvarError, match=r"damaged file .*model\.q/tau"):
+        run.measures("0")
