@@ -114,7 +114,7 @@ def _document(plan: MeasurementPlan) -> dict[str, Any]:
             "prompt_id": one.work.prompt.prompt_id,
             "responses": len(one.work.kept),
             "targets": one.work.targets,
-            "missing": {"grams": one.work.grams, "taus": one.work.taus, "prefixes": one.work.prefixes},
+            "missing": {kind: getattr(one.work, kind) for kind in ("grams", "taus", "prefixes", "sketches")},
             "checkpointing": one.plan.checkpointing,
             "token_budget": one.plan.token_budget,
             "padded_share": _padded_share(one),

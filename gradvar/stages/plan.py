@@ -12,6 +12,9 @@ from gradvar.runs import Run
 from gradvar.stages.listener import Listener, Silent
 from gradvar.stages.measure import Work, find_work
 
+_UNPLANNED = ("temperature", "include_bias", "seed", "sketch")
+"""What no plan depends on; sketches are made of the Gram's tiles as they pass."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedPrompt:
@@ -67,7 +70,7 @@ def plan_measure(run: Run, given: Mapping[str, Any], listener: Listener | None =
     with listener.task("plan", len(missing)) as advance:
         for work in missing:
             options = work.options(ready.config, ready.made.temperature)
-            asked = {key: value for key, value in options.items() if key not in ("temperature", "include_bias", "seed")}
+            asked = {key: value for key, value in options.items() if key not in _UNPLANNED}
             responses = [list(rollout.token_ids) for rollout in work.kept]
             try:
                 plan = plan_measurement(ready.model, list(work.prompt.token_ids), responses, work.targets, **asked)
