@@ -81,7 +81,9 @@ def write_run(
             the power 1.5) are in it.
     """
     run = create_run(path)
-    run.begin("sample", SampleConfig(model="simulated", max_tokens=MAX_TOKENS, rollouts=len(prompts[0][0].lengths)))
+    run.begin(
+        "sample", SampleConfig(model="simulated", max_tokens=MAX_TOKENS, rollouts=max(2, len(prompts[0][0].lengths)))
+    )
     spoken = texts or [f"prompt {targets[0].prompt_id}" for targets in prompts]
     run.write_prompts(
         [

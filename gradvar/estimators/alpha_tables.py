@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import check_advantage
@@ -90,9 +89,7 @@ def alpha_table(
     targets = arrange(groups)
     everyone = {name: scores for prompts in targets.values() for name, scores in prompts.items()}
     rows: list[TableRow] = []
-    drawn: dict[str, NDArray[np.intp]] = {}
-    updates: dict[str, NDArray[np.float64]] = {}
-    directions: dict[str, NDArray[np.float64]] = {}
+    made_of: dict[tuple[str, str], Products] = {}
     reasons: dict[str, str] = {}
     for name, raw in everyone.items():
         scores = raw.verified()
@@ -104,7 +101,7 @@ def alpha_table(
         else:
             chosen = draw_groups(n, group_size, permutations, rng=generator(seed, name, "groups"))
             limit = float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max())
-            updates[name] = np.stack(
+            updates = np.stack(
                 [
                     group_coefficients(
                         chosen, scores.rewards, scores.lengths, rule, advantage=advantage, alpha=alpha, max_length=limit
@@ -115,8 +112,11 @@ def alpha_table(
             aims = [reward_direction(scores.rewards, chosen), length_direction(scores.lengths, chosen)]
             if scores.log_probs is not None:
                 aims.append(entropy_direction(scores.log_probs, chosen))
-            drawn[name], directions[name] = chosen, np.stack(aims)
-    if not drawn and not any(reason == SILENT for reason in reasons.values()):
+            # All targets of a prompt at once, so that only one prompt's groups are held at a time.
+            for target, prompts in targets.items():
+                if name in prompts:
+                    made_of[target, name] = products(prompts[name].verified().gram, chosen, updates, np.stack(aims))
+    if not made_of and not any(reason == SILENT for reason in reasons.values()):
         raise GradvarError(
             f"group size {group_size} needs at least {3 * group_size} verified responses to a prompt: "
             "sample more, or ask for a smaller group"
@@ -148,7 +148,7 @@ def alpha_table(
                     )
                 )
                 continue
-            found[name] = products(scores.verified().gram, drawn[name], updates[name], directions[name])
+            found[name] = made_of[target, name]
         pools = [(name, [own]) for name, own in found.items()]
         if len(found) > 1:
             pools.append((None, list(found.values())))  # type: ignore[arg-type]

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from gradvar.estimators.additive import Sums
 from gradvar.estimators.advantages import advantages
 from gradvar.estimators.aggregation import Rule
-from gradvar.estimators.groups import group_coefficients, group_moments
+from gradvar.estimators.group_products import sums_by_response
+from gradvar.estimators.groups import group_coefficients, moments_of_kinds
 
 Array = NDArray[np.float64]
 
@@ -94,27 +95,28 @@ def baseline_sums(
     q = q + p * rewards.mean()
     norms = np.diagonal(gram)
     parts = []
-    for measure in (_variance, _norm):
-        group, squares, ones, both = (
-            measure(gram, norms, groups, c) for c in (own, weighted, weights, weighted + weights)
-        )
+    kinds = np.stack([own, weighted, weights, weighted + weights])
+    for measure in (_variances, _norms):
+        group, squares, ones, both = measure(gram, norms, groups, kinds)
         mixed = (both - squares - ones) / 2.0
         parts += [group, p**2 * squares + 2.0 * p * q * mixed + q**2 * ones]
     table = np.stack([parts[0], parts[1], parts[2], parts[3]], axis=1)
     return Sums(value=table[0], without=table[1:])
 
 
-def _variance(gram: Array, norms: Array, groups: NDArray[np.intp], coefficients: Array) -> Array:
-    found = group_moments(gram, groups, coefficients)
-    return np.concatenate([[found.same - found.cross], found.same_without - found.cross_without])
+def _variances(gram: Array, norms: Array, groups: NDArray[np.intp], kinds: Array) -> list[Array]:
+    return [
+        np.concatenate([[found.same - found.cross], found.same_without - found.cross_without])
+        for found in moments_of_kinds(gram, groups, kinds)
+    ]
 
 
-def _norm(gram: Array, norms: Array, groups: NDArray[np.intp], coefficients: Array) -> Array:
-    values = (coefficients**2 * norms[groups]).sum(axis=-1)
-    members = groups.reshape(-1)
-    gone = np.bincount(members, weights=np.repeat(values.reshape(-1), groups.shape[2]), minlength=len(norms))
-    left = values.size - np.bincount(members, minlength=len(norms))
-    return np.concatenate([[values.mean()], (values.sum() - gone) / np.where(left > 0, left, np.nan)])
+def _norms(gram: Array, norms: Array, groups: NDArray[np.intp], kinds: Array) -> list[Array]:
+    values = (kinds**2 * norms[groups]).sum(axis=-1)
+    gone = sums_by_response(groups, len(norms), values)
+    left = values[0].size - np.bincount(groups.reshape(-1), minlength=len(norms))
+    left = np.where(left > 0, left, np.nan)
+    return [np.concatenate([[own.mean()], (own.sum() - lost) / left]) for own, lost in zip(values, gone.T, strict=True)]
 
 
 def log_variance_ratio(parts: Array) -> Array:

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradvar.estimators.advantages import advantages
+from gradvar.estimators.group_products import dot, reaches, sums_by_response
 from gradvar.estimators.intervals import effective_degrees, jackknife_variance, t_quantile
 from gradvar.runs.records import Estimate
 
@@ -63,44 +64,40 @@ def products(gram: Array, groups: NDArray[np.intp], updates: Array, directions: 
     Returns:
         The products with their delete-one replicates: the same permutations without the groups that hold a response.
     """
-    permutations, count, size = groups.shape
-    n = gram.shape[0]
-    rows = groups.reshape(permutations, -1)
-    kinds = np.concatenate([updates, directions])
-    spread = np.zeros((len(kinds), permutations, n))
-    np.put_along_axis(spread, rows[None], kinds.reshape(len(kinds), permutations, -1), axis=2)
-    reach = np.take_along_axis(spread @ gram, rows[None], axis=2).reshape(kinds.shape)
-    blocks = gram[groups[..., :, None], groups[..., None, :]]
-    inside = np.moveaxis(blocks @ np.moveaxis(kinds, 0, -1), -1, 0)
-    members = groups.reshape(-1)
-    times = np.bincount(members, minlength=n).astype(np.float64)
-
-    def means(values: Array, total: float, count_all: float, lost: Array) -> Array:
-        """Mean over all terms, then without each response: `values` (P, B) go with the group that holds it."""
-        gone = np.bincount(members, weights=np.repeat(values.reshape(-1), size), minlength=n)
-        left = count_all - lost
-        with np.errstate(divide="ignore", invalid="ignore"):
-            without = (total - gone) / np.where(left > 0, left, np.nan)
-        return np.concatenate([[total / count_all], without])
-
-    def same(k: int) -> Array:
-        values = (kinds[k] * inside[k]).sum(axis=-1)
-        return means(values, float(values.sum()), float(groups.shape[0] * count), times)
-
-    def pairs(one: int, two: int) -> Array:
-        """<one_a, two_b> over a != b: a response takes its group's pairs with it, as first and as second."""
-        own = (kinds[one] * inside[two]).sum(axis=-1)
-        first = (kinds[one] * reach[two]).sum(axis=-1) - own
-        second = first if one == two else (kinds[two] * reach[one]).sum(axis=-1) - own
-        all_pairs = float(permutations * count * (count - 1))
-        return means(first + second, float(first.sum()), all_pairs, 2.0 * times * (count - 1))
-
+    n, count = gram.shape[0], groups.shape[1]
     r, h = len(updates), len(directions)
+    # Values of every group: <u, u> inside it; over pairs of groups <u, u>, <u, d> both ways round, and <d, d>.
+    values = np.empty((2 * r + r * h + h, *groups.shape[:2]))
+    for reach in reaches(gram, groups, np.concatenate([updates, directions])):
+        c, beyond = reach.coefficients, reach.beyond
+        values[:r, reach.where] = dot(c[:r], reach.inside[:r])
+        values[r : 2 * r, reach.where] = 2.0 * dot(c[:r], beyond[:r])
+        for j in range(h):
+            mixed = dot(c[:r], beyond[r + j]) + dot(c[r + j], beyond[:r])
+            values[2 * r + j * r : 2 * r + (j + 1) * r, reach.where] = mixed
+        values[2 * r + r * h :, reach.where] = 2.0 * dot(c[r:], beyond[r:])
+    totals = values.reshape(len(values), -1).sum(axis=1)
+    gone = sums_by_response(groups, n, values)
+    times = np.bincount(groups.reshape(-1), minlength=n).astype(np.float64)
+    group_count = float(groups.shape[0] * count)
+
+    def means(where: slice, total: Array, number: float, lost: Array) -> Array:
+        """Mean over all terms, then without each response: its groups' terms go with it."""
+        left = (number - lost)[:, None]
+        without = (total - gone[:, where]) / np.where(left > 0, left, np.nan)
+        return np.concatenate([total[None] / number, without])
+
+    def pairs(where: slice) -> Array:
+        """Over a != b: a response takes its group's pairs with it, as first and as second."""
+        number, lost = group_count * (count - 1), 2.0 * times * (count - 1)
+        return means(where, totals[where] / 2.0, number, lost)
+
+    own = slice(0, r)
     return Products(
-        same=np.stack([same(k) for k in range(r)], axis=1),
-        cross=np.stack([pairs(k, k) for k in range(r)], axis=1),
-        mixed=np.stack([np.stack([pairs(k, r + j) for j in range(h)], axis=1) for k in range(r)], axis=1),
-        direction=np.stack([pairs(r + j, r + j) for j in range(h)], axis=1),
+        same=means(own, totals[own], group_count, times),
+        cross=pairs(slice(r, 2 * r)),
+        mixed=np.moveaxis(pairs(slice(2 * r, 2 * r + r * h)).reshape(1 + n, h, r), 1, 2),
+        direction=pairs(slice(2 * r + r * h, None)),
     )
 
 

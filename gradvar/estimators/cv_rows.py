@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
-from numpy.typing import NDArray
 
 from gradvar.estimators.aggregation import Rule
 from gradvar.estimators.cv import (
@@ -16,9 +13,13 @@ from gradvar.estimators.cv import (
     n_to_resolve,
     resolution,
 )
+from gradvar.estimators.groups import GroupMoments
 from gradvar.estimators.intervals import THESE_PROMPTS
 from gradvar.estimators.paper_order import claim, judge
 from gradvar.runs.records import Estimate, PromptScores, TableRow
+
+MomentsKey = tuple[str, str, float | None]
+"""Prompt, rule and alpha."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +30,10 @@ class CvStudy:
     prompts: dict[str, PromptScores]
     left_out: dict[str, int]
     silent: set[str]
-    drawn: dict[str, NDArray[np.intp]]
-    coefficients: dict[tuple[str, str, float | None], NDArray[np.float64]]
-    kept: dict[str, NDArray[np.bool_]]
+    moments: Mapping[MomentsKey, GroupMoments]
+    """Of the prompts that hold two groups."""
+    conditional: bool
+    """Whether silent groups, hence silent prompts, are left out (dynamic sampling)."""
     extras: str
     advantage: str
     group_size: int

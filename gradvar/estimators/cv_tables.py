@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import check_advantage
@@ -25,13 +24,14 @@ from gradvar.estimators.cv import (
     pooled_rho,
     rho_estimate,
 )
-from gradvar.estimators.cv_rows import CvStudy, ratio_row, rho_and_cv_rows
+from gradvar.estimators.cv_rows import CvStudy, MomentsKey, ratio_row, rho_and_cv_rows
 from gradvar.estimators.groups import (
     PERMUTATIONS,
+    GroupMoments,
     draw_groups,
     group_coefficients,
-    group_moments,
     loud_groups,
+    moments_of_kinds,
     silent_share,
 )
 from gradvar.estimators.inputs import arrange, generator, is_silent
@@ -105,19 +105,19 @@ def cv_table(
             f"groups), the most any prompt has is {largest}: sample more, or ask for a smaller group"
         )
     left_out = {name: len(everyone[name].lengths) - len(s.lengths) for name, s in usable.items()}
+    conditional = dynamic_sampling and advantage != "score"
     silent = {name for name, s in everyone.items() if advantage not in ("score", "raw") and is_silent(s)}
-    drawn: dict[str, NDArray[np.intp]] = {}
-    coefficients: dict[tuple[str, str, float | None], NDArray[np.float64]] = {}
-    kept: dict[str, NDArray[np.bool_]] = {}
+    studied = list(dict.fromkeys([*variants, compared]))
+    moments: dict[str, dict[MomentsKey, GroupMoments]] = {target: {} for target in targets}
     for name, scores in usable.items():
         n = len(scores.lengths)
         if n < 2 * group_size:
             continue
-        drawn[name] = draw_groups(n, group_size, permutations, rng=generator(seed, name, "groups"))
+        drawn = draw_groups(n, group_size, permutations, rng=generator(seed, name, "groups"))
         limit = float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max())
-        for rule, alpha in {*variants, compared}:
-            coefficients[name, rule.name, alpha] = group_coefficients(
-                drawn[name],
+        coefficients = [
+            group_coefficients(
+                drawn,
                 np.zeros(n) if advantage == "score" else scores.rewards,
                 scores.lengths,
                 rule,
@@ -126,8 +126,16 @@ def cv_table(
                 max_length=limit,
                 masked=scores.truncated if overlong_filtering else None,
             )
-        if dynamic_sampling and advantage != "score":
-            kept[name] = loud_groups(drawn[name], scores.rewards)
+            for rule, alpha in studied
+        ]
+        kept = loud_groups(drawn, scores.rewards) if conditional else None
+        # All targets of a prompt at once, so that only one prompt's groups are held at a time.
+        for target, prompts in targets.items():
+            if name in prompts:
+                gram = prompts[name].gram if advantage == "score" else prompts[name].verified().gram
+                found = moments_of_kinds(gram, drawn, np.stack(coefficients), kept)
+                for (rule, alpha), own in zip(studied, found, strict=True):
+                    moments[target][name, rule.name, alpha] = own
     for target, prompts in targets.items():
         rows += _rows_of_target(
             CvStudy(
@@ -135,9 +143,8 @@ def cv_table(
                 prompts={n: s if advantage == "score" else s.verified() for n, s in prompts.items()},
                 left_out={n: left_out[n] for n in prompts},
                 silent=silent & set(prompts),
-                drawn=drawn,
-                coefficients=coefficients,
-                kept=kept,
+                moments=moments[target],
+                conditional=conditional,
                 extras=", ".join(
                     word
                     for word, on in (
@@ -168,7 +175,7 @@ def _rows_of_target(
             share = silent_share(scores.rewards, study.group_size)
             method = "exact over groups drawn without replacement, no interval"
             rows.append(study.row("silent_share", study.plain(share, method, name), [name]))
-        if name not in study.drawn:
+        if (name, compared[0].name, compared[1]) not in study.moments:
             method = f"fewer than {2 * study.group_size} verified responses: two disjoint groups are needed"
             estimate = study.plain(math.nan, method, name)
             needed = float(3 * study.group_size)
@@ -179,21 +186,11 @@ def _rows_of_target(
             estimate = study.plain(math.nan, f"not estimated; {SILENT}", name)
             rows.append(study.row("cv", estimate, [name], verdict=SILENT, n_needed=math.inf))
     loud = [name for name in spoken if name not in study.silent]
-    if study.kept:
+    if study.conditional:
         spoken = loud
-    moments = {
-        (name, rule.name, alpha): group_moments(
-            study.prompts[name].gram,
-            study.drawn[name],
-            study.coefficients[name, rule.name, alpha],
-            study.kept.get(name),
-        )
-        for name in spoken
-        for rule, alpha in {*variants, compared}
-    }
-    references = [moments[name, compared[0].name, compared[1]] for name in spoken]
+    references = [study.moments[name, compared[0].name, compared[1]] for name in spoken]
     for variant in variants:
-        mine = [moments[name, variant[0].name, variant[1]] for name in spoken]
+        mine = [study.moments[name, variant[0].name, variant[1]] for name in spoken]
         for name, own, reference in zip(spoken, mine, references, strict=True):
             if name not in loud:
                 continue

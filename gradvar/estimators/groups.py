@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import advantages
 from gradvar.estimators.aggregation import Rule, scope_weights
+from gradvar.estimators.group_products import dot, reaches, sums_by_response
 
 Array = NDArray[np.float64]
 
@@ -117,49 +118,46 @@ def group_moments(
         The moments, NaN where no two kept groups meet in a permutation. Cost: one (N, N) by (N, P) product and P N n
         look-ups.
     """
-    permutations = groups.shape[0]
+    return moments_of_kinds(gram, groups, coefficients[None], kept)[0]
+
+
+def moments_of_kinds(
+    gram: Array, groups: NDArray[np.intp], kinds: Array, kept: NDArray[np.bool_] | None = None
+) -> list[GroupMoments]:
+    """Compute the moments of K kinds of update (K, P, B, n) on the same groups; otherwise as `group_moments`."""
     n = gram.shape[0]
     held = np.ones(groups.shape[:2]) if kept is None else kept.astype(np.float64)
-    coefficients = coefficients * held[..., None]
-    rows = groups.reshape(permutations, -1)
-    spread = np.zeros((permutations, n))
-    np.put_along_axis(spread, rows, coefficients.reshape(permutations, -1), axis=1)
-    reach = np.take_along_axis(spread @ gram, rows, axis=1).reshape(groups.shape)
-    to_all = (coefficients * reach).sum(axis=-1)
-    diagonal = group_self_products(gram, groups, coefficients)
-    to_others = to_all - diagonal
-    size, members = groups.shape[2], groups.reshape(-1)
+    if kept is not None:
+        kinds = kinds * held[..., None]
+    count = len(kinds)
+    # Values of every group: K_bb, then sum over the others of K_ab, then what counts groups and pairs.
+    values = np.empty((2 * count + 2, *groups.shape[:2]))
+    for reach in reaches(gram, groups, kinds):
+        values[:count, reach.where] = dot(reach.coefficients, reach.inside)
+        values[count : 2 * count, reach.where] = dot(reach.coefficients, reach.beyond)
+    values[-2], values[-1] = held, held * (held.sum(axis=1, keepdims=True) - 1.0)
+    totals = values.reshape(len(values), -1).sum(axis=1)
+    gone = sums_by_response(groups, n, values)
+    times, group_count, pair_count = gone[:, -2], float(totals[-2]), float(totals[-1])
 
-    def per_response(values: Array) -> Array:
-        sums = np.bincount(members, weights=np.repeat(values.reshape(-1), size), minlength=n)
-        return np.asarray(sums, dtype=np.float64)
+    def without(total: float, lost: Array, total_count: float, lost_count: Array) -> Array:
+        left = total_count - lost_count
+        return np.asarray((total - lost) / np.where(left > 0.5, left, np.nan))
 
-    partners = held * (held.sum(axis=1, keepdims=True) - 1.0)
-    times, group_count, pair_count = per_response(held), float(held.sum()), float(partners.sum())
-
-    def without(total: float, gone: Array, count: float, lost: Array) -> Array:
-        left = count - lost
-        return (total - gone) / np.where(left > 0.5, left, np.nan)
-
-    same_total, cross_total = float(diagonal.sum()), float(to_others.sum())
-    return GroupMoments(
-        same=same_total / group_count if group_count > 0 else math.nan,
-        cross=cross_total / pair_count if pair_count > 0 else math.nan,
-        same_without=without(same_total, per_response(diagonal), group_count, times),
-        cross_without=without(cross_total, 2.0 * per_response(to_others), pair_count, 2.0 * per_response(partners)),
-        second_order=_second_order(gram, groups, coefficients, times),
-    )
+    return [
+        GroupMoments(
+            same=float(totals[k]) / group_count if group_count > 0 else math.nan,
+            cross=float(totals[count + k]) / pair_count if pair_count > 0 else math.nan,
+            same_without=without(float(totals[k]), gone[:, k], group_count, times),
+            cross_without=without(float(totals[count + k]), 2.0 * gone[:, count + k], pair_count, 2.0 * gone[:, -1]),
+            second_order=second_order_variance(gram, groups, kinds[k], times),
+        )
+        for k in range(count)
+    ]
 
 
-def group_self_products(gram: Array, groups: NDArray[np.intp], coefficients: Array) -> Array:
-    """K_bb (P, B) of every group."""
-    blocks = gram[groups[..., :, None], groups[..., None, :]]
-    reach = np.matmul(blocks, coefficients[..., None])[..., 0]
-    products: Array = (coefficients * reach).sum(axis=-1)
-    return products
-
-
-def _second_order(gram: Array, groups: NDArray[np.intp], coefficients: Array, times: Array) -> float:
+def second_order_variance(gram: Array, groups: NDArray[np.intp], coefficients: Array, times: Array) -> float:
+    """`GroupMoments.second_order`; `times` (N,) counts the groups that hold each response."""
     n = gram.shape[0]
     total = np.bincount(groups.reshape(-1), weights=coefficients.reshape(-1), minlength=n)
     factor = groups.shape[2] * total / np.maximum(times, 1.0)

@@ -33,7 +33,7 @@ from gradvar.estimators.bias import (
     reward_direction,
 )
 from gradvar.estimators.cv import SILENT, cv_from_rho, pooled_rho, resolution
-from gradvar.estimators.groups import PERMUTATIONS, GroupMoments, draw_groups, group_coefficients, group_moments
+from gradvar.estimators.groups import PERMUTATIONS, GroupMoments, draw_groups, group_coefficients, second_order_variance
 from gradvar.estimators.groups import silent_share as share_of_silent
 from gradvar.estimators.inputs import arrange, generator, is_silent
 from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, check_level, t_quantile
@@ -108,9 +108,16 @@ def planning_table(
                     c = group_coefficients(
                         drawn, scores.rewards, scores.lengths, found, advantage=advantage, alpha=a, max_length=limit
                     )
-                    moments[n][name] = group_moments(scores.gram, drawn, c)
-                    aims = reward_direction(scores.rewards, drawn)
-                    aimed[n][name] = products(scores.gram, drawn, c[None], aims[None])
+                    own = products(scores.gram, drawn, c[None], reward_direction(scores.rewards, drawn)[None])
+                    aimed[n][name] = own
+                    times = np.bincount(drawn.reshape(-1), minlength=count).astype(np.float64)
+                    moments[n][name] = GroupMoments(
+                        same=float(own.same[0, 0]),
+                        cross=float(own.cross[0, 0]),
+                        same_without=own.same[1:, 0],
+                        cross_without=own.cross[1:, 0],
+                        second_order=second_order_variance(scores.gram, drawn, c, times),
+                    )
         if used and not any(moments.values()):
             raise GradvarError(
                 f"no prompt holds three groups of {ordered[0]} verified responses: sample more, or take smaller sizes"
