@@ -66,7 +66,7 @@ FORMS = {
 def _print_forms(table: pd.DataFrame) -> None:
     from gradvar.estimators.paper_order import whole_order
 
-    rows = overall_rows(table[table["target"] == last_target(table)])
+    rows = overall_rows(table[table["target"] == last_target(table)]) if len(table) else table
     if rows.empty:
         return
     words = "grpo = vl_norm 1 <= vl_norm alpha <= dapo = dr_grpo"

@@ -51,6 +51,7 @@ def cv_table(
     group_size: int = 8,
     advantage: str = "grpo",
     reference: str = "grpo",
+    further_references: Sequence[str] = (),
     level: float = 0.95,
     permutations: int = PERMUTATIONS,
     overlong_filtering: bool = False,
@@ -77,6 +78,7 @@ def cv_table(
         group_size: n, responses of one update.
         advantage: Kind of `advantages`, computed inside each group.
         reference: Rule the ratios are taken against (its first alpha where it takes one).
+        further_references: Further rules likewise.
         level: Nominal coverage.
         permutations: Random permutations a prompt.
         overlong_filtering: Take truncated responses out of the loss, as DAPO does; their reward stays in the baseline.
@@ -93,7 +95,7 @@ def cv_table(
     check_level(level)
     check_advantage(advantage)
     variants = expand_rules(rules, alphas)
-    compared = expand_rules([reference], alphas)[0]
+    references = [expand_rules([name], alphas)[0] for name in (reference, *further_references)]
     targets = arrange(groups)
     rows: list[TableRow] = []
     everyone = {name: scores for prompts in targets.values() for name, scores in prompts.items()}
@@ -107,7 +109,7 @@ def cv_table(
     left_out = {name: len(everyone[name].lengths) - len(s.lengths) for name, s in usable.items()}
     conditional = dynamic_sampling and advantage != "score"
     silent = {name for name, s in everyone.items() if advantage not in ("score", "raw") and is_silent(s)}
-    studied = list(dict.fromkeys([*variants, compared]))
+    studied = list(dict.fromkeys([*variants, *references]))
     moments: dict[str, dict[MomentsKey, GroupMoments]] = {target: {} for target in targets}
     for name, scores in usable.items():
         n = len(scores.lengths)
@@ -159,13 +161,13 @@ def cv_table(
                 seed=seed,
             ),
             variants,
-            compared,
+            references,
         )
     return estimate_table(rows)
 
 
 def _rows_of_target(
-    study: CvStudy, variants: list[tuple[Rule, float | None]], compared: tuple[Rule, float | None]
+    study: CvStudy, variants: list[tuple[Rule, float | None]], compared_with: list[tuple[Rule, float | None]]
 ) -> list[TableRow]:
     rows: list[TableRow] = []
     spoken: list[str] = []
@@ -175,7 +177,7 @@ def _rows_of_target(
             share = silent_share(scores.rewards, study.group_size)
             method = "exact over groups drawn without replacement, no interval"
             rows.append(study.row("silent_share", study.plain(share, method, name), [name]))
-        if (name, compared[0].name, compared[1]) not in study.moments:
+        if not any(key[0] == name for key in study.moments):
             method = f"fewer than {2 * study.group_size} verified responses: two disjoint groups are needed"
             estimate = study.plain(math.nan, method, name)
             needed = float(3 * study.group_size)
@@ -188,38 +190,37 @@ def _rows_of_target(
     loud = [name for name in spoken if name not in study.silent]
     if study.conditional:
         spoken = loud
-    references = [study.moments[name, compared[0].name, compared[1]] for name in spoken]
+    references = [
+        (compared, [study.moments[name, compared[0].name, compared[1]] for name in spoken])
+        for compared in compared_with
+    ]
     for variant in variants:
         mine = [study.moments[name, variant[0].name, variant[1]] for name in spoken]
-        for name, own, reference in zip(spoken, mine, references, strict=True):
+        for k, (name, own) in enumerate(zip(spoken, mine, strict=True)):
             if name not in loud:
                 continue
-            rows += rho_and_cv_rows(
-                study, variant, rho_estimate(own, group_size=study.group_size, level=study.level), [name]
-            )
-            if variant != compared:
-                ratio = cv_ratio(
-                    own,
-                    reference,
-                    group_size=study.group_size,
-                    level=study.level,
-                    short=_short(study, variant, compared, name),
-                )
-                rows.append(ratio_row(study, variant, compared, ratio, [name]))
+            rho = rho_estimate(own, group_size=study.group_size, level=study.level)
+            rows += rho_and_cv_rows(study, variant, rho, [name])
+            for compared, theirs in references:
+                if variant != compared:
+                    short = _short(study, variant, compared, name)
+                    ratio = cv_ratio(own, theirs[k], group_size=study.group_size, level=study.level, short=short)
+                    rows.append(ratio_row(study, variant, compared, ratio, [name]))
         if len(study.prompts) < 2 or not loud:
             continue
         both = pooled_rho(mine, group_size=study.group_size, level=study.level)
         for rho, estimand in zip(both, (THESE_PROMPTS, PROMPTS_LIKE_THESE), strict=True):
             rows += rho_and_cv_rows(study, variant, rho, spoken, pooled=True, estimand=estimand)
-        if variant != compared:
-            ratio = pooled_cv_ratio(
-                mine,
-                references,
-                group_size=study.group_size,
-                level=study.level,
-                short=[_short(study, variant, compared, name) for name in spoken],
-            )
-            rows.append(ratio_row(study, variant, compared, ratio, spoken, pooled=True))
+        for compared, theirs in references:
+            if variant != compared:
+                ratio = pooled_cv_ratio(
+                    mine,
+                    theirs,
+                    group_size=study.group_size,
+                    level=study.level,
+                    short=[_short(study, variant, compared, name) for name in spoken],
+                )
+                rows.append(ratio_row(study, variant, compared, ratio, spoken, pooled=True))
     return rows
 
 

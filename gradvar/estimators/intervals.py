@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from gradvar.errors import GradvarError
 from gradvar.runs.records import Estimate
@@ -36,7 +36,7 @@ def check_level(level: float) -> None:
 
 def t_quantile(level: float, degrees: float) -> float:
     """Two-sided Student quantile; NaN without a degree of freedom."""
-    return float(stats.t.ppf(0.5 + level / 2, degrees)) if degrees > 0 else math.nan
+    return float(special.stdtrit(degrees, 0.5 + level / 2)) if degrees > 0 else math.nan
 
 
 def jackknife_variance(replicates: Array) -> Any:

@@ -216,7 +216,8 @@ def heterogeneity(fits: Sequence[ExponentFit], level: float) -> tuple[Estimate, 
         (tau, the standard deviation of the prompts' own exponents: sqrt of the moment estimate of tau^2, 0 where that
         is not positive; the p value of Cochran's Q, chi-square with K - 1 degrees). NaN below two usable fits.
     """
-    usable = [f for f in fits if math.isfinite(f.exponent.low)]
+    # A law without any scatter has an exponent without error, which would outweigh everything.
+    usable = [f for f in fits if math.isfinite(f.exponent.low) and float(np.linalg.norm(f.influence)) > 1e-8]
     method = "DerSimonian-Laird over prompts, no interval"
     n = sum(f.exponent.n for f in fits)
     if len(usable) < 2:

@@ -128,18 +128,27 @@ class Run(RunFiles):
         Raises:
             GradvarError: Nothing was measured, or the target is not in the run.
         """
+        return self.scores_of([target])
+
+    def scores_of(self, targets: Sequence[str]) -> list[PromptScores]:
+        """Return what the estimators need for several targets, target after target; every file is read once.
+
+        Raises:
+            GradvarError: As `scores`.
+        """
         prompt_ids = self.measured_prompt_ids()
         if not prompt_ids:
             raise GradvarError(f"{self.path} holds no score Grams: run `gradvar measure {self.path}` first")
         known = self.targets
         if not known:
             raise GradvarError(f"prompts of {self.path} have no target in common: run `gradvar measure {self.path}`")
-        if target != SUM and target not in known:
-            raise GradvarError(f"target {target!r} is not in {self.path}: known are {', '.join([SUM, *known])}")
+        for target in targets:
+            if target != SUM and target not in known:
+                raise GradvarError(f"target {target!r} is not in {self.path}: known are {', '.join([SUM, *known])}")
         if self.info["stages"].get("reward", {}).get("status") == "running":
             raise GradvarError(f"scoring {self.path} was not finished: run `gradvar reward {self.path}` again")
         max_length = int(self.info["config"].get("sample", {}).get("max_tokens", 0))
-        scores = []
+        scores: dict[str, list[PromptScores]] = {target: [] for target in targets}
         for prompt_id in prompt_ids:
             grams, rollouts = self.grams(prompt_id), self._measured_rollouts(prompt_id)
             ids = self._kept_ids(prompt_id, [grams[name] for name in known])
@@ -147,27 +156,26 @@ class Run(RunFiles):
                 raise GradvarError(f"prompt {prompt_id!r} has fewer than 2 responses that were not left out")
             place = {r.rollout_id: row for row, r in enumerate(rollouts)}
             rows = [place[name] for name in ids]
-            parts = [_restricted(grams[name], ids) for name in (known if target == SUM else [target])]
+            parts = {name: _restricted(grams[name], ids) for name in known if SUM in targets or name in targets}
             has_rewards = self.file("rewards", prompt_id).exists()
             rewards = self.rewards(prompt_id)[: len(rollouts)] if has_rewards else np.full(len(rollouts), np.nan)
             if len(rewards) != len(rollouts):
                 raise GradvarError(f"prompt {prompt_id!r} has unscored rollouts: run `gradvar reward {self.path}`")
             kept = [rollouts[row] for row in rows]
             lengths = np.array([r.length for r in kept], dtype=np.float64)
-            scores.append(
-                PromptScores(
-                    prompt_id=prompt_id,
-                    target=target,
-                    gram=np.sum(parts, axis=0),
-                    rewards=rewards[rows],
-                    lengths=lengths,
-                    truncated=np.array([r.finish_reason == "length" for r in kept]),
-                    log_probs=self._summed_log_probs(prompt_id, kept),
-                    max_length=max(max_length, int(lengths.max())),
-                    rollout_ids=ids,
-                )
-            )
-        return scores
+            shared: dict[str, Any] = {
+                "prompt_id": prompt_id,
+                "rewards": rewards[rows],
+                "lengths": lengths,
+                "truncated": np.array([r.finish_reason == "length" for r in kept]),
+                "log_probs": self._summed_log_probs(prompt_id, kept),
+                "max_length": max(max_length, int(lengths.max())),
+                "rollout_ids": ids,
+            }
+            for target, found in scores.items():
+                gram = np.sum(list(parts.values()), axis=0) if target == SUM else parts[target]
+                found.append(PromptScores(target=target, gram=gram, **shared))
+        return [one for found in scores.values() for one in found]
 
     def taus(self) -> dict[tuple[str, str], TauEstimate]:
         """Return tau of the responses in `scores`, in their order, by (prompt_id, target); where it was measured."""

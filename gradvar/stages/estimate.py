@@ -155,10 +155,9 @@ def alpha(run: Run, given: Mapping[str, Any], listener: Listener | None = None) 
 def _three_forms(groups: Sequence[PromptScores], config: EstimateConfig, common: dict[str, Any]) -> pd.DataFrame:
     """Forms 1, 2 and 3 of every rule's CV against grpo's and dapo's: the two ends of the paper's order."""
     options: dict[str, Any] = {"rules": config.rules, "alphas": config.alphas, **common}
-    parts = []
-    for reference in ("grpo", "dapo"):
-        parts.append(form_table(groups, reference=reference, **options))
-        parts.append(total_form(cv_table(groups, reference=reference, group_size=config.group_size, **options)))
+    parts = [form_table(groups, reference=reference, **options) for reference in ("grpo", "dapo")]
+    total = cv_table(groups, further_references=("dapo",), group_size=config.group_size, **options)
+    parts.append(total_form(total))
     return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
 
 

@@ -15,7 +15,7 @@ def estimated_groups(run: Run, listener: Listener | None = None) -> list[PromptS
     What the run holds beyond what was measured is told, and what was left out: it is not in the estimates.
     """
     names = [*run.targets, SUM] if len(run.targets) > 1 else run.targets or [SUM]
-    groups = [group for name in names for group in run.scores(name)]
+    groups = run.scores_of(names)
     measured = {group.prompt_id: len(run.measured_ids(group.prompt_id)) for group in groups}
     waiting = [
         name
