@@ -170,6 +170,16 @@ def read_measures(path: Path) -> Measures:
         raise storage.damaged(path, f"{type(error).__name__}: {error}") from error
 
 
+def read_left_out(path: Path) -> dict[int, str]:
+    """Read who was left out of one prompt and why; next to nothing is read where nobody was.
+
+    Raises:
+        GradvarError: The file is missing or damaged.
+    """
+    label = storage.read_label(path).get(_LABEL)
+    return dict(read_measures(path).left_out) if label is not None and '"left_out": true' in label else {}
+
+
 def _schema(about: Mapping[str, Any]) -> pa.Schema:
     columns: list[tuple[str, Any]] = [*_COLUMNS]
     if about.get("left_out"):

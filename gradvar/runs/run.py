@@ -17,7 +17,7 @@ from gradvar.errors import GradvarError
 from gradvar.runs import provenance, storage
 from gradvar.runs.config import CONFIGS, Config, as_json, resolve
 from gradvar.runs.files import RunFiles, rollouts_digest
-from gradvar.runs.measures import Measures, PrefixNorms, TauEstimate
+from gradvar.runs.measures import Measures, PrefixNorms, TauEstimate, read_left_out
 from gradvar.runs.records import PromptScores, Rollout, ScoreGram
 
 FORMAT_VERSION = 1
@@ -151,7 +151,8 @@ class Run(RunFiles):
         scores: dict[str, list[PromptScores]] = {target: [] for target in targets}
         for prompt_id in prompt_ids:
             grams, rollouts = self.grams(prompt_id), self._measured_rollouts(prompt_id)
-            ids = self._kept_ids(prompt_id, [grams[name] for name in known])
+            measures = self.measures(prompt_id) if self.file("measures", prompt_id).exists() else None
+            ids = _kept_ids([grams[name] for name in known], measures)
             if len(ids) < 2:
                 raise GradvarError(f"prompt {prompt_id!r} has fewer than 2 responses that were not left out")
             place = {r.rollout_id: row for row, r in enumerate(rollouts)}
@@ -168,7 +169,7 @@ class Run(RunFiles):
                 "rewards": rewards[rows],
                 "lengths": lengths,
                 "truncated": np.array([r.finish_reason == "length" for r in kept]),
-                "log_probs": self._summed_log_probs(prompt_id, kept),
+                "log_probs": None if measures is None else _summed_log_probs(measures, kept),
                 "max_length": max(max_length, int(lengths.max())),
                 "rollout_ids": ids,
             }
@@ -191,27 +192,17 @@ class Run(RunFiles):
 
     def left_out(self) -> dict[str, dict[int, str]]:
         """Return, by prompt, the rollout ids that are in no estimate and what of them was not finite."""
-        return {
-            prompt_id: dict(measures.left_out)
-            for prompt_id in self.measured_prompt_ids()
-            if self.file("measures", prompt_id).exists() and (measures := self.measures(prompt_id)).left_out
-        }
+        paths = {name: self.file("measures", name) for name in self.measured_prompt_ids()}
+        return {name: found for name, path in paths.items() if path.exists() and (found := read_left_out(path))}
 
     def _kept_measures(self) -> Iterator[tuple[str, Measures]]:
         known = self.targets
         for prompt_id in self.measured_prompt_ids():
             if self.file("measures", prompt_id).exists():
                 grams, measures = self.grams(prompt_id), self.measures(prompt_id)
-                ids = self._kept_ids(prompt_id, [grams[name] for name in known])
+                ids = _kept_ids([grams[name] for name in known], measures)
                 if set(ids) <= set(measures.rollout_ids):
                     yield prompt_id, measures.select(ids)
-
-    def _kept_ids(self, prompt_id: str, grams: Sequence[ScoreGram]) -> tuple[int, ...]:
-        """Return the rollouts that all these Grams hold and nobody left out, in their order."""
-        common = set.intersection(*[set(gram.rollout_ids) for gram in grams])
-        if self.file("measures", prompt_id).exists():
-            common -= set(self.measures(prompt_id).left_out)
-        return tuple(name for name in grams[0].rollout_ids if name in common)
 
     def _measured_rollouts(self, prompt_id: str) -> list[Rollout]:
         """Return the rollouts that the prompt's Grams were measured on; the run may hold more by now."""
@@ -229,15 +220,22 @@ class Run(RunFiles):
             )
         return before
 
-    def _summed_log_probs(self, prompt_id: str, rollouts: Sequence[Rollout]) -> NDArray[np.float64] | None:
-        if not self.file("measures", prompt_id).exists():
-            return None
-        measures, ids = self.measures(prompt_id), [r.rollout_id for r in rollouts]
-        if not set(ids) <= set(measures.rollout_ids):
-            return None
-        masks = [np.ones(len(r.token_ids)) if r.loss_mask is None else np.array(r.loss_mask) for r in rollouts]
-        logprobs = measures.select(ids).policy_logprobs
-        return np.array([float(lp.astype(np.float64) @ mask) for lp, mask in zip(logprobs, masks, strict=True)])
+
+def _kept_ids(grams: Sequence[ScoreGram], measures: Measures | None) -> tuple[int, ...]:
+    """Return the rollouts that all these Grams of a prompt hold and nobody left out, in their order."""
+    common = set.intersection(*[set(gram.rollout_ids) for gram in grams])
+    if measures is not None:
+        common -= set(measures.left_out)
+    return tuple(name for name in grams[0].rollout_ids if name in common)
+
+
+def _summed_log_probs(measures: Measures, rollouts: Sequence[Rollout]) -> NDArray[np.float64] | None:
+    ids = [r.rollout_id for r in rollouts]
+    if not set(ids) <= set(measures.rollout_ids):
+        return None
+    masks = [np.ones(len(r.token_ids)) if r.loss_mask is None else np.array(r.loss_mask) for r in rollouts]
+    logprobs = measures.select(ids).policy_logprobs
+    return np.array([float(lp.astype(np.float64) @ mask) for lp, mask in zip(logprobs, masks, strict=True)])
 
 
 def _restricted(gram: ScoreGram, ids: Sequence[int]) -> NDArray[np.float64]:
