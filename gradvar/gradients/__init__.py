@@ -1,6 +1,7 @@
 """Responses to score Grams: targets, capture, log-probabilities, Gram, checks. Importing this loads torch."""
 
 from gradvar.gradients.check import PrecisionCheck, PrecisionRow, check_precision, float32_reference
+from gradvar.gradients.cross import cross_grams
 from gradvar.gradients.finite import measure_finite
 from gradvar.gradients.listing import TargetGroup, TargetListing, survey_targets
 from gradvar.gradients.passes import NonFiniteError
@@ -18,6 +19,7 @@ __all__ = [
     "PrefixNorms",
     "ScoreMeasurement",
     "SketchPlan",
+    "cross_grams",
     "TauEstimate",
     "measure_finite",
     "measure_scores",

@@ -15,7 +15,7 @@ from gradvar.runs.records import (
     target_label,
 )
 from gradvar.runs.run import SUM, Run, create_run, open_run
-from gradvar.runs.sketches import GradientSketch
+from gradvar.runs.sketches import CrossGrams, GradientSketch
 
 __all__ = [
     # the directory
@@ -31,6 +31,7 @@ __all__ = [
     "SampleConfig",
     # records
     "TABLE_COLUMNS",
+    "CrossGrams",
     "Estimate",
     "GradientSketch",
     "Measures",

@@ -17,7 +17,14 @@ from gradvar.errors import GradvarError
 from gradvar.runs import provenance, storage
 from gradvar.runs.measures import Measures, read_measures, write_measures
 from gradvar.runs.records import Prompt, Rollout, ScoreGram
-from gradvar.runs.sketches import GradientSketch, read_sketches, write_sketches
+from gradvar.runs.sketches import (
+    CrossGrams,
+    GradientSketch,
+    read_cross_grams,
+    read_sketches,
+    write_cross_grams,
+    write_sketches,
+)
 
 _PROMPTS = pa.schema(
     [
@@ -41,6 +48,9 @@ _ROLLOUTS = pa.schema(
     ]
 )
 _REWARDS = pa.schema([("rollout_id", pa.int32()), ("reward", pa.float64())])
+
+
+CROSS_GRAMS = "cross.safetensors"
 
 
 class RunFiles:
@@ -237,6 +247,17 @@ class RunFiles:
     def write_sketches(self, prompt_id: str, sketches: dict[str, GradientSketch], *, rollouts_digest: str) -> None:
         """Write one prompt's sketches, whole or not at all."""
         write_sketches(self.file("sketches", prompt_id), sketches, rollouts_digest=rollouts_digest)
+
+    def cross_grams(self) -> CrossGrams | None:
+        """Read the exact products between prompts; None without, or where a prompt was measured again."""
+        found = read_cross_grams(self.path / CROSS_GRAMS)
+        if found is None or any(self.grams_label(name) != digest for name, digest in found.digests.items()):
+            return None
+        return found
+
+    def write_cross_grams(self, grams: CrossGrams) -> None:
+        """Write the exact products between prompts, whole or not at all."""
+        write_cross_grams(self.path / CROSS_GRAMS, grams)
 
     # --- tables -------------------------------------------------------------------------------------------------
 

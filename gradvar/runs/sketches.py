@@ -1,4 +1,4 @@
-"""Sketches of gradients, for inner products between responses to different prompts, and their file, one a prompt.
+"""Inner products between responses to different prompts: sketches of gradients, a file each prompt, or exact, one file.
 
 Shape letters: N responses, d dimension of the sketch.
 """
@@ -106,3 +106,64 @@ def read_sketches(path: Path, *, rollouts_digest: str) -> dict[str, GradientSket
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise storage.damaged(path, f"{type(error).__name__}: {error}") from error
     return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CrossGrams:
+    """Exact inner products of the score gradients of several prompts' responses."""
+
+    matrices: Mapping[str, NDArray[np.float64]]
+    """By target, (N, N) over all prompts' responses."""
+    responses: tuple[tuple[str, int], ...]
+    """(prompt_id, rollout_id) behind the rows, N of them."""
+    digests: Mapping[str, str]
+    """By prompt, of the rollouts its Grams were measured on then."""
+    include_bias: bool
+    """Whether the targets' biases are part of the parameters."""
+
+    def rows(self, prompt_id: str, rollout_ids: Sequence[int]) -> NDArray[np.intp]:
+        """Return the rows of these responses to a prompt.
+
+        Raises:
+            KeyError: One of them is not there.
+        """
+        place = {name: row for row, name in enumerate(self.responses)}
+        return np.array([place[prompt_id, rollout_id] for rollout_id in rollout_ids], dtype=np.intp)
+
+
+def write_cross_grams(path: Path, grams: CrossGrams) -> None:
+    """Write exact products whole or not at all."""
+    about = {
+        "responses": [list(name) for name in grams.responses],
+        "digests": dict(grams.digests),
+        "include_bias": grams.include_bias,
+        "targets": list(grams.matrices),
+    }
+    arrays = {f"{name}/gram": matrix for name, matrix in grams.matrices.items()}
+    storage.write_arrays(path, arrays, {"gradvar": json.dumps(about)})
+
+
+def read_cross_grams(path: Path) -> CrossGrams | None:
+    """Read exact products, None without a file.
+
+    Raises:
+        GradvarError: The file is damaged.
+    """
+    if not path.exists():
+        return None
+    arrays, metadata = storage.read_arrays(path)
+    try:
+        about = json.loads(metadata["gradvar"])
+        responses = tuple((str(prompt_id), int(rollout_id)) for prompt_id, rollout_id in about["responses"])
+        matrices = {name: arrays[f"{name}/gram"] for name in about["targets"]}
+        for name, matrix in matrices.items():
+            if matrix.shape != (len(responses), len(responses)) or not np.isfinite(matrix).all():
+                raise ValueError(f"{name} is not a finite matrix of {len(responses)} responses")
+        return CrossGrams(
+            matrices=matrices,
+            responses=responses,
+            digests=dict(about["digests"]),
+            include_bias=about["include_bias"],
+        )
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise storage.damaged(path, f"{type(error).__name__}: {error}") from error

@@ -11,6 +11,7 @@ import pandas as pd
 from gradvar.estimators.batch_tables import batch_table
 from gradvar.estimators.cross_products import (
     CrossProducts,
+    ExactProducts,
     SketchError,
     SketchProducts,
     SummedProducts,
@@ -70,8 +71,12 @@ def write_batches(
 def cross_products(run: Run, groups: Sequence[PromptScores]) -> tuple[dict[str, CrossProducts], list[str]]:
     """Return the run's products between prompts by target, and the prompts that have none.
 
-    Rows are those of `groups`. Where sketches differ in seed or dimension, those that most prompts share are taken.
+    Rows are those of `groups`. Exact products are taken where they are there for every prompt and target. Where
+    sketches differ in seed or dimension, those that most prompts share are taken.
     """
+    exact = _exact_products(run, groups)
+    if exact:
+        return exact, []
     scores: dict[str, dict[str, PromptScores]] = {}
     for group in groups:
         scores.setdefault(group.target, {})[group.prompt_id] = group
@@ -96,6 +101,24 @@ def cross_products(run: Run, groups: Sequence[PromptScores]) -> tuple[dict[str, 
     if SUM in scores:
         found[SUM] = SummedProducts(targets=list(found.values()))
     return found, [name for name in held if name not in chosen]
+
+
+def _exact_products(run: Run, groups: Sequence[PromptScores]) -> dict[str, CrossProducts]:
+    """Return the run's exact products by target; empty where a response or target in `groups` has none."""
+    grams = run.cross_grams()
+    targets = list(dict.fromkeys(group.target for group in groups if group.target != SUM))
+    if grams is None or not set(targets) <= set(grams.matrices):
+        return {}
+    try:
+        rows = {group.prompt_id: grams.rows(group.prompt_id, group.rollout_ids) for group in groups}
+    except KeyError:
+        return {}
+    found: dict[str, CrossProducts] = {
+        target: ExactProducts(matrix=grams.matrices[target], rows=rows) for target in targets
+    }
+    if any(group.target == SUM for group in groups):
+        found[SUM] = SummedProducts(targets=list(found.values()))
+    return found
 
 
 def sketch_errors(run: Run) -> dict[str, SketchError]:

@@ -31,6 +31,7 @@ from gradvar.runs import (
     rollouts_digest,
 )
 from gradvar.stages.batch import sketch_error_line
+from gradvar.stages.cross import measure_cross
 from gradvar.stages.groups import left_out_line
 from gradvar.stages.identity import agree_on_model, agreed_config
 from gradvar.stages.listener import Advance, Listener, Silent
@@ -123,6 +124,8 @@ def measure(run: Run, given: Mapping[str, Any], listener: Listener | None = None
         for work in ready.work:
             if work.targets:
                 _measure_prompt(run, config, made, ready.model, work, advance)
+    if config.cross == "exact":
+        measure_cross(run, config, made, ready.model, [work.prompt for work in ready.work], ready.targets, listener)
     if (line := left_out_line(run)) is not None:
         listener.warn(line)
     if config.cross == "sketch" and (line := sketch_error_line(run)) is not None:

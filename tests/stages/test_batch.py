@@ -105,3 +105,38 @@ def test_damage_is_named_and_bad_settings_refused(run):
         measure(run, {**SKETCH, "cross": "both"})
     with pytest.raises(GradvarError, match="--batch-prompts"):
         cv(run, {**CV, "batch_prompts": ()})
+
+
+def test_exact_products_are_kept_until_a_prompt_changes_and_win_over_sketches(run):
+    exact = {"targets": ("last:q,v",), "cross": "exact"}
+    measure(run, exact)
+    grams = run.cross_grams()
+    assert grams.matrices.keys() == set(run.targets)
+    for prompt_id in run.prompt_ids:
+        for key, gram in run.grams(prompt_id).items():
+            rows = grams.rows(prompt_id, gram.rollout_ids)
+            block = grams.matrices[key][np.ix_(rows, rows)]
+            assert np.abs(block - gram.matrix).max() < 1e-5 * np.abs(gram.matrix).max()
+    stamp = (run.path / "cross.safetensors").stat().st_mtime_ns
+    measure(run, exact)
+    assert (run.path / "cross.safetensors").stat().st_mtime_ns == stamp, "nothing was missing"
+    groups = estimated_groups(run)
+    products, _ = cross_products(run, groups)
+    assert {one.source for one in products.values()} == {"exact"}
+    updates = {name: np.eye(6) for name in run.prompt_ids}
+    rows = np.concatenate([run.sketches(name)[run.targets[0]].matrix for name in run.prompt_ids]).astype(float)
+    total = products[run.targets[0]].of_updates(updates)[0]
+    norms = np.sqrt(total.diagonal())
+    assert np.abs(rows @ rows.T - total).max() / norms.max() ** 2 < 6 / np.sqrt(256)
+    cv(run, CV)
+    assert set(run.table("batches")["products"]) == {"exact"}
+
+    measure(run, {**exact, "targets": ("last:q,k,v",)})
+    assert len(run.cross_grams().matrices) == 3
+    write_responses(run, "1", responses((5, 9, 3, 7, 6, 8, 4), seed=9))
+    measure(run, {**exact, "cross": "none"})
+    assert run.cross_grams() is None, "of other responses"
+    measure(run, exact)
+    assert len(run.cross_grams().responses) == 31
+    with pytest.raises(GradvarError, match=r"--cross exact: .*--cross sketch takes one prompt at a time"):
+        measure(run, {**exact, "targets": ("all:mlp",), "memory_budget": 1e-4})
