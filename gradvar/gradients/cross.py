@@ -20,7 +20,7 @@ from gradvar.errors import GradvarError
 from gradvar.gradients.gram import GradientStore
 from gradvar.gradients.job import Job, TokenColumns
 from gradvar.gradients.passes import run_pass
-from gradvar.gradients.plan import Block, free_memory
+from gradvar.gradients.plan import free_memory
 from gradvar.gradients.prepare import prepared
 from gradvar.gradients.request import check_request
 from gradvar.gradients.reweighted import Reweightings
@@ -95,11 +95,11 @@ def cross_grams(
         for of_prompt, masks in zip(responses, masks_of, strict=True)
         for mask in (masks if masks is not None else [None] * len(of_prompt))
     ]
-    done = 0
+    jobs: list[Job] = []
 
-    def report(batch: int) -> None:
+    def report(of_prompt: int) -> None:  # each prompt counts its own
         if on_progress is not None:
-            on_progress(min(count, done + batch))
+            on_progress(sum(job.done for job in jobs) // len(jobs[0].plan.passes))
 
     # planned as if all responses had the longest prompt, which is at most too careful
     with prepared(
@@ -114,16 +114,13 @@ def cross_grams(
         memory_budget=memory_budget,
         checkpointing=checkpointing,
     ) as whole:
-        jobs = [
+        jobs += [
             _job_of(whole, prompt, of_prompt, masks, report)
             for prompt, of_prompt, masks in zip(prompts, responses, masks_of, strict=True)
         ]
         sums = {target.key: torch.zeros((count, count), dtype=torch.float64) for target in whole.targets}
-        for index, blocks in enumerate(whole.plan.passes):
-            stores: list[list[tuple[Block, GradientStore]]] = []
-            for job in jobs:
-                done = (index * count + sum(s[0][1].responses for s in stores)) // len(whole.plan.passes)
-                stores.append(run_pass(job, blocks))
+        for blocks in whole.plan.passes:
+            stores = [run_pass(job, blocks) for job in jobs]
             for place, block in enumerate(blocks):
                 with whole.autocast.off():
                     joined = _Joined([of_prompt[place][1] for of_prompt in stores])

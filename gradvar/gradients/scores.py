@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from gradvar.errors import GradvarError
 from gradvar.gradients.gram import GradientStore
 from gradvar.gradients.job import Job, TokenValues
 from gradvar.gradients.passes import require_finite, run_pass, whole
@@ -22,6 +23,7 @@ from gradvar.gradients.plan import Block, Plan
 from gradvar.gradients.prepare import prepared
 from gradvar.gradients.reweighted import prefix_norms, tau_estimate
 from gradvar.gradients.sketch import REPEATS, Sketch, SketchPlan
+from gradvar.gradients.specs import resolve_targets
 from gradvar.runs.measures import PrefixNorms, TauEstimate
 from gradvar.runs.records import ScoreGram
 from gradvar.runs.sketches import GradientSketch
@@ -105,6 +107,15 @@ def measure_scores(
     Raises:
         GradvarError: The request does not fit the model or the budget, or a response's gradient is not finite.
     """
+    if sketch is not None and memory_budget is not None:
+        shapes = [(target.out_features, target.in_features) for target in resolve_targets(model, targets)]
+        kept = sketch.bytes(shapes, len(responses))
+        if kept >= memory_budget:
+            raise GradvarError(
+                f"memory budget of {memory_budget} bytes is too small: sketches of {sketch.dimension} numbers take "
+                f"{kept} bytes; give more, or sketch to a smaller dimension"
+            )
+        memory_budget -= kept
     with prepared(
         model,
         prompt_ids,

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +39,7 @@ from gradvar.errors import GradvarError
 REPEATS = 8
 """R, estimates of every inner product that are independent given the hash."""
 SMALLEST, LARGEST = 256, 1 << 16
-_PIECE = 1 << 22
+_PIECE = 1 << 20
 """Entries of all responses' gradients that are hashed at one time."""
 
 
@@ -63,6 +64,12 @@ class SketchPlan:
         """Buckets w of each repeat."""
         return self.dimension // REPEATS
 
+    def bytes(self, shapes: Sequence[tuple[int, int]], responses: int) -> int:
+        """Return the memory, at most, that sketching targets of these shapes takes beside the tiles."""
+        largest = max(rows * max(columns, self.width) for rows, columns in shapes)
+        piece = min(2 * _PIECE, max(responses, REPEATS) * largest)  # padded, with its signs
+        return 8 * responses * self.dimension * (len(shapes) + 2) + 16 * piece
+
 
 class Sketch:
     """The sketches of N responses' gradients over one target, filled tile by tile."""
@@ -77,7 +84,7 @@ class Sketch:
         """Add rows of all gradients, tile (N, rows I), the first of them row `first` of the target's module."""
         count = tile.shape[0]
         rows = tile.view(count, -1, self.columns)
-        height = max(1, _PIECE // (count * self.columns))
+        height = max(1, _PIECE // (max(count, REPEATS) * self.columns))
         for start in range(0, rows.shape[1], height):
             self._add(first + start, rows[:, start : start + height])
 

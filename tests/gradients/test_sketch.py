@@ -78,7 +78,7 @@ def test_sketches_are_that_projection_of_the_score_gradients(qwen, whole):
         assert np.abs(whole[target.key] - expected).max() <= SLACK * np.abs(expected).max(), target.key
 
 
-@pytest.mark.parametrize("options", [{"token_budget": 1}, {"token_budget": 70}, {"memory_budget": 121_000}])
+@pytest.mark.parametrize("options", [{"token_budget": 1}, {"token_budget": 70}, {"memory_budget": 330_000}])
 def test_batches_passes_and_tiles_do_not_matter(qwen, whole, options):
     assert_close(sketches(qwen, *make_prompt_and_responses(), **options), whole)
 
@@ -138,3 +138,11 @@ def test_products_of_two_prompts_are_unbiased_with_the_stated_variance(qwen):
 def test_a_dimension_that_is_no_power_of_two_is_refused(dimension):
     with pytest.raises(GradvarError, match="power of two from 256 to 65536"):
         SketchPlan(dimension=dimension)
+
+
+def test_sketches_that_take_the_whole_budget_are_refused(qwen):
+    prompt, responses = make_prompt_and_responses()
+    with pytest.raises(GradvarError, match="sketches of 65536 numbers take"):
+        measure_scores(
+            qwen, prompt, responses, SPECS, sketch=SketchPlan(dimension=65536), memory_budget=10_000_000
+        )  # fmt: skip
