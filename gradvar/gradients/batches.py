@@ -74,8 +74,12 @@ class Batch:
 
 def last_hidden(base: nn.Module, batch: Batch) -> Tensor:
     """Return the (B, T, D) last hidden states of a batch."""
-    options: dict[str, Tensor] = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
     positions = batch.positions
+    options: dict[str, Tensor] = {}
+    # padding on the right comes after all that counts, and the model is causal; a mask there costs the fast attention
+    # kernels, and rows of it without a single key have made NaN (Gemma 2 in float64, transformers 5.23)
+    if batch.attention_mask is not None and any(batch.firsts):
+        options["attention_mask"] = batch.attention_mask
     if positions is not None and "position_ids" in inspect.signature(type(base).forward).parameters:
         options["position_ids"] = positions
     hidden: Tensor = base(input_ids=batch.input_ids, use_cache=False, **options).last_hidden_state

@@ -121,6 +121,8 @@ class Head:
         module = self.module
         if not isinstance(module, nn.Linear) or module.weight.is_meta or not module.weight.is_floating_point():
             return
+        if type(module.weight.data) is not Tensor:  # quantised or sharded
+            return
         bias = module.bias
         flat = hidden[0].to(module.weight.device)
         if flat.shape[-1] != module.weight.shape[1]:  # more lies between (ELECTRA's generator makes states narrower)

@@ -122,6 +122,8 @@ def refusal(path: str, module: nn.Module) -> str | None:
 
 
 def _quantised(weight: torch.Tensor, module: nn.Module) -> str | None:
+    if type(weight.data) is not torch.Tensor:  # torchao's say that they are float32
+        return f"has quantised or sharded weights ({type(weight.data).__name__}, {type(module).__name__})"
     if weight.is_floating_point() and weight.element_size() > 1:
         return None
     return f"has quantised weights ({str(weight.dtype).removeprefix('torch.')}, {type(module).__name__})"
@@ -147,6 +149,13 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if best is None or size > best[0]:
             best = (size, path, module)
     if best is None:
+        layers = ((path, str(type(module))) for path, module in model.named_modules())
+        packed = next((path for path, kind in layers if "quant" in kind and "Linear" in kind), None)
+        if packed is not None:
+            raise GradvarError(
+                f"{packed} has quantised weights ({type(model.get_submodule(packed)).__name__}) and no plain Linear is "
+                "left: expected the model in bfloat16, float16 or float32"
+            )
         raise GradvarError(
             f"no decoder layers found in {type(model).__name__}: expected a ModuleList of blocks with Linear or Conv1D "
             "modules; choose the modules by a glob over their names"

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
+from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 
 from gradvar.errors import GradvarError
 from gradvar.gradients import plan_measurement
@@ -210,6 +211,8 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "mpt": ("MptConfig", {"vocab_size": VOCABULARY, "d_model": 16, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),
 }
 FLOAT32_INSIDE = ("deepseek_v2", "deepseek_v3", "llama4", "qwen3_next", "mamba2", "gpt_neo", "gptj", "bloom", "mpt")
+if not Gemma2PreTrainedModel._supports_sdpa:  # since transformers 5.20: eager attention's softmax is in float32
+    FLOAT32_INSIDE = (*FLOAT32_INSIDE, "gemma2")
 
 
 def make_model(name: str, dtype: torch.dtype = torch.float64, **changes):

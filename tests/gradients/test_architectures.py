@@ -103,3 +103,20 @@ def test_latent_attention_counts_every_projection_to_queries_keys_and_values():
     """DeepSeek makes q of q_a and q_b, k and v of kv_a (with the shared rotary key) and kv_b."""
     names = [t.key.rpartition(".")[2] for t in resolve_targets(make_model("deepseek_v3"), "last:qkv")]
     assert names == ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi", "gemma2", "falcon_interleaved", "gpt_oss", "qwen2_moe", "minimax"])
+def test_masks_inside_the_response_temperature_and_no_bias_together(name):
+    model = make_model(name)
+    prompt, responses = make_prompt_and_responses()
+    masks = [None, *[[int(t % 5 not in (1, 2)) for t in range(len(r))] for r in responses[1:]]]  # tool output between
+    targets = resolve_targets(model, "last:attn,mlp")
+    options = {"include_bias": False, "temperature": 1.7}
+    measured = measure_scores(
+        model, prompt, responses, "last:attn,mlp", loss_masks=masks, token_budget=60, **options
+    )  # fmt: skip
+    expected = references.flat_scores(model, targets, prompt, responses, masks=masks, **options)
+    for target in targets:
+        assert expected[target.key].shape[1] == target.parameter_count(include_bias=False)
+        gap = references.error(measured.grams[target.key].gram(), references.gram_of(expected[target.key]))
+        assert gap < TOLERANCE[name], target.key

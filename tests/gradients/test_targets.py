@@ -120,6 +120,26 @@ def test_quantised_weights_are_refused_by_name(llama):
     assert [t.kind for t in resolve_targets(model, "last:q")] == ["q"]
 
 
+def test_weights_quantised_in_a_tensor_of_their_own_kind_are_refused_by_name():
+    """torchao's tensors say that they are float32."""
+
+    class Packed(torch.Tensor):
+        pass
+
+    model = make_model("llama")
+    module = model.model.layers[1].self_attn.v_proj
+    module.weight = nn.Parameter(module.weight.data.as_subclass(Packed), requires_grad=False)
+    with pytest.raises(GradvarError, match=r"v_proj has quantised or sharded weights \(Packed, Linear\)"):
+        resolve_targets(model, "last:v")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor:UserWarning")
+def test_a_model_of_which_every_linear_is_quantised():
+    model = torch.ao.quantization.quantize_dynamic(make_model("llama", torch.float32), {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(GradvarError, match=r"layers.0.self_attn.q_proj has quantised weights \(Linear\)"):
+        resolve_targets(model, "last:qkv")
+
+
 def test_parametrised_weights_are_refused_by_name():
     model = make_model("llama")
     nn.utils.parametrizations.weight_norm(model.model.layers[1].self_attn.v_proj)
