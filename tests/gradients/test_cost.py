@@ -81,7 +81,7 @@ def test_bytes_alive_stay_within_the_plan(long_models, name, targets, options, k
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n != "mamba2"])  # it has no attention
 def test_bytes_alive_stay_within_the_plan_on_every_architecture(name):
     model = make_model(name)
     prompt, responses = make_prompt_and_responses()
