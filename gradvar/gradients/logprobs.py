@@ -176,22 +176,28 @@ class Head:
             return self._own_chunk(hidden, tokens, weights, temperature)
         home = hidden.device
         hidden, tokens, weights = (x.to(self.weight.device) for x in (hidden, tokens, weights))
-        logp = _product(hidden, self.weight)
+        # few passes over (C, V): each costs more than its arithmetic
+        logits = _product(hidden, self.weight)
         if self.bias is not None:
-            logp += self.bias
-        logp /= temperature
-        normaliser = torch.logsumexp(logp, dim=-1)
-        logp -= normaliser[:, None]
-        chosen = logp.gather(1, tokens[:, None])[:, 0]
-        probability = logp.exp()
-        entropy = -torch.linalg.vecdot(probability, logp)
-        if bool(entropy.isnan().any()):  # 0 times -inf, where a logit is -inf
-            entropy = -torch.linalg.vecdot(probability, logp.clamp_min(-1e30))
-        collision = torch.linalg.vecdot(probability, probability)
-        probability *= (weights / temperature)[:, None]
-        gradient = self.weight[tokens].to(logp.dtype) * (weights / temperature)[:, None]
-        gradient -= _weighted_rows(probability, self.weight)
-        return tuple(x.to(home) for x in (gradient, chosen, entropy, collision, normaliser))
+            logits += self.bias
+        if temperature != 1:
+            logits /= temperature
+        largest = logits.amax(-1, keepdim=True)
+        logits -= largest
+        chosen = logits.gather(1, tokens[:, None])[:, 0]
+        exponentials = logits.exp()
+        total = exponentials.sum(-1)
+        log_total = total.log()
+        below = torch.linalg.vecdot(exponentials, logits)
+        if bool(below.isnan().any()):  # 0 times -inf, where a logit is -inf
+            below = torch.linalg.vecdot(exponentials, logits.clamp_min(-1e30))
+        entropy = log_total - below / total
+        collision = torch.linalg.vecdot(exponentials, exponentials) / total.square()
+        gradient = _weighted_rows(exponentials, self.weight).div_(-total[:, None])
+        gradient += self.weight[tokens]
+        gradient *= (weights / temperature)[:, None]
+        normaliser = largest[:, 0] + log_total
+        return tuple(x.to(home) for x in (gradient, chosen - log_total, entropy, collision, normaliser))
 
     def _own_chunk(self, hidden: Tensor, tokens: Tensor, weights: Tensor, temperature: float) -> tuple[Tensor, ...]:
         leaf = hidden.detach().requires_grad_()
