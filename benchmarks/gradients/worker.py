@@ -38,6 +38,7 @@ def answer(request: dict[str, Any], rival: Rival, work: Work) -> tuple[dict[str,
     """Run all responses, or the members that the request names."""
     members = request.get("members")
     part = work if members is None else work.part(members)
+    forget_peak()
     cpu, wall = time.process_time(), time.perf_counter()
     grams = rival.run(part, int(request.get("token_budget", rival.token_budget)))
     found = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
