@@ -68,7 +68,7 @@ class Batch:
                 f"{what} sees a tensor of shape {tuple(values.shape)} for {rows} sequences of {length} tokens, so its "
                 "tokens cannot be told apart by response: leave this target out"
             )
-        packed = flat if self.real is None else flat.index_select(0, self.real)
+        packed = flat if self.real is None else flat.index_select(0, self.real.to(flat.device))
         return [packed[start:stop].flatten(0, 1) for start, stop in self.bounds]
 
 

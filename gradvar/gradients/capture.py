@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from gradvar.errors import GradvarError
+from gradvar.gradients.devices import values
 
 Sink = Callable[[str, Tensor, Tensor], None]
 """(module path, input a of the call, gradient delta of its output); calls on one tensor hand over that tensor."""
@@ -88,7 +89,8 @@ class Taps:
                 )
             version = value._version
             if path not in self._checked:
-                _check_linear(path, module, value.detach(), output.detach())
+                with values(module):
+                    _check_linear(path, module, value.detach().to(output.device), output.detach())
                 self._checked.add(path)
             if not output.requires_grad:
                 # the copy lets the model change its tensor in place, which it may not do to a leaf

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradvar.errors import GradvarError
+from gradvar.gradients.devices import input_device
 from gradvar.gradients.fit import default_budget
 from gradvar.gradients.gram import GradientStore
 from gradvar.gradients.job import Job, TokenValues
@@ -51,6 +52,8 @@ class PrecisionCheck:
 
 def float32_reference(model: nn.Module) -> nn.Module:
     """Return a copy of the model in float32 (float64 stays) with plain ("eager") attention."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise GradvarError("part of the model is offloaded, so no float32 copy of it can be made: pass the reference")
     reference = copy.deepcopy(model)
     if next(p.dtype for p in reference.parameters() if p.is_floating_point()) != torch.float64:
         reference = reference.float()
@@ -94,7 +97,7 @@ def check_precision(
     """
     trusted = float32_reference(model) if reference is None else reference
     # both keep their gradients at one time, the reference perhaps in twice as many bytes
-    third = (default_budget(next(model.parameters()).device) if memory_budget is None else memory_budget) // 3
+    third = (default_budget(input_device(model)) if memory_budget is None else memory_budget) // 3
     options = {"loss_masks": loss_masks, "temperature": temperature, "memory_budget": third, "rollout_ids": rollout_ids}
     n = len(responses)
     sums: dict[str, list[Tensor]] = {}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gradvar.gradients.devices import execution_device, input_device
 from gradvar.gradients.states import frozen
 
 Blocks = tuple[tuple[str, int, int], ...]
@@ -43,7 +44,7 @@ def split_qkv(model: nn.Module, layer: nn.Module, fused: nn.Module) -> Blocks:
         raise _ProbeDoneError
 
     hooks: list[RemovableHandle] = [fused.register_forward_hook(at_fused), layer.register_forward_hook(at_layer)]
-    device = next(model.parameters()).device
+    device = input_device(model)
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     ids = torch.tensor([[1 % vocabulary, 2 % vocabulary]], device=device)
     try:
@@ -81,7 +82,8 @@ def split_gate_up(mlp: nn.Module, fused: nn.Module, in_features: int) -> Blocks:
     if rows % 2:
         return ()
     half = rows // 2
-    hidden = _direction(2 * in_features, weight).reshape(1, 2, in_features)
+    like = torch.empty(0, dtype=weight.dtype, device=execution_device(fused))
+    hidden = _direction(2 * in_features, like).reshape(1, 2, in_features)
 
     def gradient(shift: Tensor | None) -> Tensor:
         seen: list[Tensor] = []
@@ -105,7 +107,7 @@ def split_gate_up(mlp: nn.Module, fused: nn.Module, in_features: int) -> Blocks:
         base = gradient(None)
         blocks: dict[int, tuple[bool, bool]] = {}
         for i in (0, 1):
-            shift = torch.zeros(rows, dtype=weight.dtype, device=weight.device)
+            shift = torch.zeros(rows, dtype=weight.dtype, device=execution_device(fused))
             shift[i * half : (i + 1) * half] = 0.5
             moved = gradient(shift) != base
             blocks[i] = (bool(moved[:, i * half : (i + 1) * half].any()), bool(moved.any()))

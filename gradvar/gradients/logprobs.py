@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradvar.errors import GradvarError
+from gradvar.gradients.devices import input_device, values
 from gradvar.gradients.states import Autocast
 from gradvar.gradients.targets import output_embeddings
 
@@ -68,9 +69,9 @@ class Head:
 
     def __init__(self, model: nn.Module, probe_ids: list[int]) -> None:
         self._model = model
-        self._autocast = Autocast.current(next(model.parameters()).device)
+        self._autocast = Autocast.current(input_device(model))
         self.module = output_embeddings(model)
-        ids = torch.tensor([probe_ids], device=next(model.parameters()).device)
+        ids = torch.tensor([probe_ids], device=input_device(model))
         with torch.no_grad():
             expected = model(input_ids=ids, use_cache=False).logits
             self.base, self._template = self._find_base(ids, expected)
@@ -119,21 +120,22 @@ class Head:
 
     def _read_linear(self, hidden: Tensor) -> None:
         module = self.module
-        if not isinstance(module, nn.Linear) or module.weight.is_meta or not module.weight.is_floating_point():
+        if not isinstance(module, nn.Linear):
             return
-        if type(module.weight.data) is not Tensor:  # quantised or sharded
+        with values(module):  # what is offloaded is brought once and kept
+            weight, bias = module.weight, module.bias
+        if weight.is_meta or not weight.is_floating_point() or type(weight.data) is not Tensor:  # quantised or sharded
             return
-        bias = module.bias
-        flat = hidden[0].to(module.weight.device)
-        if flat.shape[-1] != module.weight.shape[1]:  # more lies between (ELECTRA's generator makes states narrower)
+        flat = hidden[0].to(weight.device)
+        if flat.shape[-1] != weight.shape[1]:  # more lies between (ELECTRA's generator makes states narrower)
             return
         with torch.no_grad():
-            largest = functional.linear(flat, module.weight, bias).abs().amax().clamp_min(1e-6)
+            largest = functional.linear(flat, weight, bias).abs().amax().clamp_min(1e-6)
             for amplitude in _AMPLITUDES:
                 probe = (flat * (amplitude / largest)).to(hidden.dtype)
-                if not _close(self.own_logits(probe.to(hidden.device)), functional.linear(probe, module.weight, bias)):
+                if not _close(self.own_logits(probe.to(hidden.device)), functional.linear(probe, weight, bias)):
                     return
-        self.weight, self.bias = module.weight.detach(), None if bias is None else bias.detach()
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
 
     def token_scores(
         self, hidden: Tensor, tokens: Tensor, weights: Tensor, temperature: float, chunk_size: int

@@ -18,6 +18,7 @@ from torch import Tensor
 from gradvar.errors import GradvarError
 from gradvar.gradients.batches import Batch, UnalignedTokensError
 from gradvar.gradients.capture import ParameterTaps, Taps
+from gradvar.gradients.devices import execution_device
 from gradvar.gradients.experts import is_one_expert
 from gradvar.gradients.gram import FactorStore, GradientStore, HeadStore, MatrixStore
 from gradvar.gradients.job import Job, TokenValues
@@ -171,7 +172,7 @@ def _new_store(job: Job, block: Block, count: int, keep: str | None = None) -> G
                 "scaling), so the head cannot be measured; choose other targets"
             )
         return HeadStore(count, block.start, rows, job.head.weight, job.head.bias, job.temperature, kind)
-    device = next(job.model.get_submodule(block.target.module).parameters()).device
+    device = execution_device(job.model.get_submodule(block.target.module))
     store = FactorStore if (keep or block.keep) == "factors" and block.target.direct is None else MatrixStore
     return store(count, rows, block.target.in_features, kind, device)
 
@@ -192,7 +193,7 @@ def _collector(
                         store.add_input(i, ids_i[:, 0], _embedding_gradient(job, ids_i[:, 0], delta_i))
             return
         if id(a) not in shared:
-            shared[id(a)] = (a, batch.split(a.detach(), path))
+            shared[id(a)] = (a, batch.split(a.detach().to(delta.device), path))  # a hook may bring it after ours saw it
         for block, store in stores:
             if block.target.module == path:
                 for i, a_i, delta_i in zip(rows, shared[id(a)][1], outputs, strict=True):

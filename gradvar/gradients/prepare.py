@@ -12,6 +12,7 @@ from torch import nn
 
 from gradvar.gradients.checkpointing import checkpointed, choose_checkpointing
 from gradvar.gradients.cost import cost_of
+from gradvar.gradients.devices import input_device
 from gradvar.gradients.fit import choose_plan
 from gradvar.gradients.job import Job, TokenColumns
 from gradvar.gradients.logprobs import Head
@@ -66,7 +67,7 @@ def planned(
         tied, tied_scale = check_sharing(model, chosen, head)
         check_causal(head.base, list(prompt_ids)[-_PROBE_TOKENS:])
         check_padding(head.base, list(prompt_ids)[-_PROBE_TOKENS:], padding_side)
-        n, device = len(responses), next(model.parameters()).device
+        n, device = len(responses), input_device(model)
         job = Job(
             model=model,
             targets=chosen,

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gradvar.errors import GradvarError
 from gradvar.gradients.batches import last_hidden, make_batches
+from gradvar.gradients.devices import input_device, is_offloaded, values
 from gradvar.gradients.logprobs import Head
 from gradvar.gradients.targets import Target
 
@@ -108,6 +109,9 @@ def check_sharing(model: nn.Module, targets: Sequence[Target], head: Head) -> tu
             continue
         module = model.get_submodule(target.module)
         others = [path for path in owners[id(module._parameters["weight"])] if path != target.module]
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        if module is head.module and is_offloaded(module) and model.config.get_text_config().tie_word_embeddings:  # type: ignore[operator, union-attr]
+            others = [path for path, other in model.named_modules() if other is embedding]  # no longer one tensor
         if module is head.module and len(others) == 1:
             scale = _embedding_scale(model.get_submodule(others[0]))
             if scale is not None:
@@ -127,7 +131,7 @@ def _embedding_scale(module: nn.Module) -> float | None:
     """Return s where the module's output is s W[ids] (Gemma scales its embedding), None where it is anything else."""
     if not isinstance(module, nn.Embedding) or module.max_norm is not None or module.scale_grad_by_freq:
         return None
-    with torch.no_grad():
+    with torch.no_grad(), values(module):
         ids = torch.arange(min(8, module.num_embeddings), device=module.weight.device)
         rows, output = module.weight[ids].double(), module(ids).double()
         scale = float((rows * output).sum() / (rows * rows).sum().clamp_min(torch.finfo(torch.float64).tiny))
@@ -145,7 +149,7 @@ def check_causal(base: nn.Module, probe: list[int]) -> None:
     """
     first, second, word = (probe * 3)[:3]
     endings = [[word, 0], [int(word == 0), 0]]  # the last token of a response is not fed
-    device = next(base.parameters()).device
+    device = input_device(base)
     with torch.no_grad():
         (batch,) = make_batches([first, second], endings, 10_000, device)
         states = last_hidden(base, batch)[:, :2].double()
@@ -166,7 +170,7 @@ def check_padding(base: nn.Module, probe: list[int], side: str) -> None:
         raise GradvarError(f'padding side: expected "right" or "left", received {side!r}')
     if side == "right" or not probe:
         return
-    device = next(base.parameters()).device
+    device = input_device(base)
     short, long = probe[-1:] * 2, probe[-1:] * 5  # what is fed: the probe and all of these but the last
     with torch.no_grad():
         (batch,) = make_batches(probe, [short, long], 10_000, device, side)

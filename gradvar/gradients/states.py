@@ -19,7 +19,12 @@ def frozen(model: nn.Module) -> Iterator[None]:
     checkpointing and adapters) is cut there too: backward would run through every layer for nothing.
     """
     training = [(module, module.training) for module in model.modules()]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # by module and name: where weights are offloaded every call puts other tensors in their place
+    trainable = [
+        (module, name, parameter.requires_grad)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
     hook = None
     try:
@@ -27,16 +32,23 @@ def frozen(model: nn.Module) -> Iterator[None]:
             hook = embedding.register_forward_hook(lambda module, args, output: output.detach())
         for module, _ in training:
             module.training = False
-        for parameter, _ in trainable:
-            parameter.requires_grad_(False)
+        for owner, name, _ in trainable:
+            _parameter(owner, name).requires_grad_(False)
         yield
     finally:
         if hook is not None:
             hook.remove()
         for module, was in training:
             module.training = was
-        for parameter, was in trainable:
-            parameter.requires_grad_(was)
+        for owner, name, was in trainable:
+            _parameter(owner, name).requires_grad_(was)
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter:
+    parameter = module._parameters[name]
+    if parameter is None:
+        raise RuntimeError(f"{type(module).__name__}.{name} was taken away in the midst of a measurement")
+    return parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +76,24 @@ class Autocast:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Make float32 products be float32 products (no TF32, no bfloat16 splitting), as set before on leaving."""
-    before = torch.get_float32_matmul_precision()
+    """Make products as precise as their dtype allows, and keep off what has given NaN; as before on leaving.
+
+    float32 products are float32 products (no TF32, no bfloat16 splitting), half precision is summed in float32, and
+    attention does not run in cuDNN, whose backward has given NaN with a mask (TRL issue 7181).
+    """
+    matmul = torch.backends.cuda.matmul
+    halves = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    precision = torch.get_float32_matmul_precision()
+    reduced = {name: getattr(matmul, name) for name in halves}
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     try:
         torch.set_float32_matmul_precision("highest")
+        for name in halves:
+            setattr(matmul, name, False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        for name, was in reduced.items():
+            setattr(matmul, name, was)
+        torch.set_float32_matmul_precision(precision)

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gradvar.errors import GradvarError
+from gradvar.gradients.devices import is_offloaded
 from gradvar.gradients.experts import Direct, find_direct, is_one_expert
 from gradvar.gradients.fused import split_gate_up, split_qkv
 
@@ -118,7 +119,7 @@ def refusal(path: str, module: nn.Module) -> str | None:
         return why
     if weight.ndim != 2:
         return f"has a weight of {weight.ndim} dimensions, not 2"
-    return _NO_VALUES if weight.is_meta else None
+    return _NO_VALUES if weight.is_meta and not is_offloaded(module) else None
 
 
 def _quantised(weight: torch.Tensor, module: nn.Module) -> str | None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gradvar.errors import GradvarError
 from gradvar.gradients.batches import Batch, last_hidden, make_batches
+from gradvar.gradients.devices import input_device
 from gradvar.gradients.request import same_states
 from gradvar.gradients.targets import decoder_layers
 
@@ -58,7 +59,7 @@ def choose_forward(
     def whole(batch: Batch) -> Tensor:
         return last_hidden(base, batch)
 
-    device = next(model.parameters()).device
+    device = input_device(model)
     fed = sum(len(prompt) + len(response) - 1 for response in responses)
     saving = len(prompt) * (len(responses) - 1) / fed
     if not lowest or saving < LEAST_SAVING or device.type != "cpu" or _turns_with_length(base):
@@ -95,7 +96,7 @@ class Trunk:
         self._below, self._above = list(layers[:lowest]), list(layers[lowest:])
         self._length = len(prompt)
         self._tuples = [False] * len(layers)
-        ids = torch.tensor([list(prompt)], device=next(base.parameters()).device)
+        ids = torch.tensor([list(prompt)], device=input_device(base))
         with torch.no_grad(), self._noting_forms():
             self._prompt, self._cache = self._run_below(ids)
         if not hasattr(self._cache, "batch_repeat_interleave"):

@@ -78,7 +78,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return output
 
     def _see(self, value: object, count: int) -> None:
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or value.is_meta:
             return
         storage = value.untyped_storage()
         name, size = storage._cdata, count * storage.nbytes()

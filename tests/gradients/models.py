@@ -247,6 +247,9 @@ def state(model):
         [p.dtype for p in model.parameters()],
         [p.grad is None for p in model.parameters()],
         torch.get_float32_matmul_precision(),
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        torch.backends.cuda.cudnn_sdp_enabled(),
         torch.is_grad_enabled(),
     )
 

@@ -1,0 +1,122 @@
+"""Models that accelerate offloads or spreads over devices give the Grams of the plain model."""
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+
+from gradvar.errors import GradvarError
+from gradvar.gradients import check_precision, measure_scores, resolve_targets
+from tests.gradients import references
+from tests.gradients.models import make_model, make_prompt_and_responses, state
+
+PLACES = ["cpu_offload", "disk_offload", "dispatch"]
+
+
+def placed(model, place, folder):
+    """The model with its weights elsewhere, brought to the CPU when a module runs."""
+    if place == "cpu_offload":
+        return accelerate.cpu_offload(model, execution_device="cpu")
+    if place == "disk_offload":
+        accelerate.disk_offload(model, str(folder), execution_device="cpu")
+        return model
+    inner = next(name for name, _ in model.named_children())
+    layers = [f"{inner}.{name}" for name, _ in model.get_submodule(inner).named_children()]
+    homes = dict.fromkeys([*layers, "lm_head"], "cpu")
+    stack = next(name for name in layers if name.endswith((".layers", ".h")))
+    del homes[stack]
+    homes |= {f"{stack}.0": "cpu", f"{stack}.1": "disk"}
+    return accelerate.dispatch_model(model, homes, main_device="cpu", offload_dir=str(folder), force_hooks=True)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("name", "specs"),
+    [
+        ("qwen2", ["all:qkv", "last:o,mlp", "lm_head"]),
+        ("qwen2_tied", ["lm_head", "last:qkv"]),
+        ("gpt2", ["all:qkv", "last:mlp"]),
+        ("phi3", ["all:qkv", "last:mlp"]),
+        ("gemma2", ["0:qkv"]),
+    ],
+)
+def test_offloaded_models_give_the_same_grams(name, specs, place, tmp_path):
+    prompt, responses = make_prompt_and_responses()
+    options = {"token_budget": 60, "probes": 2, "seed": 0}
+    whole = measure_scores(make_model(name), prompt, responses, specs, **options)
+    model = placed(make_model(name), place, tmp_path)
+    assert any(parameter.is_meta for parameter in model.parameters())
+    before = state(model)
+    measured = measure_scores(model, prompt, responses, specs, **options)
+    assert state(model) == before
+    assert measured.grams.keys() == whole.grams.keys()
+    for key, gram in whole.grams.items():
+        assert references.error(measured.grams[key].gram(), gram.gram()) < 1e-12
+        np.testing.assert_allclose(measured.taus[key].value, whole.taus[key].value, rtol=1e-10)
+    for kind in ("reentrant", "non_reentrant"):
+        again = measure_scores(model, prompt, responses, specs, checkpointing=kind, **options)
+        for key, gram in whole.grams.items():
+            assert references.error(again.grams[key].gram(), gram.gram()) < 1e-12
+
+
+def test_offloaded_experts_are_refused_by_name_and_their_attention_is_measured():
+    prompt, responses = make_prompt_and_responses()
+    whole = measure_scores(make_model("mixtral"), prompt, responses, "last:attn")
+    model = accelerate.cpu_offload(make_model("mixtral"), execution_device="cpu")
+    measured = measure_scores(model, prompt, responses, "last:attn")
+    for key, gram in whole.grams.items():
+        assert references.error(measured.grams[key].gram(), gram.gram()) < 1e-12
+    with pytest.raises(GradvarError, match=r"experts\S* has weights on the meta device"):
+        measure_scores(model, prompt, responses, "last:mlp")
+
+
+def test_weights_without_values_are_refused():
+    with torch.device("meta"):
+        model = make_model("llama")
+    with pytest.raises(GradvarError, match="meta device"):
+        resolve_targets(model, "last:q")
+
+
+def test_no_float32_copy_of_an_offloaded_model():
+    model = accelerate.cpu_offload(make_model("llama", torch.bfloat16), execution_device="cpu")
+    with pytest.raises(GradvarError, match=r"offloaded.*pass the reference"):
+        check_precision(model, *make_prompt_and_responses(), "last:q")
+    check_precision(model, *make_prompt_and_responses(), "last:q", reference=make_model("llama", torch.float32))
+
+
+FLAGS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("before", [True, False])
+def test_backends_are_exact_inside_and_as_before_outside(monkeypatch, before, error):
+    matmul, cuda = torch.backends.cuda.matmul, torch.backends.cuda
+    usual = [getattr(matmul, name) for name in FLAGS], cuda.cudnn_sdp_enabled(), torch.get_float32_matmul_precision()
+    try:
+        for name in FLAGS:
+            setattr(matmul, name, before)
+        cuda.enable_cudnn_sdp(before)
+        torch.set_float32_matmul_precision("medium")
+        seen = []
+
+        def look(done):
+            seen.append([*(getattr(matmul, name) for name in FLAGS), cuda.cudnn_sdp_enabled()])
+            seen.append(torch.get_float32_matmul_precision())
+            if error is not None:
+                raise error("stop")
+
+        model = make_model("llama")
+        if error is None:
+            measure_scores(model, *make_prompt_and_responses(), "last:q", on_progress=look)
+        else:
+            with pytest.raises(error):
+                measure_scores(model, *make_prompt_and_responses(), "last:q", on_progress=look)
+        assert seen[:2] == [[False, False, False], "highest"]
+        assert [getattr(matmul, name) for name in FLAGS] == [before, before]
+        assert cuda.cudnn_sdp_enabled() == before
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        for name, value in zip(FLAGS, usual[0], strict=True):
+            setattr(matmul, name, value)
+        cuda.enable_cudnn_sdp(usual[1])
+        torch.set_float32_matmul_precision(usual[2])
