@@ -16,7 +16,7 @@ from rich.table import Table
 
 from gradvar.stages.listener import Advance
 
-_WORDS = ("target", "A", "quantity", "verdict", "aggregator", "prompt", "proxy", "#")
+_WORDS = ("target", "A", "quantity", "verdict", "aggregator", "prompt", "proxy", "#", "extra")
 """Columns that hold words and stand to the left."""
 
 result = Console(highlight=False, soft_wrap=False)

@@ -48,6 +48,8 @@ def cv(
     rule: o.Rules = None,
     alpha: o.Alphas = None,
     batch_prompts: o.BatchPrompts = None,
+    extras: o.Extras = False,
+    overlong_buffer: o.OverlongBuffer = None,
     level: o.Level = None,
     seed: o.Seed = None,
     config: o.ConfigFile = None,
@@ -67,6 +69,7 @@ def cv(
         rules=tuple(rule) if rule else None,
         alphas=tuple(alpha) if alpha else None,
         batch_prompts=tuple(batch_prompts) if batch_prompts else None,
+        overlong_buffer=overlong_buffer,
         level=level,
         seed=seed,
     )
@@ -78,8 +81,8 @@ def cv(
 
     target = open_run(run)
     with target.locked():
-        stage(target, settings, console.Terminal())
-    verdicts.show_cv(target, as_json=as_json)
+        stage(target, settings, console.Terminal(), extras=extras)
+    verdicts.show_cv(target, extras=extras, as_json=as_json)
 
 
 def alpha(

@@ -198,6 +198,21 @@ BaselineMargin = _option(
 LengthMargin = _option(
     float, "--length-margin", "Assumption 4: variance of E[g | L] over ||E g||².", default=0.25, panel=_E
 )
+Extras = Annotated[
+    bool,
+    typer.Option(
+        "--extras",
+        help="Also with and without DAPO's overlong filtering, soft overlong punishment and dynamic sampling.",
+        rich_help_panel=_E,
+    ),
+]
+OverlongBuffer = _option(
+    int,
+    "--overlong-buffer",
+    "Tokens before the length limit in which soft overlong punishment grows.",
+    default="a fifth of the limit",
+    panel=_E,
+)
 Rule = _option(str, "--rule", "The aggregator studied.", default="grpo", panel=_E)
 Alpha = _option(float, "--alpha", "Its exponent, where it is vl_norm.", panel=_E)
 

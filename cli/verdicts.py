@@ -34,17 +34,23 @@ def show_law(run: Run, *, as_json: bool) -> None:
     console.result.print(f"every number: {run.path / 'tables' / 'law.parquet'}", markup=False, soft_wrap=True)
 
 
-def show_cv(run: Run, *, as_json: bool) -> None:
+def show_cv(run: Run, *, extras: bool = False, as_json: bool) -> None:
     """Show every aggregator's CV, pooled, prompt by prompt, and of batches of prompts where they were measured."""
     from . import batching
+    from .extras import print_extras  # which reads this file's rows
 
     table = run.table("cv")
     if as_json:
         batches = batching.batch_records(run)
-        console.print_json({"cv": console.records(table), **({"batches": batches} if batches is not None else {})})
+        more = {"batches": batches} if batches is not None else {}
+        if extras:
+            more["extras"] = console.records(run.table("extras"))
+        console.print_json({"cv": console.records(table), **more})
         return
     _print_aggregators(table)
     _print_prompts(table)
+    if extras:
+        print_extras(run.table("extras"))
     batching.print_batches(run)
     console.result.print(f"every number: {run.path / 'tables' / 'cv.parquet'}", markup=False, soft_wrap=True)
 

@@ -7,6 +7,7 @@ from gradvar.estimators.audit import audit_table
 from gradvar.estimators.comparison import compare_table
 from gradvar.estimators.cv import aggregator_cv, aggregator_rho, cv_from_rho
 from gradvar.estimators.cv_tables import cv_table
+from gradvar.estimators.extras import extras_table
 from gradvar.estimators.forms import conditional_cv, form_table, total_form
 from gradvar.estimators.identity import IdentityCheck, score_identity
 from gradvar.estimators.identity_tables import identity_table
@@ -58,6 +59,7 @@ __all__ = [
     "audit_table",
     "compare_table",
     "cv_table",
+    "extras_table",
     "form_table",
     "identity_table",
     "law_table",

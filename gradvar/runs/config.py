@@ -194,12 +194,20 @@ class EstimateConfig:
     """Audit, assumption 3: ratio of variances within this of 1."""
     length_margin: float = 0.25
     """Audit, assumption 4: variance of E[g | L] below this share of ||E g||^2."""
+    overlong_buffer: int | None = None
+    """Tokens before the length limit in which soft overlong punishment grows; None: a fifth of the limit, as DAPO."""
     seed: int = 0
     """Seed of permutations and tie breaks."""
 
     def __post_init__(self) -> None:
         _require(self.group_size >= 2, "group_size", "at least 2", self.group_size)
         _require(self.advantage in ADVANTAGES, "advantage", f"one of {', '.join(ADVANTAGES)}", self.advantage)
+        _require(
+            self.overlong_buffer is None or self.overlong_buffer >= 1,
+            "overlong_buffer",
+            "at least 1 token",
+            self.overlong_buffer,
+        )
         _require(len(self.rules) > 0, "rules", "at least one aggregator", self.rules)
         _require(all(map(math.isfinite, self.alphas)), "alphas", "finite numbers", self.alphas)
         sizes = self.batch_prompts

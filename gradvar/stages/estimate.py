@@ -10,6 +10,7 @@ import pandas as pd
 from gradvar.estimators import (
     alpha_table,
     cv_table,
+    extras_table,
     find_rule,
     form_table,
     identity_table,
@@ -76,7 +77,7 @@ def _measured_proxies(run: Run, groups: Sequence[PromptScores]) -> dict[str, dic
     return {name: by_prompt for name, by_prompt in found.items() if by_prompt}
 
 
-def cv(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> pd.DataFrame:
+def cv(run: Run, given: Mapping[str, Any], listener: Listener | None = None, *, extras: bool = False) -> pd.DataFrame:
     """Estimate every aggregator's total CV; write and return the table `cv`.
 
     Where the run holds products between prompts, the table `batches` is written too: batches of several prompts.
@@ -85,6 +86,7 @@ def cv(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> 
         run: A run with Grams and rewards.
         given: Settings of `EstimateConfig` given now.
         listener: Who is told.
+        extras: Also set updates with DAPO's extras beside plain ones, for the rules without alpha: table `extras`.
 
     Raises:
         GradvarError: Nothing was measured, or the group is larger than the rollouts.
@@ -94,7 +96,7 @@ def cv(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> 
     started = utc_now()
     groups = estimated_groups(run, listener)
     check_group_size(groups, config)
-    with listener.task("cv", 2) as advance:
+    with listener.task("cv", 3 if extras else 2) as advance:
         table = cv_table(
             groups,
             rules=config.rules,
@@ -105,8 +107,22 @@ def cv(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> 
             seed=config.seed,
         )
         advance(1)
+        beside = None
+        if extras:
+            beside = extras_table(
+                groups,
+                rules=[rule for rule in config.rules if not find_rule(rule).takes_alpha] or ["grpo"],
+                group_size=config.group_size,
+                advantage=config.advantage,
+                buffer=config.overlong_buffer,
+                level=config.level,
+                seed=config.seed,
+            )
+            advance(1)
         run.begin("cv", config, started=started)
         run.write_estimates("cv", table)
+        if beside is not None:
+            run.write_estimates("extras", beside)
         write_batches(run, groups, config, listener)
         advance(1)
     run.finish("cv")

@@ -177,3 +177,15 @@ def test_audit_shows_tokens_and_prefixes_where_they_were_measured(call, tmp_path
         assert row.loc[quantity, "high"] == pytest.approx(expected.high)
     within = growth[(growth["quantity"] == "prefix_within") & (growth["target"] == "sum")]
     np.testing.assert_allclose(within["value"], 1.5, rtol=1e-6)
+
+
+def test_extras_of_dapo_beside_the_plain_update(call, tmp_path):
+    simulated(tmp_path / "r", 1, 2, texts=["a", "b"], signal=3.0, targets=TARGETS[:1])
+    out = call("cv", tmp_path / "r", "--extras", "--overlong-buffer", "900")
+    assert "DAPO's extras, each beside the plain update" in out
+    document = json.loads(call("cv", tmp_path / "r", "--extras", "--json"))
+    assert {row["extra"] for row in document["extras"] if row["rule"] == "dapo"} >= {"none", "dynamic sampling"}
+    complete(gradvar.open_run(tmp_path / "r").table("extras"), 0)
+    assert gradvar.open_run(tmp_path / "r").info["config"]["estimate"]["overlong_buffer"] == 900
+    line = call("cv", tmp_path / "r", "--extras", "--overlong-buffer", "0", code=2)
+    assert "--overlong-buffer: expected at least 1 token" in line

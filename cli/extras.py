@@ -1,0 +1,51 @@
+"""DAPO's extras with and without, as people read them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from . import console
+from .console import interval, number
+from .verdicts import last_target, one_row, overall_rows
+
+_SHORT = {
+    "none": "none",
+    "overlong filtering": "filtering",
+    "soft overlong punishment": "punishment",
+    "dynamic sampling": "sampling",
+}
+
+
+def print_extras(table: pd.DataFrame) -> None:
+    """Show what each extra does to every rule's CV and direction."""
+    from gradvar.runs import target_label
+
+    last = last_target(table)
+    mine = table[table["target"] == last]
+    told = overall_rows(mine[mine["extra"].notna() & mine["rule"].notna()])
+    if told.empty:
+        return
+    affected = mine[mine["quantity"] == "affected"].groupby("extra")["value"].mean()
+    rows = []
+    for rule in dict.fromkeys(told["rule"]):
+        for extra in dict.fromkeys(told["extra"]):
+            own = told[(told["rule"] == rule) & (told["extra"] == extra)]
+            cv, ratio = one_row(own, quantity="cv"), one_row(own, quantity="cv_ratio")
+            turned = one_row(own, quantity="cosine_difference")
+            share = "" if extra not in affected else f"{100 * affected[extra]:.3g}%"
+            plain = number(cv["value"]) if pd.notna(cv["value"]) else f"> {number(cv['low'])}"
+            rows.append([str(rule), _SHORT[str(extra)], share, plain, _cell(ratio), _cell(turned)])
+    console.table(
+        f"DAPO's extras, each beside the plain update: {target_label(last)}",
+        ["aggregator", "extra", "affects", "CV", "CV ratio", "cosine change"],
+        rows,
+        caption="filtering: truncated responses carry no loss; punishment: soft, added to the reward; sampling: groups "
+        "whose rewards differ. affects: share of responses, of groups for sampling. cosine: with grad J of the "
+        "plain reward. Paired, these prompts.",
+    )
+
+
+def _cell(row: Any) -> str:
+    return "" if row is None else f"{number(row['value'])} {interval(row)}"
