@@ -1,8 +1,8 @@
 """Time every estimate on simulated runs, and write what was measured to estimators.md.
 
 Run from the root: `python -m benchmarks.estimators`. 8 and 64 prompts x 128 rollouts x 6 targets and their sum; every
-stage is a process of its own, as the commands are, so reading the run counts too. Limits: 8 prompts in 20 s, 64 in 180 s,
-on two cores; memory linear in prompts.
+stage is a process of its own, as the commands are, so reading the run counts too. Limits: 8 prompts in 20 s, 64 in 180
+s, on two cores; memory linear in prompts.
 """
 
 from __future__ import annotations
