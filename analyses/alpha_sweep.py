@@ -10,7 +10,8 @@ from analyses.script import main, overall, whole_target
 from gradvar import Run
 from gradvar.estimators import cv_table
 from gradvar.estimators.alpha_tables import ALPHA_GRID
-from gradvar.figures import RULE_COLOURS, panels
+from gradvar.figures import panels
+from gradvar.figures.aggregators import RULE_COLOURS
 from gradvar.figures.style import MUTED
 from gradvar.runs import EstimateConfig
 

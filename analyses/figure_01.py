@@ -9,7 +9,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from analyses.script import concat, main, overall, spread_of, whole_target
 from gradvar import Run
-from gradvar.figures import RULE_COLOURS, panels, rule_label
+from gradvar.figures import panels, plot_bias_noise
 from gradvar.figures.style import COLOURS, MUTED
 
 BINS = 10
@@ -20,8 +20,8 @@ def compute(run: Run) -> pd.DataFrame:
 
     Columns: series ("histogram", "length class", "aggregator"); for the first two length_low, length_high (tokens) and
     responses, for a class value (mean deviation of the score over its prompt's mean) with low and high (1.96 standard
-    errors); for an aggregator rule, alpha, cv with cv_low, cv_high, and bias = 1 - cos(E ghat, grad J) with bias_low,
-    bias_high.
+    errors); for an aggregator quantity ("cv", "cosine" of E ghat and grad J: 1 is unbiased in direction), rule, alpha,
+    value, low, high.
     """
     target = whole_target(run)
     groups = run.scores(target)
@@ -60,24 +60,11 @@ def compute(run: Run) -> pd.DataFrame:
 
 
 def _aggregators(run: Run, target: str) -> pd.DataFrame:
-    cv, alpha = (overall(table[table["target"] == target]) for table in (run.table("cv"), run.table("alpha")))
-    names = ["rule", "alpha"]
-    noise = cv[(cv["quantity"] == "cv") & cv["rule"].notna()][[*names, "value", "low", "high"]]
-    angle = alpha[alpha["quantity"] == "cosine"][[*names, "value", "low", "high"]]
-    both = noise.merge(angle, on=names, suffixes=("_cv", "_cos"))
-    return pd.DataFrame(
-        {
-            "series": "aggregator",
-            "rule": both["rule"],
-            "alpha": both["alpha"],
-            "cv": both["value_cv"],
-            "cv_low": both["low_cv"],
-            "cv_high": both["high_cv"],
-            "bias": 1 - both["value_cos"],
-            "bias_low": 1 - both["high_cos"],
-            "bias_high": 1 - both["low_cos"],
-        }
-    )
+    parts = [("cv", run.table("cv")), ("cosine", run.table("alpha"))]
+    rows = [overall(table[(table["target"] == target) & (table["quantity"] == name)]) for name, table in parts]
+    kept = pd.concat(rows, ignore_index=True)
+    kept = kept[kept["rule"].notna()]
+    return kept[["quantity", "rule", "alpha", "value", "low", "high"]].assign(series="aggregator")
 
 
 def draw(data: pd.DataFrame) -> Figure:
@@ -127,29 +114,11 @@ def draw(data: pd.DataFrame) -> Figure:
     left.set_ylabel(r"$\|s_i - \bar s\|^2$ over its prompt's mean")
     left.set_title("variance of the score gradient; grey: number of responses")
     left.legend(loc="upper left")
-    _draw_aggregators(right, data[data["series"] == "aggregator"])
+    rules = data[data["series"] == "aggregator"]
+    cosines, noise = (rows.drop(columns="quantity") for _, rows in rules.groupby("quantity"))
+    plot_bias_noise(right, cosines, noise, title="bias and noise of one update; lines of equal efficiency")
+    right.legend(loc="lower left")
     return figure
-
-
-def _draw_aggregators(axes, rows: pd.DataFrame) -> None:  # type: ignore[no-untyped-def]
-    rows = rows[rows["cv"].notna() & rows["bias"].notna()]
-    for _, row in rows.iterrows():
-        colour = RULE_COLOURS.get(str(row["rule"]), MUTED)
-        axes.plot([row["cv_low"], row["cv_high"]], [row["bias"]] * 2, color=colour, linewidth=1, alpha=0.6)
-        axes.plot([row["cv"]] * 2, [row["bias_low"], row["bias_high"]], color=colour, linewidth=1, alpha=0.6)
-        axes.plot(row["cv"], row["bias"], "o", color=colour, markersize=5)
-        axes.annotate(
-            rule_label(str(row["rule"]), row["alpha"]),
-            (row["cv"], row["bias"]),
-            textcoords="offset points",
-            xytext=(5, 4),
-            fontsize=7.5,
-            color=colour,
-        )
-    axes.axhline(0, color=MUTED, linewidth=0.8)
-    axes.set_xlabel("noise: total CV of one update")
-    axes.set_ylabel(r"bias: $1 - \cos(E\hat g, \nabla J)$")
-    axes.set_title("aggregators, lower left is better")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from analyses.script import advantage_of, main, whole_target
 from gradvar import GradvarError, Run
 from gradvar.estimators import find_rule
 from gradvar.estimators.groups import draw_groups, group_coefficients, group_moments
-from gradvar.figures import RULE_COLOURS, panels, rule_label
+from gradvar.figures import panels, rule_label
+from gradvar.figures.aggregators import RULE_COLOURS
 from gradvar.figures.style import MUTED
 from gradvar.runs import EstimateConfig, PromptScores
 
@@ -116,7 +117,7 @@ def _placed(scores: PromptScores, scales: list[float], made: list[Array], cvs: l
 def draw(data: pd.DataFrame) -> Figure:
     """Draw one panel a rule on common axes."""
     figure = panels(len(RULES), columns=2)
-    figure.set_size_inches(8, 4.2)
+    figure.set_size_inches(8, 3.6)
     spans = [(data[name].min() - 0.2, data[name].max() + 0.2) for name in ("x", "y")]
     for axes, (rule, alpha) in zip(figure.axes, RULES, strict=True):
         rows = data[(data["rule"] == rule) & (data["alpha"].isna() if alpha is None else data["alpha"] == alpha)]

@@ -7,45 +7,41 @@ from matplotlib.figure import Figure
 
 from analyses.script import main
 from gradvar import Run
-from gradvar.figures import panels
-from gradvar.figures.style import COLOURS, MUTED, PANEL
+from gradvar.figures import panels, plot_exponents
+from gradvar.figures.style import PANEL
 from gradvar.runs import target_label
 
-SHOWN = {"deviation_exponent": "deviation from the mean", "within_exponent": "within-length variance"}
+QUANTITIES = ("deviation_exponent", "within_exponent")
 
 
 def compute(run: Run) -> pd.DataFrame:
     """Return prompt_id (empty: all), target, advantage, quantity, value, low, high, verdict, n, clusters."""
     law = run.table("law")
-    rows = law[law["quantity"].isin(SHOWN) & (law["scope"] == "all responses")]
+    rows = law[law["quantity"].isin(QUANTITIES) & (law["scope"] == "all responses")]
     rows = rows[rows["prompt_id"].notna() | (rows["estimand"] == "these prompts")]
     columns = ["prompt_id", "target", "advantage", "quantity", "value", "low", "high", "verdict", "n", "clusters"]
     return rows[columns].sort_values(["target", "advantage", "quantity"], kind="stable", ignore_index=True)
 
 
 def draw(data: pd.DataFrame) -> Figure:
-    """Draw a panel a quantity and gradient: a line a target, prompts as small marks beside the pooled exponent."""
-    kinds = [(quantity, kind) for quantity in SHOWN for kind in data["advantage"].unique()]
-    targets = list(data["target"].unique())[::-1]
-    figure = panels(len(kinds), columns=len(kinds))
-    figure.set_size_inches(PANEL[0] * len(kinds), 1.2 + 0.3 * len(targets))
-    for axes, (quantity, kind) in zip(figure.axes, kinds, strict=True):
-        rows = data[(data["quantity"] == quantity) & (data["advantage"] == kind)]
-        for place, target in enumerate(targets):
-            mine = rows[rows["target"] == target]
-            singles = mine[mine["prompt_id"].notna()]
-            axes.plot(singles["value"], [place] * len(singles), "|", color=MUTED, markersize=7)
-            for _, row in mine[mine["prompt_id"].isna()].iterrows():
-                axes.plot([row["low"], row["high"]], [place, place], color=COLOURS[0], linewidth=2)
-                axes.plot(row["value"], place, "o", color=COLOURS[0], markersize=4.5)
-        axes.axvspan(0.75, 1.25, color="#dddddd", alpha=0.6, linewidth=0)
-        axes.axvline(1, color=MUTED, linewidth=0.8)
-        axes.set_yticks(range(len(targets)), [target_label(t) for t in targets] if axes is figure.axes[0] else [])
-        middle = data["value"].dropna()
-        axes.set_xlim(min(0.0, float(middle.quantile(0.02))), max(2.0, float(middle.quantile(0.98))))
-        axes.set_xlabel("exponent")
-        gradient = "score" if kind == "score" else f"{kind} advantages"
-        axes.set_title(f"{SHOWN[quantity]}, {gradient}")
+    """Draw targets over all prompts (left), and prompts on all targets together (right); a row a gradient."""
+    kinds = data["advantage"].unique()
+    sides = {"target": data[data["prompt_id"].isna()], "prompt_id": data[data["prompt_id"].notna()]}
+    last = data["target"].iloc[-1] if "sum" not in set(data["target"]) else "sum"
+    sides["prompt_id"] = sides["prompt_id"][sides["prompt_id"]["target"] == last]
+    if sides["target"].empty:  # one prompt alone
+        sides["target"] = data
+    figure = panels(2 * len(kinds), columns=2)
+    tallest = max(rows[by].nunique() for by, rows in sides.items())
+    figure.set_size_inches(2.4 * PANEL[0], len(kinds) * (0.9 + 0.34 * tallest))
+    places = iter(figure.axes)
+    for kind in kinds:
+        name = "score" if kind == "score" else f"{kind} advantages"
+        for by, rows in sides.items():
+            title = f"{name}, all prompts" if by == "target" else f"{name}, {target_label(last)}, by prompt"
+            plot_exponents(next(places), rows[rows["advantage"] == kind], by=by, title=title)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
     return figure
 
 
