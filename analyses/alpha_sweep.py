@@ -51,8 +51,11 @@ def draw(data: pd.DataFrame) -> Figure:
         for _, row in rows[rows["alpha"].isna()].iterrows():
             shade = RULE_COLOURS.get(str(row["rule"]), MUTED)
             axes.axhline(row["value"], color=shade, linestyle="--", linewidth=1.2, label=str(row["rule"]))
-        tops = curve["high"].replace(np.inf, np.nan).dropna()
-        axes.set_ylim(min(0.0, curve["low"].min()), 1.05 * max([*tops, *rows["value"].dropna()]))
+        ends = rows[["value", "low", "high"]].replace(np.inf, np.nan).stack()
+        if curve["value"].notna().any():
+            axes.set_ylim(min(0.0, ends.min()), 1.05 * ends.max())
+        else:
+            axes.text(0.5, 0.5, "unresolved:\nno signal above the noise", ha="center", transform=axes.transAxes)
         axes.set_xlabel("alpha")
         axes.set_ylabel(label)
     handles, labels = figure.axes[0].get_legend_handles_labels()

@@ -159,7 +159,7 @@ def test_claims_cover_the_paper_and_judge_by_the_interval(run):
     assert set(data["verdict"]) <= {"supported", "rejected", "undetermined", "not claimed"}
     linear = data[(data["claim"] == 1) & data["low"].notna()]
     for _, row in linear.iterrows():
-        inside = 0.75 <= row["low"] and row["high"] <= 1.25
+        inside = row["low"] >= 0.75 and row["high"] <= 1.25
         outside = row["high"] < 0.75 or row["low"] > 1.25
         assert row["verdict"] == ("supported" if inside else "rejected" if outside else "undetermined")
     fixed = data[data["tested_by"].str.contains("total weight")].set_index("where")["value"]
