@@ -1,7 +1,7 @@
 """Arrays to numbers: everything that follows from a score Gram, rewards and lengths. Never imports torch."""
 
 from gradvar.estimators.advantages import ADVANTAGES, advantages
-from gradvar.estimators.aggregation import RULES, Rule, aggregation_weights, find_rule
+from gradvar.estimators.aggregation import RULES, Rule, aggregation_weights, find_rule, register_rule
 from gradvar.estimators.alpha_tables import alpha_table, recommendation
 from gradvar.estimators.audit import audit_table
 from gradvar.estimators.comparison import compare_table
@@ -33,6 +33,7 @@ __all__ = [
     "Rule",
     "aggregation_weights",
     "find_rule",
+    "register_rule",
     # the variance law
     "FamilyFit",
     "VarianceLaw",

@@ -117,6 +117,19 @@ RULES: dict[str, Rule] = {
 _BY_ANY_NAME = {name: rule for rule in RULES.values() for name in (rule.name, *rule.aliases)}
 
 
+def register_rule(rule: Rule) -> None:
+    """Add a rule of your own: from here every estimator, table and `gradvar.aggregate_loss` knows it by its name.
+
+    Raises:
+        GradvarError: The name or an alias is taken.
+    """
+    taken = [name for name in (rule.name, *rule.aliases) if name in _BY_ANY_NAME]
+    if taken:
+        raise GradvarError(f"rule {rule.name!r}: the name {taken[0]!r} is taken; choose another")
+    RULES[rule.name] = rule
+    _BY_ANY_NAME.update(dict.fromkeys((rule.name, *rule.aliases), rule))
+
+
 def find_rule(rule: str) -> Rule:
     """Return the rule of that name or alias.
 

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from gradvar.errors import GradvarError
-from gradvar.estimators import RULES, aggregation_weights, find_rule
+from gradvar.estimators import RULES, aggregation, aggregation_weights, find_rule
 from tests.estimators import references
 
 LENGTHS = np.array([3.0, 10.0, 200.0, 47.0, 10.0])
@@ -145,3 +147,17 @@ def test_integer_lengths_and_tensors():
     assert isinstance(tensors, torch.Tensor)
     np.testing.assert_allclose(integers, expected, rtol=1e-14)
     np.testing.assert_allclose(tensors.numpy(), expected, rtol=1e-14)
+
+
+def test_a_registered_rule_is_known_everywhere_and_names_are_not_taken_twice(monkeypatch):
+    monkeypatch.setattr(aggregation, "RULES", dict(aggregation.RULES))
+    monkeypatch.setattr(aggregation, "_BY_ANY_NAME", dict(aggregation._BY_ANY_NAME))
+    mine = aggregation.Rule(
+        name="root_length", label="root", formula=lambda lengths, n, total, longest, alpha: lengths**-0.5 / n
+    )
+    aggregation.register_rule(mine)
+    np.testing.assert_allclose(aggregation.aggregation_weights("root_length", [4.0, 25.0]), [0.25, 0.1])
+    with pytest.raises(GradvarError, match="'root_length' is taken"):
+        aggregation.register_rule(mine)
+    with pytest.raises(GradvarError, match="'token-mean' is taken"):
+        aggregation.register_rule(replace(mine, name="other", aliases=("token-mean",)))
