@@ -8,7 +8,7 @@ BIN := .venv/bin
 VLLM := .venv-vllm/bin
 BENCH := .venv-bench/bin
 
-.PHONY: demo test test-fast test-vllm bench lint policy clean
+.PHONY: demo test test-fast test-vllm bench lint docs analyses policy clean
 
 demo: .venv/installed
 	$(BIN)/gradvar demo $(RUN)
@@ -26,6 +26,15 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages that are made from the code.
+docs: .venv/installed
+	$(BIN)/python -m typer cli.main utils docs --name gradvar --title "Command line" --output docs/cli.md
+	$(BIN)/python docs/public_names.py
+
+# Every figure and table of the paper from the committed run.
+analyses: .venv/installed
+	$(BIN)/python -m analyses analyses/run --out analyses/output
 
 # Trains the bundled policy anew (about 8 minutes) and writes its card.
 policy: .venv/installed

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 
@@ -15,8 +16,9 @@ def test_the_page_of_public_names_has_not_drifted():
 
 def test_the_page_of_the_command_line_has_not_drifted(tmp_path):
     made = tmp_path / "cli.md"
+    command = "-m typer cli.main utils docs --name gradvar --title"
     subprocess.run(
-        [sys.executable, *"-m typer cli.main utils docs --name gradvar --title Command --output".split(), str(made)],
+        [sys.executable, *shlex.split(command), "Command line", "--output", str(made)],
         cwd=ROOT,
         check=True,
         capture_output=True,
