@@ -15,8 +15,8 @@ OUTPUT = Path(__file__).with_name("python.md")
 
 HEAD = """# Public Python names
 
-`import gradvar` loads neither torch, transformers nor vllm; a name loads what it needs on first use. This page is made from
-the docstrings (`make docs`) and a test sees that it has not drifted.
+`import gradvar` loads neither torch, transformers nor vllm; a name loads what it needs on first use. This page is made
+from the docstrings (`make docs`) and a test sees that it has not drifted.
 """
 
 SECTIONS = {
