@@ -51,9 +51,9 @@ def draw(data: pd.DataFrame) -> Figure:
         for _, row in rows[rows["alpha"].isna()].iterrows():
             shade = RULE_COLOURS.get(str(row["rule"]), MUTED)
             axes.axhline(row["value"], color=shade, linestyle="--", linewidth=1.2, label=str(row["rule"]))
-        ends = rows[["value", "low", "high"]].replace(np.inf, np.nan).stack()
+        ends = rows[["value", "low", "high"]].replace(np.inf, np.nan).to_numpy()
         if curve["value"].notna().any():
-            axes.set_ylim(min(0.0, ends.min()), 1.05 * ends.max())
+            axes.set_ylim(min(0.0, float(np.nanmin(ends))), 1.05 * float(np.nanmax(ends)))
         else:
             axes.text(0.5, 0.5, "unresolved:\nno signal above the noise", ha="center", transform=axes.transAxes)
         axes.set_xlabel("alpha")
