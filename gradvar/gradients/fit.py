@@ -61,8 +61,8 @@ def choose_plan(
     if plans:  # layers made again cost about a third of a pass
         return min(plans, key=lambda plan: len(plan.passes) * (3 if plan.checkpointing == "off" else 4))
     raise GradvarError(
-        f"memory budget of {total} bytes is too small: expected at least {min(least)} bytes, for the longest response "
-        "alone and one row of the largest target"
+        f"memory budget of {total} bytes is too small: expected at least {min(least)} bytes ({min(least) / 2**30:.2g} "
+        "GiB), for the longest response alone and one row of the largest target"
     )
 
 

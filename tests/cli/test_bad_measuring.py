@@ -1,6 +1,7 @@
 """Mistakes around measuring, through the command line: one line, exit code 2, nothing changed."""
 
 import json
+import re
 
 import pytest
 
@@ -44,7 +45,7 @@ def run(tmp_path):
         (["--prefixes", "1"], ["--prefixes: expected at least 2"]),
         (["--memory-budget", "0"], ["--memory-budget: expected GiB above 0"]),
         (["--token-budget", "0"], ["--token-budget: expected at least 1"]),
-        (["--no-bias", "--dry-run", "--memory-budget", "0.00001"], ["too small", "expected at least"]),
+        (["--no-bias", "--dry-run", "--memory-budget", "0.00001"], ["too small", "expected at least", "GiB"]),
     ],
 )
 def test_options_that_cannot_be_met(refused, run, options, words):
@@ -65,6 +66,15 @@ def test_a_response_that_is_not_finite_is_named_with_the_option(refused, run):
     assert "response 1:" in line
     assert "--leave-out-non-finite" in line
     assert open_run(spoiled.path).measured_prompt_ids() == ["0"]  # what was finished is kept
+
+
+def test_a_budget_too_small_for_one_response_and_the_least_that_would_do(refused, run):
+    line = refused("measure", run.path, "--memory-budget", "0.00001")
+    least = int(re.search(r"expected at least (\d+) bytes", line)[1])
+    assert not run.measured_prompt_ids()
+    with pytest.raises(SystemExit) as left:
+        main(["measure", str(run.path), "--memory-budget", str(1.05 * least / 2**30)])
+    assert left.value.code == 0
 
 
 def test_a_response_beyond_the_models_positions(refused, run):
