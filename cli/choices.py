@@ -36,13 +36,15 @@ def _print_efficiency(table: pd.DataFrame) -> None:
     for _, row in rows[(rows["quantity"] == "eta") & rows["rule"].notna()].iterrows():
         cosine = one_row(rows, quantity="cosine", rule=row["rule"], alpha=row["alpha"])
         pressure = one_row(rows, quantity="length_pressure", rule=row["rule"], alpha=row["alpha"])
+        entropy = one_row(rows, quantity="entropy_pressure", rule=row["rule"], alpha=row["alpha"])
         shown.append(
             [
                 str(row["rule"]) + ("" if pd.isna(row["alpha"]) else f" α={row['alpha']:g}"),
                 number(row["value"]),
                 interval(row),
                 "" if cosine is None else f"{number(cosine['value'])} {interval(cosine)}",
-                "" if pressure is None else str(pressure["verdict"]),
+                _pushed(pressure),
+                _pushed(entropy),
             ]
         )
     if not shown:
@@ -50,10 +52,17 @@ def _print_efficiency(table: pd.DataFrame) -> None:
         return
     console.table(
         "Efficiency eta = cos² rho of one update, and its direction's cosine with grad J",
-        ["aggregator", "eta", "interval", "cosine (1: unbiased)", "length"],
+        ["aggregator", "eta", "interval", "cosine", "length", "entropy"],
         shown,
-        caption="Higher is better. length: whether the update pushes the mean length up or down.",
+        caption="Higher is better. cosine 1: unbiased. length, entropy: where an update pushes their means.",
     )
+
+
+def _pushed(row: Any) -> str:
+    if row is None:
+        return ""
+    side = str(row["verdict"])
+    return "?" if side == "undetermined" else side
 
 
 FORMS = {

@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from gradvar.errors import GradvarError
 from gradvar.estimators import aggregator_rho, alpha_table, find_rule, law_table, recommendation
@@ -226,3 +227,29 @@ def test_recommendation_says_what_it_rests_on(table, groups):
     wide = table.copy()
     wide.loc[star, ["value", "low", "high"]] = [1.0, 0.0, 2.0]
     assert "cannot tell one alpha from another" in recommendation(wide, law, target="a")
+
+
+def test_prompts_like_these_leave_out_one_prompt_at_a_time():
+    groups = prompts(5, n=32, targets=("a",), signal=3.0)
+    options = {"rules": ("grpo",), "grid": (0.0, 1.0), "group_size": 4, "permutations": 32, "seed": 1}
+    table = alpha_table(groups, **options)
+    where = {"quantity": "cosine", "rule": "grpo", "prompt_id": None}
+    row = only(table, **where, estimand="prompts like these")
+    here = only(table, **where, estimand="these prompts")
+    assert row["value"] == here["value"]
+    # Delete-one-prompt jackknife by hand: the table of the other four, pooled.
+    left = np.array(
+        [
+            only(alpha_table(groups[:q] + groups[q + 1 :], **options), **where, estimand="these prompts")["value"]
+            for q in range(5)
+        ]
+    )
+    error = math.sqrt(4 / 5 * ((left - left.mean()) ** 2).sum())
+    assert row["high"] - row["value"] == pytest.approx(stats.t.ppf(0.975, 4) * error)
+    assert row["n"] == 160
+    eta = only(table, quantity="eta", rule="grpo", prompt_id=None, estimand="prompts like these")
+    assert eta["low"] < eta["value"] < eta["high"] < 1
+    star = only(table, quantity="alpha_star_eta", prompt_id=None, estimand="prompts like these")
+    assert star["low"] <= star["value"] <= star["high"]
+    few = alpha_table(groups[:3], **options)
+    assert set(few["estimand"]) == {"these prompts"}

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from gradvar.errors import GradvarError
 from gradvar.estimators import alpha_table, cv_table, planning_table
@@ -111,3 +112,15 @@ def test_refuses(groups):
         planning_table(groups, sizes=(64,), seed=0)
     with pytest.raises(GradvarError, match="alpha"):
         planning_table(groups, rule="vl_norm", seed=0)
+
+
+def test_silent_share_over_prompts_counts_silent_ones(groups):
+    several = [replace(g, prompt_id=f"q{k}") for k, g in enumerate([groups[0], groups[1], groups[0], groups[1]])]
+    several[3] = replace(several[3], rewards=np.ones(len(several[3].rewards)))
+    table = planning_table(several, sizes=(4,), permutations=16, seed=0)
+    row = only(table, quantity="silent_share", group_size=4, prompt_id=None)
+    shares = np.array([references.silent_share(list(s.rewards), 4) for s in several])
+    assert row["value"] == pytest.approx(shares.mean())
+    half = stats.t.ppf(0.975, 3) * shares.std(ddof=1) / 2
+    assert row["high"] == pytest.approx(min(shares.mean() + half, 1.0))
+    assert row["low"] == pytest.approx(max(shares.mean() - half, 0.0))
