@@ -60,8 +60,8 @@ from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_tabl
 Array = NDArray[np.float64]
 
 BATCH, GROUP, EITHER = "batch", "prompt group", "either"
-PERMUTATIONS, FORMED_PERMUTATIONS = 128, 16
-"""P of products within prompts, and of formed batches."""
+PERMUTATIONS, FORMED_PERMUTATIONS, FORMED_GROUPS = 128, 32, 4
+"""P of products within prompts; P and M of formed batches, whose cost grows with M squared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +237,8 @@ def _batches(study: _Study, rule: Rule, alpha: float | None) -> _Batches:
     formed = [size for size in study.sizes if size > 1 and 3 * size <= len(study.prompts)]
     larger = [size for size in study.sizes if 3 * size > len(study.prompts)]
     if formed:
-        first = {name: rows[:FORMED_PERMUTATIONS] for name, rows in study.drawn.items()}
+        rounds = min(FORMED_PERMUTATIONS, max(4, 1024 // len(study.prompts)))
+        first = {name: rows[:rounds, :FORMED_GROUPS] for name, rows in study.drawn.items()}
         moments = formed_moments(
             study.prompts,
             study.products,

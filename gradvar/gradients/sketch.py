@@ -11,10 +11,11 @@ gradients <sketch(G), sketch(H)> is unbiased for <G, H>, given any hash, and
 over hash and signs, as for a dense projection to d random signs (the Johnson-Lindenstrauss projection of TRAK), since
 two entries meet with probability at most 1/w and the R estimates are independent given the hash. The R parts
 estimate <G, H> each on its own: their spread measures the error.
-A projection P G Q of rank-one factors (LoGra, Choe et al. 2024; bergson) costs less where the gradient itself is never
-made, but its variance is ((1 + 1/p)(1 + 1/q) - 1) times that at best and, for gradients of rank one,
-(1 + 2/p)(1 + 2/q) - 1 for the squared norm, p q = d: 25% instead of 2.2% at d = 4096. The Gram makes the gradient's
-rows anyhow, so the count sketch costs R multiplications an entry more.
+A projection P G Q (LoGra, Choe et al. 2024; bergson) costs less where the gradient itself is never made, but errs more:
+the squared norm of a gradient of rank one has the relative variance (1 + 2/p)(1 + 2/q) - 1, p q = d, a standard error
+of 25% instead of 2.2% at d = 4096. On score gradients of the bundled policy it erred 1.3 to 5 times as much as this
+sketch at the same d and about the same time (benchmarks/sketches.csv). The Gram makes the gradient's rows anyhow, so
+this one adds R multiplications an entry.
 
 Entries are hashed in chunks of w columns of one row: a random shift of each chunk, so entries of one chunk never meet.
 Hash and signs depend on the seed, the target's key and its shape alone (Philox counters by row): neither prompts, runs,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -140,11 +140,10 @@ def sketch_errors(run: Run) -> dict[str, SketchError]:
     }
 
 
-def sketch_error_line(run: Run) -> str | None:
-    """Return one line on how far the sketches' inner products are off, None without sketches."""
-    errors = sketch_errors(run)
+def sketch_error_line(errors: Mapping[str, SketchError]) -> str:
+    """Return one line on how far the sketches' inner products are off."""
     if not errors:
-        return None
+        return "no sketch could be checked: the responses of sketches and Grams differ"
     worst = max(errors.values(), key=lambda error: error.measured)
     return (
         f"sketches checked against the exact Grams within prompts: an inner product is off by {worst.measured:.2%} of "

@@ -30,7 +30,7 @@ from gradvar.runs import (
     TauEstimate,
     rollouts_digest,
 )
-from gradvar.stages.batch import sketch_error_line
+from gradvar.stages.batch import sketch_error_line, sketch_errors
 from gradvar.stages.cross import measure_cross
 from gradvar.stages.groups import left_out_line
 from gradvar.stages.identity import agree_on_model, agreed_config
@@ -128,8 +128,11 @@ def measure(run: Run, given: Mapping[str, Any], listener: Listener | None = None
         measure_cross(run, config, made, ready.model, [work.prompt for work in ready.work], ready.targets, listener)
     if (line := left_out_line(run)) is not None:
         listener.warn(line)
-    if config.cross == "sketch" and (line := sketch_error_line(run)) is not None:
-        listener.say(line)
+    if config.cross == "sketch":
+        errors = sketch_errors(run)
+        for target, error in errors.items():
+            run.log("sketch checked", target=target, measured=error.measured, stated=error.stated)
+        listener.say(sketch_error_line(errors))
     attention = str(getattr(ready.model.config, "_attn_implementation", "unknown"))
     run.finish("measure", targets=ready.targets, dtype=made.dtype, attention=attention, bias=config.include_bias)
 

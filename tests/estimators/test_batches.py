@@ -285,22 +285,22 @@ def test_bad_requests_are_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("prompts_measured", "kind"), [(8, "exact"), (16, "exact"), (16, "sketch")])
+@pytest.mark.parametrize(("prompts_measured", "kind"), [(8, "exact"), (16, "sketch")])
 def test_intervals_cover_the_population(prompts_measured, kind):
-    """Every draw counted; at 400 draws a true 95% falls below 92.5% once in a hundred."""
+    """Every draw counted; at 200 draws a true 95% falls below 91.5% about once in fifty."""
     rng = np.random.default_rng(21)
     population = Population(rng=rng)
-    power, given, signal = population.truth(group_size=4, batches=200_000, rng=rng)
+    power, given, signal = population.truth(group_size=4, batches=60_000, rng=rng)
     size = 8
     power, given = power / size + (1 - 1 / size) * signal, given / size + (1 - 1 / size) * signal
     truth = {"rho": signal / power, "given": given / power, "share": (given - signal) / (power - signal)}
     hits: dict[str, list[bool]] = {name: [] for name in truth}
-    for index in range(400):
+    for index in range(200):
         prompts, gradients = population.draw(prompts_measured, 32)
         exact = exact_products(prompts, gradients)
         products = exact if kind == "exact" else signed_sketch(prompts, gradients, seed=index, width=16)
         table = batch_table(prompts, {"layer": products}, rules=("grpo",), batch_prompts=(size,), group_size=4,
-                            permutations=16, advantage="mean", seed=index)  # fmt: skip
+                            permutations=8, advantage="mean", seed=index)  # fmt: skip
         for name, quantity, estimand in (
             ("rho", "rho", "prompts like these"),
             ("given", "rho", "these prompts"),

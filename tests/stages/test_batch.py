@@ -30,14 +30,15 @@ def test_measure_stores_a_sketch_of_every_response_whose_error_is_as_stated(run)
             assert one.rollout_ids == grams[key].rollout_ids
     for error in sketch_errors(run).values():
         assert 0.4 * error.stated < error.measured < 2 * error.stated
-    assert "expected" in sketch_error_line(run)
+    assert "expected" in sketch_error_line(sketch_errors(run))
+    assert '"sketch checked"' in (run.path / "log.jsonl").read_text()
 
 
 def test_a_measured_run_is_sketched_later_and_its_grams_stay(tmp_path):
     run = make_run(tmp_path)
     measure(run, {"targets": ("last:q,v",)})
     before = {p: run.file("grams", p).read_bytes() for p in run.prompt_ids}
-    assert sketch_error_line(run) is None
+    assert sketch_errors(run) == {}
     measure(run, SKETCH)
     assert {p: run.file("grams", p).read_bytes() for p in run.prompt_ids} == before
     stamps = {p: run.file("sketches", p).stat().st_mtime_ns for p in run.prompt_ids}
