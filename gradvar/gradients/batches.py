@@ -6,6 +6,7 @@ Shape letters: B sequences of a batch, T their padded length, R the real (unpadd
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,13 +22,13 @@ class UnalignedTokensError(GradvarError):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """Some responses behind their common prompt, padded on one side.
+    """Some responses behind their common prompt, padded on one side or one after another in one row (packed).
 
     The last token of a response is not fed: nothing is predicted from it.
     """
 
     members: tuple[int, ...]
-    """Index of each row's response."""
+    """Index of each row's response; of all in the one row of a packed batch."""
     input_ids: Tensor
     """(B, T) token ids, 0 where padded."""
     attention_mask: Tensor | None
@@ -35,13 +36,18 @@ class Batch:
     real: Tensor | None
     """(R,) flat positions of the real tokens; None where all are real."""
     bounds: tuple[tuple[int, int], ...]
-    """[start, stop) of each row's tokens among the R real ones."""
+    """[start, stop) of each response's tokens among the R real ones."""
     firsts: tuple[int, ...]
-    """Column of each row's first real token."""
+    """Column of each response's first real token."""
+    packed: bool = False
+    """Whether the sequences stand one after another in one row, told apart by positions that restart."""
 
     @property
     def positions(self) -> Tensor | None:
         """(B, T) position of each token in its own sequence; None where that is its column."""
+        if self.packed:
+            spans = [torch.arange(stop - start, device=self.input_ids.device) for start, stop in self.bounds]
+            return torch.cat(spans)[None]
         if not any(self.firsts) or self.attention_mask is None:
             return None
         return (self.attention_mask.cumsum(1) - 1).clamp_min(0)
@@ -56,7 +62,7 @@ class Batch:
             UnalignedTokensError: The tensor's tokens cannot be told apart by response.
         """
         rows, length = self.input_ids.shape
-        if rows == 1:
+        if len(self.members) == 1:
             return [values.reshape(-1, values.shape[-1])]
         axes = [axis for axis in range(1, values.ndim - 1) if values.shape[axis] == length]
         if values.ndim == 2 and values.shape[0] == rows * length:
@@ -78,6 +84,7 @@ def last_hidden(base: nn.Module, batch: Batch) -> Tensor:
     options: dict[str, Tensor] = {}
     # padding on the right comes after all that counts, and the model is causal; a mask there costs the fast attention
     # kernels, and rows of it without a single key have made NaN (Gemma 2 in float64, transformers 5.23)
+    # packed sequences are told apart by their positions alone, and only where there is no mask
     if batch.attention_mask is not None and any(batch.firsts):
         options["attention_mask"] = batch.attention_mask
     if positions is not None and "position_ids" in inspect.signature(type(base).forward).parameters:
@@ -92,20 +99,43 @@ def make_batches(
     token_budget: int,
     device: torch.device,
     padding_side: str = "right",
+    packed: bool = False,
 ) -> list[Batch]:
-    """Return batches of at most `token_budget` padded tokens (at least one response each), longest first."""
+    """Return batches of at most `token_budget` tokens, padding too (at least one response each), longest first."""
     order = sorted(range(len(responses)), key=lambda i: (-len(responses[i]), i))
     groups: list[list[int]] = []
     for i in order:
         longest = len(prompt_ids) + len(responses[groups[-1][0]]) - 1 if groups else 0
-        if groups and (len(groups[-1]) + 1) * longest <= token_budget:
+        size = (len(groups[-1]) + 1) * longest if groups else 0
+        if packed and groups:
+            size = sum(len(prompt_ids) + len(responses[j]) - 1 for j in [*groups[-1], i])
+        if groups and size <= token_budget:
             groups[-1].append(i)
         else:
             groups.append([i])
+    if packed:
+        return [_pack(prompt_ids, responses, members, device) for members in groups]
     # as many rows as tokens would make (T, B, D) look like (B, T, D)
     square = [g for g in groups if len(g) > 1 and len(g) == len(prompt_ids) + len(responses[g[0]]) - 1]
     groups += [[group.pop()] for group in square]
     return [_pad(prompt_ids, responses, members, device, padding_side) for members in groups]
+
+
+def _pack(
+    prompt_ids: Sequence[int], responses: Sequence[Sequence[int]], members: Sequence[int], device: torch.device
+) -> Batch:
+    fed = [[*prompt_ids, *responses[i][:-1]] for i in members]
+    stops = list(itertools.accumulate(len(sequence) for sequence in fed))
+    starts = [stop - len(sequence) for stop, sequence in zip(stops, fed, strict=True)]
+    return Batch(
+        members=tuple(members),
+        input_ids=torch.tensor([[token for sequence in fed for token in sequence]], device=device),
+        attention_mask=None,
+        real=None,
+        bounds=tuple(zip(starts, stops, strict=True)),
+        packed=len(members) > 1,
+        firsts=tuple(starts),
+    )
 
 
 def _pad(

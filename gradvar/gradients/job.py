@@ -45,6 +45,7 @@ class Job:
     device: torch.device
     """Where token ids go."""
     padding_side: str
+    packed: bool
     dtype: torch.dtype
     tied: str | None
     """Path of the input embedding where it shares the chosen head's weight."""
@@ -64,7 +65,7 @@ class Job:
 
     def batches(self, token_budget: int) -> list[Batch]:
         """Return the batches of a pass."""
-        return make_batches(self.prompt, self.responses, token_budget, self.device, self.padding_side)
+        return make_batches(self.prompt, self.responses, token_budget, self.device, self.padding_side, self.packed)
 
     def tapped_paths(self, blocks: Sequence[Block] | None = None) -> tuple[str, ...]:
         """Return the modules whose factors the blocks (None: all targets) need, a tied input embedding among them."""

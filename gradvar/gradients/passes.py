@@ -243,7 +243,7 @@ def _predictions(job: Job, batch: Batch, hidden: Tensor) -> _Predictions:
     spans = []
     for row, i in enumerate(batch.members):
         spans.append(slice(len(where), len(where) + len(job.responses[i])))
-        start = row * length + batch.firsts[row] + len(job.prompt) - 1
+        start = (0 if batch.packed else row * length) + batch.firsts[row] + len(job.prompt) - 1
         where += range(start, start + len(job.responses[i]))
         tokens += job.responses[i]
         weights += job.masks[i]

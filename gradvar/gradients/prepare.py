@@ -17,7 +17,7 @@ from gradvar.gradients.fit import choose_plan
 from gradvar.gradients.job import Job, TokenColumns
 from gradvar.gradients.logprobs import Head
 from gradvar.gradients.plan import Plan
-from gradvar.gradients.request import check_causal, check_padding, check_request, check_sharing
+from gradvar.gradients.request import check_causal, check_padding, check_request, check_sharing, packs
 from gradvar.gradients.reweighted import check_counts, reweightings
 from gradvar.gradients.specs import resolve_targets
 from gradvar.gradients.states import Autocast, frozen, full_precision
@@ -50,6 +50,7 @@ def planned(
     seed: int | None = None,
     prefixes: int = 0,
     padding_side: str = "right",
+    packing: bool | None = None,
     checkpointing: str | None = None,
 ) -> Iterator[Job]:
     """Check a request, hold the model ready and plan the work; arguments as in `measure_scores`.
@@ -80,6 +81,7 @@ def planned(
             autocast=Autocast.current(device),
             device=device,
             padding_side=padding_side,
+            packed=packs(model, head.base, list(prompt_ids)[-_PROBE_TOKENS:], packing),
             dtype=next(p.dtype for p in model.parameters() if p.is_floating_point()),
             tied=tied,
             tied_scale=tied_scale,
@@ -114,6 +116,7 @@ def plan_measurement(
     probes: int = 0,
     prefixes: int = 0,
     padding_side: str = "right",
+    packing: bool | None = None,
     checkpointing: str | None = None,
 ) -> Plan:
     """Return how `measure_scores` would split this work, with what it would take in `Plan.cost`.
@@ -137,6 +140,7 @@ def plan_measurement(
         seed=0,
         prefixes=prefixes,
         padding_side=padding_side,
+        packing=packing,
         checkpointing=checkpointing,
     ) as job:
         return replace(job.plan, cost=cost_of(job, job.plan, job.extra.count))

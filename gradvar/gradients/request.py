@@ -182,6 +182,35 @@ def check_padding(base: nn.Module, probe: list[int], side: str) -> None:
         raise GradvarError("padding on the left changes this model's hidden states: pad on the right")
 
 
+def packs(model: nn.Module, base: nn.Module, probe: list[int], wish: bool | None) -> bool:
+    """Return whether responses go packed into one row: where asked for, or where variable-length attention gains by it.
+
+    Two sequences packed must have the states of each alone: other attention implementations and architectures let them
+    see each other without a word.
+
+    Raises:
+        GradvarError: Asked for, and the model mixes packed sequences.
+    """
+    attention = str(getattr(getattr(model, "config", None), "_attn_implementation", "unknown"))
+    varlen = "flash" in attention or "varlen" in attention
+    if wish is False or (wish is None and not (varlen and input_device(base).type == "cuda")):
+        return False
+    first, second = (probe * 3)[:3], (probe[::-1] * 6)[:5]
+    with torch.no_grad():
+        (both,) = make_batches(first, [second, second[:3]], 10_000, input_device(base), packed=True)
+        states = last_hidden(base, both)[0].double()
+        alone = [make_batches(first, [one], 10_000, input_device(base))[0] for one in (second, second[:3])]
+        apart = torch.cat([last_hidden(base, one)[0].double() for one in alone])
+    if same_states(states, apart, base):
+        return True
+    if wish:
+        raise GradvarError(
+            f"{type(base).__name__} with {attention} attention mixes packed sequences: measure it padded, or with "
+            "another attention implementation"
+        )
+    return False
+
+
 def same_states(states: Tensor, others: Tensor, base: nn.Module) -> bool:
     """Return whether states agree to some roundings, of float32 at best: some models compute in it always."""
     kind = next(p.dtype for p in base.parameters() if p.is_floating_point())

@@ -75,6 +75,7 @@ def measure_scores(
     prefixes: int = 0,
     sketch: SketchPlan | None = None,
     padding_side: str = "right",
+    packing: bool | None = None,
     checkpointing: str | None = None,
 ) -> ScoreMeasurement:
     """Measure the score Grams of one prompt's responses, exactly, and their per-token log-probabilities.
@@ -100,6 +101,9 @@ def measure_scores(
             response: k - 1 more truncated backward passes.
         sketch: Which `sketches` to make of every gradient, from the same passes.
         padding_side: "right" or "left". Changes nothing in the results; refused where it would.
+        packing: Responses one after another in one row, without padding. None does so where the attention
+            implementation takes sequences of several lengths (flash attention on CUDA). Changes nothing in the
+            results; refused for a model that lets packed sequences see each other.
         checkpointing: "off", "reentrant" or "non_reentrant": above the lowest target a layer's activations are made
             again at backward instead of kept. None honours what is switched on in the model, and switches it on where
             the memory budget asks for it. Changes memory and speed, not results.
@@ -132,6 +136,7 @@ def measure_scores(
         seed=seed,
         prefixes=prefixes,
         padding_side=padding_side,
+        packing=packing,
         checkpointing=checkpointing,
     ) as job:
         n, ids, tile = len(responses), job.ids, job.plan.tile_bytes

@@ -104,7 +104,7 @@ class Trunk:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Return the (B, T, D) last hidden states of a batch padded on the right; graphs start above the trunk."""
-        if any(batch.firsts):
+        if batch.packed or any(batch.firsts):
             return last_hidden(self._base, batch)
         rows, length = batch.input_ids.shape
         states = self._prompt.expand(rows, -1, -1)

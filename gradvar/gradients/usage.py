@@ -154,11 +154,13 @@ def _probe(
 ) -> list[Growth]:
     """Return how each number that `watch` reads off a run grows with the tokens."""
     long = max(6, min(_PROBE_LENGTH, max(job.lengths)))
-    rows = 2 if any(batch.attention_mask is not None for batch in job.batches(token_budget)) else 1
+    batches = job.batches(token_budget)
+    packed = any(batch.packed for batch in batches)
+    rows = 2 if any(batch.attention_mask is not None for batch in batches) else 1
     paths, parameters = job.tapped_paths(blocks), job.direct_parameters(blocks)
     attention = getattr(getattr(job.model, "config", None), "_attn_implementation", None)
     state = (attention, job.autocast, job.dtype, job.padding_side, job.device)
-    key = (watch.__qualname__, paths, tuple(parameters), kind, long, rows, state)
+    key = (watch.__qualname__, paths, tuple(parameters), kind, long, rows, packed, state)
     known = _known.setdefault(job.model, {})
     if key not in known:
         word = job.prompt[-1:]
@@ -167,7 +169,9 @@ def _probe(
         with job.autocast.off(), checkpointed(job.model, kind), Taps(modules) as taps, ParameterTaps(parameters):
             for length in (3, max(3, long // 4), max(4, long // 2), long):  # the first holds the checks of each module
                 sequences = [word * length, word * (length - 1)][:rows]
-                (batch,) = make_batches(word, sequences, rows * length, job.device, job.padding_side)
+                if packed:  # two that make up the length together
+                    sequences = [word * (length - length // 2), word * (length // 2)]
+                (batch,) = make_batches(word, sequences, rows * length, job.device, job.padding_side, packed)
                 taps.listen(lambda path, value, gradient: None)
                 seen.append((length, watch(_Run(job=job, batch=batch))))
         columns = range(len(seen[0][1]))

@@ -113,3 +113,53 @@ def test_tiles_of_any_height_add_up_to_the_whole(store, height):
     assert references.error(gram, references.gram_of(expected)) < 1e-13
     norms = kept.squared_norms(True, height * 3 * 8).numpy()
     np.testing.assert_allclose(norms, gram.diagonal(), rtol=1e-13)
+
+
+# -- packing
+
+PACKED_BY_POSITIONS = {"qwen2", "llama", "gemma2", "mistral", "phi3", "qwen3", "mixtral", "olmo2", "gpt2"}
+MIXED = {"bloom", "mpt", "lfm2"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_sequences_give_the_same_grams_or_are_refused(name):
+    model = make_model(name)
+    specs = [t.key for t in list_targets(model) if t.kind != "head" and t.direct is None][:6]
+    padded = grams(model, specs, token_budget=60)
+    if name in MIXED:
+        with pytest.raises(GradvarError, match="mixes packed sequences: measure it padded"):
+            grams(model, specs, token_budget=60, packing=True)
+        return
+    try:
+        packed = grams(model, specs, token_budget=60, packing=True)
+    except GradvarError:
+        packed = None
+    if packed is None:
+        assert name not in PACKED_BY_POSITIONS
+        return
+    assert largest_gap(packed, padded) < (2e-5 if name in FLOAT32_INSIDE else 1e-10)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packing_the_head_probes_and_checkpointing(attention):
+    model = make_model("qwen2_tied")
+    model.set_attn_implementation(attention)
+    prompt, responses = make_prompt_and_responses()
+    options = {"token_budget": 70, "probes": 2, "seed": 0, "prefixes": 3}
+    padded = measure_scores(model, prompt, responses, ["lm_head", "0:qkv"], **options)
+    fed = []
+
+    def note(module, args, kwargs):
+        fed.append(tuple(kwargs["input_ids"].shape))
+
+    hook = model.model.register_forward_pre_hook(note, with_kwargs=True)
+    options |= {"packing": True, "checkpointing": "non_reentrant"}
+    packed = measure_scores(model, prompt, responses, ["lm_head", "0:qkv"], **options)
+    hook.remove()
+    assert (1, 68) in fed
+    for key, gram in padded.grams.items():
+        assert references.error(packed.grams[key].gram(), gram.gram()) < 1e-10
+        np.testing.assert_allclose(packed.taus[key].value, padded.taus[key].value, rtol=1e-10)
+        np.testing.assert_allclose(packed.prefixes[key].value, padded.prefixes[key].value, rtol=1e-9, atol=1e-18)
+    for one, other in zip(packed.logprobs, padded.logprobs, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-12)
