@@ -157,9 +157,10 @@ def test_packing_the_head_probes_and_checkpointing(attention):
     packed = measure_scores(model, prompt, responses, ["lm_head", "0:qkv"], **options)
     hook.remove()
     assert (1, 68) in fed
+    limit = 1e-5 if attention == "eager" else 1e-9  # its softmax is in float32 whatever the model
     for key, gram in padded.grams.items():
-        assert references.error(packed.grams[key].gram(), gram.gram()) < 1e-10
-        np.testing.assert_allclose(packed.taus[key].value, padded.taus[key].value, rtol=1e-10)
-        np.testing.assert_allclose(packed.prefixes[key].value, padded.prefixes[key].value, rtol=1e-9, atol=1e-18)
+        assert references.error(packed.grams[key].gram(), gram.gram()) < limit
+        np.testing.assert_allclose(packed.taus[key].value, padded.taus[key].value, rtol=limit)
+        np.testing.assert_allclose(packed.prefixes[key].value, padded.prefixes[key].value, rtol=limit, atol=1e-18)
     for one, other in zip(packed.logprobs, padded.logprobs, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-12)
+        np.testing.assert_allclose(one, other, atol=1e-2 * limit)
