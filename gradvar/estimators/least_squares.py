@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from gradvar.estimators.intervals import (
     symmetric,
@@ -61,7 +61,7 @@ def rank_correlation(x: Array, y: Array, codes: NDArray[np.intp], level: float) 
         scaled = np.empty_like(values)
         for k in range(clusters):
             inside = codes == k
-            ordered = stats.rankdata(values[inside])
+            ordered = _ranks(values[inside])
             scaled[inside] = (ordered - ordered.mean()) / len(ordered)
         ranks.append(scaled)
     length = float(np.linalg.norm(ranks[0]) * np.linalg.norm(ranks[1]))
@@ -72,7 +72,7 @@ def rank_correlation(x: Array, y: Array, codes: NDArray[np.intp], level: float) 
     value = float(np.clip(ranks[0] @ ranks[1] / length, -1.0, 1.0))
     if abs(value) > 1 - 1e-12:
         return symmetric(value, math.nan, level, method + "; no interval at 1", n, clusters)
-    half = float(stats.norm.ppf(0.5 + level / 2)) * math.sqrt((1 + value**2 / 2) / (n - clusters - 2))
+    half = float(special.ndtri(0.5 + level / 2)) * math.sqrt((1 + value**2 / 2) / (n - clusters - 2))
     z = math.atanh(value)
     return Estimate(
         value=value,
@@ -84,3 +84,9 @@ def rank_correlation(x: Array, y: Array, codes: NDArray[np.intp], level: float) 
         clusters=clusters,
         seed=None,
     )
+
+
+def _ranks(values: Array) -> Array:
+    """Ranks from 1, ties sharing their mean: scipy's rankdata without its checks, which cost ten times as much."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2.0)[place])

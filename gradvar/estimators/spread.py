@@ -69,7 +69,13 @@ def nearest_in_length(lengths: Any, k: int, *, rng: np.random.Generator) -> NDAr
     distance = np.abs(values[:, None] - values[None, :])
     np.fill_diagonal(distance, np.inf)
     ties = rng.random(distance.shape)
-    return np.lexsort((ties, distance), axis=-1)[:, :k]
+    if len(values) <= k or not (values == np.round(values)).all():
+        return np.lexsort((ties, distance), axis=-1)[:, :k]
+    # Whole numbers of tokens: one key holds distance and tie, and only the k nearest are put in order.
+    keys = distance + ties
+    nearest = np.argpartition(keys, k - 1, axis=-1)[:, :k]
+    order = np.argsort(np.take_along_axis(keys, nearest, axis=-1), axis=-1)
+    return np.asarray(np.take_along_axis(nearest, order, axis=-1))
 
 
 def within_length_variance(

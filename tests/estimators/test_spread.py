@@ -3,7 +3,7 @@ import pytest
 
 from gradvar.errors import GradvarError
 from gradvar.estimators import deviations, within_length_variance
-from gradvar.estimators.spread import deviation_dependence, within_dependence
+from gradvar.estimators.spread import deviation_dependence, nearest_in_length, within_dependence
 from tests.estimators import references, simulator
 
 
@@ -14,6 +14,13 @@ def case():
     # Squares have no two equal distances from one of them.
     lengths = rng.permutation(np.array([2.0**k for k in range(9)]))
     return vectors, lengths, rng.normal(size=9)
+
+
+def test_whole_and_fractional_lengths_have_the_same_neighbours():
+    lengths = np.random.default_rng(0).integers(2, 12, 40).astype(float)
+    whole = nearest_in_length(lengths, 5, rng=np.random.default_rng(1))
+    halves = nearest_in_length(lengths + 0.5, 5, rng=np.random.default_rng(1))
+    np.testing.assert_array_equal(whole, halves)
 
 
 def test_deviations_from_the_gram_alone(case):
