@@ -18,6 +18,7 @@ from gradvar.estimators.planning import planning_table
 from gradvar.estimators.prefixes import PrefixGrowth, prefix_growth, prefix_table
 from gradvar.estimators.proxies import proxy_table
 from gradvar.estimators.ratios import cv_ratio
+from gradvar.estimators.shares import variance_share_table
 from gradvar.estimators.spread import deviations, within_length_variance
 from gradvar.estimators.token_covariance import TokenShare, token_covariance
 from gradvar.estimators.transforms import authors_vl_norm, overlong_penalty, soft_overlong
@@ -69,4 +70,5 @@ __all__ = [
     "proxy_table",
     "recommendation",
     "total_form",
+    "variance_share_table",
 ]

@@ -6,7 +6,7 @@ import pandas as pd
 from gradvar.estimators import law_table
 from gradvar.figures import panels
 from gradvar.runs import PromptScores
-from gradvar.stages.figures import _length_panel
+from gradvar.stages.law_drawings import length_panel
 
 
 def prompt(name: str, mean_length: float, rng) -> PromptScores:
@@ -29,7 +29,8 @@ def test_points_lie_on_the_curve_for_short_and_long_prompts_alike():
     law = law_table(groups, advantages_studied=["score"], seed=0)
     chosen = law[law["prompt_id"].isna() & (law["estimand"] == "these prompts") & (law["scope"] == "all responses")]
     axes = panels(1).axes[0]
-    _length_panel(axes, "t", groups, "score", chosen.set_index("quantity"))
+    draw, _ = length_panel("t", groups, "score", chosen.set_index("quantity"))
+    draw(axes)
     points = np.vstack(
         [c.get_offsets() for c in axes.collections if c.get_offsets().shape[1] == 2 and c.get_label()[0] != "_"]
     )

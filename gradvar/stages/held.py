@@ -1,0 +1,131 @@
+"""What a run holds, read once, for the figures and the report."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from gradvar.estimators.intervals import THESE_PROMPTS
+from gradvar.runs import SUM, EstimateConfig, PromptScores, Rollout, Run
+
+COMMANDS = {
+    "law": "fit",
+    "identity": "fit",
+    "cv": "cv",
+    "alpha": "alpha",
+    "forms": "alpha",
+    "planning": "alpha",
+    "audit": "audit",
+    "proxies": "audit",
+    "token_covariance": "audit",
+    "prefixes": "audit",
+    "batches": "cv",
+    "check": "check",
+}
+"""Table to the command that makes it."""
+SHOWN_PROMPTS = 3
+"""Prompts that get a figure of their own."""
+
+
+class Held:
+    """A run's tables, scores and responses, each read once.
+
+    Raises:
+        GradvarError: Nothing was measured yet.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.config = run.config(EstimateConfig)
+        self._tables: dict[str, pd.DataFrame | None] = {}
+        self._scores: dict[str, list[PromptScores]] = {}
+        self.targets = [*run.targets, SUM] if len(run.targets) > 1 else run.targets or [SUM]
+        self.last = self.targets[-1]
+        """The sum of all targets, or the only one."""
+        self.prompt_ids = [group.prompt_id for group in self.scores(self.last)]
+        """Prompts that were measured."""
+        self.shown = self.prompt_ids[:SHOWN_PROMPTS]
+
+    def table(self, name: str) -> pd.DataFrame | None:
+        """Return one estimate table, None where the run has none."""
+        if name not in self._tables:
+            there = (self.run.path / "tables" / f"{name}.parquet").exists()
+            self._tables[name] = self.run.table(name) if there else None
+        return self._tables[name]
+
+    def why_not(self, *names: str) -> str | None:
+        """Return what is missing of these tables and what makes it; None where nothing is."""
+        missing = [name for name in names if self.table(name) is None]
+        if not missing:
+            return None
+        commands = list(dict.fromkeys(f"`gradvar {COMMANDS[name]} {self.run.path}`" for name in missing))
+        what = " and ".join(f"`{name}`" for name in missing)
+        return f"the run holds no table {what}: {' and '.join(commands)} makes it"
+
+    def scores(self, target: str) -> list[PromptScores]:
+        """Return what the estimators need of every measured prompt."""
+        if target not in self._scores:
+            self._scores[target] = self.run.scores(target)
+        return self._scores[target]
+
+    @cached_property
+    def rollouts(self) -> dict[str, list[Rollout]]:
+        """Every prompt's rollouts, those not measured too."""
+        return {
+            name: self.run.rollouts(name) for name in self.run.prompt_ids if self.run.file("rollouts", name).exists()
+        }
+
+    @cached_property
+    def rewards(self) -> dict[str, NDArray[np.float64]]:
+        """Every prompt's rewards in the rollouts' order, NaN where unverified or not scored."""
+        found = {}
+        for name, rollouts in self.rollouts.items():
+            known = self.run.rewards(name) if self.run.file("rewards", name).exists() else np.array([])
+            known = known[: len(rollouts)]
+            found[name] = np.concatenate([known, np.full(len(rollouts) - len(known), np.nan)])
+        return found
+
+    @cached_property
+    def log_probs(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Log-probabilities of all loss tokens under sampler and policy, (T,) each, in nats; empty without either."""
+        sampler: list[NDArray[np.float64]] = []
+        policy: list[NDArray[np.float64]] = []
+        for name in self.prompt_ids:
+            if not self.run.file("measures", name).exists():
+                continue
+            measures, rollouts = self.run.measures(name), {r.rollout_id: r for r in self.rollouts[name]}
+            for rollout_id, values in zip(measures.rollout_ids, measures.policy_logprobs, strict=True):
+                rollout = rollouts.get(rollout_id)
+                if rollout is None or rollout.sampler_logprobs is None:
+                    continue
+                counts = np.ones(len(values), bool) if rollout.loss_mask is None else np.array(rollout.loss_mask, bool)
+                sampler.append(np.array(rollout.sampler_logprobs, dtype=np.float64)[counts])
+                policy.append(values.astype(np.float64)[counts])
+        return (np.concatenate(sampler), np.concatenate(policy)) if sampler else (np.array([]), np.array([]))
+
+
+def overall(table: pd.DataFrame, *, target: str | None = None, estimand: str = THESE_PROMPTS) -> pd.DataFrame:
+    """Return the rows over all prompts; those of the one prompt where there is only one."""
+    rows = table if target is None else table[table["target"] == target]
+    pooled = rows[rows["prompt_id"].isna()]
+    if len(pooled):
+        both = "estimand" in pooled and pooled["estimand"].notna().any()  # some tables are about these prompts alone
+        return pooled[pooled["estimand"].fillna(THESE_PROMPTS) == estimand] if both else pooled
+    return rows[rows["prompt_id"] == rows["prompt_id"].iloc[0]] if len(rows) else rows
+
+
+def row_of(table: pd.DataFrame | None, **labels: Any) -> Any:
+    """Return the first row with these labels (None and NaN mean missing), or None."""
+    if table is None:
+        return None
+    rows = table
+    for name, value in labels.items():
+        if name not in rows:
+            return None
+        missing = value is None or (isinstance(value, float) and np.isnan(value))
+        rows = rows[rows[name].isna()] if missing else rows[rows[name] == value]
+    return rows.iloc[0] if len(rows) else None
