@@ -81,13 +81,14 @@ def measured_how(run: Run) -> str:
     return f"{how['dtype']}, {how['attention']} attention, biases {'counted' if counted else 'not counted'}"
 
 
-def show_paths(paths: Sequence[Path], *, as_json: bool) -> None:
-    """Show which files were written."""
+def show_paths(paths: Sequence[Path], *, as_json: bool, then: str) -> None:
+    """Show which files were written, and where to look next."""
     if as_json:
         console.print_json({"files": [str(path) for path in paths]})
         return
     for path in paths:
         console.result.print(str(path), markup=False, soft_wrap=True)
+    console.result.print(f"next: {then}", markup=False, soft_wrap=True)
 
 
 def show_info(run: Run, *, as_json: bool) -> None:

@@ -32,6 +32,13 @@ def test_rooms_import_only_what_they_may():
         "gradients": ("gradvar.estimators", "gradvar.rollouts", "gradvar.stages"),
         "rollouts": ("gradvar.estimators", "gradvar.gradients", "gradvar.stages"),
         "figures": ("torch", "gradvar.estimators", "gradvar.gradients", "gradvar.rollouts", "gradvar.stages"),
+        "report": (
+            "torch",
+            "gradvar.estimators",
+            "gradvar.gradients",
+            "gradvar.rollouts",
+            "gradvar.stages",
+        ),
         "losses": ("gradvar.gradients", "gradvar.rollouts", "gradvar.stages"),
     }
     for room, names in forbidden.items():

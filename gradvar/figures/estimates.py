@@ -82,7 +82,8 @@ def _one(axes: Axes, row: Mapping[Any, Any], at: float, colour: str, span: tuple
             words = "unresolved  " if str(row.get("verdict")) in (*UNDETERMINED, "None", "nan") else "at least this  "
             axes.text(right, at, words, ha="right", va="bottom", fontsize=7, color=MUTED)
         else:
-            axes.text((left + right) / 2, at, "not estimated", ha="center", va="center", fontsize=7, color=MUTED)
+            words = "unresolved" if str(row.get("verdict")).startswith("unresolved") else "not estimated"
+            axes.text((left + right) / 2, at, words, ha="center", va="center", fontsize=7, color=MUTED)
         return
     ends = [value if np.isnan(low) else max(low, left), value if np.isnan(high) else min(high, right)]
     axes.plot(ends, [at, at], color=colour, linewidth=2.2, solid_capstyle="butt")

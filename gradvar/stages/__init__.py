@@ -9,6 +9,7 @@ from gradvar.stages.figures import draw_figures
 from gradvar.stages.listener import Listener, Silent
 from gradvar.stages.measure import measure
 from gradvar.stages.plan import MeasurementPlan, PlannedPrompt, plan_measure
+from gradvar.stages.report import report
 from gradvar.stages.reward import reward
 from gradvar.stages.sample import Preparation, import_rollouts, prepare, sample
 from gradvar.stages.targets import targets
@@ -35,6 +36,7 @@ __all__ = [
     "measure",
     "plan_measure",
     "prepare",
+    "report",
     "reward",
     "run_all",
     "sample",

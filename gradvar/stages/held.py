@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from gradvar.estimators.intervals import THESE_PROMPTS
-from gradvar.runs import SUM, EstimateConfig, PromptScores, Rollout, Run
+from gradvar.runs import SUM, EstimateConfig, Prompt, PromptScores, Rollout, Run
 
 COMMANDS = {
     "law": "fit",
@@ -73,6 +71,11 @@ class Held:
         return self._scores[target]
 
     @cached_property
+    def prompts(self) -> list[Prompt]:
+        """Every prompt of the run."""
+        return self.run.prompts()
+
+    @cached_property
     def rollouts(self) -> dict[str, list[Rollout]]:
         """Every prompt's rollouts, those not measured too."""
         return {
@@ -106,26 +109,3 @@ class Held:
                 sampler.append(np.array(rollout.sampler_logprobs, dtype=np.float64)[counts])
                 policy.append(values.astype(np.float64)[counts])
         return (np.concatenate(sampler), np.concatenate(policy)) if sampler else (np.array([]), np.array([]))
-
-
-def overall(table: pd.DataFrame, *, target: str | None = None, estimand: str = THESE_PROMPTS) -> pd.DataFrame:
-    """Return the rows over all prompts; those of the one prompt where there is only one."""
-    rows = table if target is None else table[table["target"] == target]
-    pooled = rows[rows["prompt_id"].isna()]
-    if len(pooled):
-        both = "estimand" in pooled and pooled["estimand"].notna().any()  # some tables are about these prompts alone
-        return pooled[pooled["estimand"].fillna(THESE_PROMPTS) == estimand] if both else pooled
-    return rows[rows["prompt_id"] == rows["prompt_id"].iloc[0]] if len(rows) else rows
-
-
-def row_of(table: pd.DataFrame | None, **labels: Any) -> Any:
-    """Return the first row with these labels (None and NaN mean missing), or None."""
-    if table is None:
-        return None
-    rows = table
-    for name, value in labels.items():
-        if name not in rows:
-            return None
-        missing = value is None or (isinstance(value, float) and np.isnan(value))
-        rows = rows[rows[name].isna()] if missing else rows[rows[name] == value]
-    return rows.iloc[0] if len(rows) else None

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from gradvar.estimators import advantages, deviations, variance_share_table
-from gradvar.estimators.intervals import THESE_PROMPTS
 from gradvar.figures import (
     Drawing,
     NotDrawn,
@@ -25,9 +24,9 @@ from gradvar.figures import (
     tall,
 )
 from gradvar.runs import SUM, PromptScores, target_label
-from gradvar.stages.held import Held, overall
+from gradvar.runs.rows import ALL_RESPONSES, THESE_PROMPTS, overall
+from gradvar.stages.held import Held
 
-ALL_RESPONSES = "all responses"
 MOST_TARGETS = 12
 """Targets that get a panel; beyond, the last ones measured."""
 EXPONENTS = ("deviation_exponent", "within_exponent")
@@ -223,8 +222,8 @@ def length_panel(target: str, groups: Sequence[PromptScores], kind: str, law: pd
         rewards=rewards,
         truncated=truncated,
         label=rf"$\|{symbol}_i - \bar {symbol}\|^2$"
-        + ("" if kind == "score" else f", {kind} advantages")
-        + (", prompts aligned" if len(groups) > 1 else ""),
+        + ("" if kind == "score" else f", {kind}")
+        + ("\nprompts aligned" if len(groups) > 1 else ""),
         title=target_label(target),
         note=note,
     )

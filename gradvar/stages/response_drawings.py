@@ -18,7 +18,8 @@ from gradvar.figures import (
     plot_rewards,
 )
 from gradvar.runs import SampleConfig, target_label
-from gradvar.stages.held import Held, overall, row_of
+from gradvar.runs.rows import overall, row_of
+from gradvar.stages.held import Held
 
 Drawn = list[Drawing | NotDrawn]
 

@@ -26,7 +26,8 @@ from gradvar.figures import (
     tall,
 )
 from gradvar.runs import target_label
-from gradvar.stages.held import Held, overall
+from gradvar.runs.rows import ALL_RESPONSES, overall
+from gradvar.stages.held import Held
 
 Drawn = list[Drawing | NotDrawn]
 JUDGED = (
@@ -38,7 +39,6 @@ JUDGED = (
     "between_length_share",
 )
 """Quantities of the audit that carry a verdict."""
-ALL_RESPONSES = "all responses"
 
 
 def aggregators(held: Held) -> Drawn:
