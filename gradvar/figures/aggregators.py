@@ -89,7 +89,7 @@ def plot_bias_noise(axes: Axes, cosines: pd.DataFrame, cvs: pd.DataFrame, *, tit
     shown = both[both["value_cv"].notna() & both["value_cos"].notna()]
     axes.set_xlabel("total CV (noise)")
     axes.set_ylabel("cosine with grad J (1: unbiased)")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     if shown.empty:
         axes.text(0.5, 0.5, "unresolved:\nno signal above the noise", ha="center", transform=axes.transAxes, fontsize=8)
         return
@@ -140,7 +140,7 @@ def plot_alpha_curve(axes: Axes, rows: pd.DataFrame, *, title: str = "") -> None
     """
     eta = rows[(rows["quantity"] == "eta") & rows["rule"].notna()]
     curve = eta[eta["alpha"].notna()].sort_values("alpha")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     axes.set_xlabel("alpha")
     axes.set_ylabel("efficiency of one update")
     if curve["value"].isna().all():

@@ -78,7 +78,7 @@ def plot_token_covariance(axes: Axes, rows: pd.DataFrame, *, margin: float = 0.1
     plain_log_ticks(axes, float(rows["length_low"].min()), float(rows["length_high"].max()))
     axes.set_xlabel("response length (tokens)")
     axes.set_ylabel("share from pairs of tokens")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
 
 
 def plot_prefix_curves(
@@ -120,6 +120,6 @@ def plot_prefix_curves(
     plain_log_ticks(axes, float(np.nanmin(lengths)), float(np.nanmax(lengths)))
     axes.set_xlabel("tokens so far")
     axes.set_ylabel(r"$\|s_i^{(1..l)}\|^2$")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     if note:
         axes.text(0.03, 0.97, note, transform=axes.transAxes, va="top", fontsize=8)

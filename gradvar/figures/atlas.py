@@ -87,7 +87,7 @@ def plot_atlas(
     axes.set_xlabel("projection")
     axes.set_ylabel("layer")
     axes.grid(visible=False)
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     figure = axes.figure
     figure.colorbar(image, ax=axes, label=label, shrink=0.85)
 

@@ -63,12 +63,12 @@ def plot_estimates(
         colour = (colours or {}).get(key, COLOURS[place % len(COLOURS)])
         shift = 0.0 if len(groups) == 1 else 0.5 * (place / (len(groups) - 1) - 0.5)
         _one(axes, row, lines.index(str(row[by])) + shift, colour, (left, right))
-    axes.set_yticks(range(len(lines)), lines)
+    axes.set_yticks(range(len(lines)), lines, parse_math=False)
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.set_xlim(left, right)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(label)
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
 
 
 def _one(axes: Axes, row: Mapping[Any, Any], at: float, colour: str, span: tuple[float, float]) -> None:

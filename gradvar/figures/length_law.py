@@ -63,7 +63,7 @@ def plot_length_law(
     plain_log_ticks(axes, float(lengths.min()), float(lengths.max()))
     axes.set_xlabel("response length (tokens)")
     axes.set_ylabel(label)
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     left_out = int(np.sum(~drawn))
     lines = [note] if note else []
     if left_out:

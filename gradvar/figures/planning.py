@@ -22,7 +22,7 @@ def plot_group_size(axes: Axes, rows: pd.DataFrame, *, quantity: str = "cv", tit
         title: Above the panel.
     """
     chosen = rows[(rows["quantity"] == quantity) & rows["group_size"].notna()].sort_values("group_size")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     axes.set_xlabel("responses in the group")
     axes.set_ylabel(_Y[quantity])
     if chosen["value"].isna().all() and chosen["low"].isna().all():

@@ -52,7 +52,7 @@ def plot_lengths(
     plain_log_ticks(axes, low, max(high, limit or 0.0) if limit is not None and limit <= 3 * high else high)
     axes.set_xlabel("response length (tokens)")
     axes.set_ylabel("responses")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
 
 
 def plot_rewards(axes: Axes, rewards: NDArray[np.float64], *, title: str = "") -> None:
@@ -85,7 +85,7 @@ def plot_rewards(axes: Axes, rewards: NDArray[np.float64], *, title: str = "") -
             )
     axes.set_xlabel("reward")
     axes.set_ylabel("responses")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
 
 
 def plot_prompts(
@@ -130,7 +130,7 @@ def plot_prompts(
     axes.margins(y=0.1)
     axes.set_xlabel("median length, middle half (tokens)")
     axes.set_ylabel("mean reward")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
 
 
 def plot_log_probs(
@@ -161,6 +161,6 @@ def plot_log_probs(
     )
     axes.set_xlabel("log-probability, sampler (nats)")
     axes.set_ylabel("log-probability, policy (nats)")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     if note:
         axes.text(0.03, 0.97, note, transform=axes.transAxes, va="top", fontsize=8)

@@ -29,12 +29,8 @@ def _sampler(material: Material) -> list[Finding]:
     after = " Another temperature, top-p, top-k, checkpoint or tokenizer: nothing below holds for this policy."
     alarms = []
     if material.disagreement:
-        line = material.disagreement
-        alarms.append(
-            Finding(
-                head=head, text=line[0] + line[1:].replace("SAMPLER AND POLICY", "sampler and policy"), tone="alarm"
-            )
-        )
+        text = material.disagreement.replace("SAMPLER AND POLICY DISAGREE", "Sampler and policy disagree")
+        alarms.append(Finding(head=head, text=f"{text}.", tone="alarm"))
     identity = material.tables.get("identity")
     if identity is None:
         return alarms

@@ -15,7 +15,7 @@ from gradvar.report.records import Material, Section, Table
 from gradvar.report.sections import sections
 from gradvar.report.svg import inline_svg
 from gradvar.report.tables import numbers_table
-from gradvar.report.text import one_line, shown
+from gradvar.report.text import one_line, shown, whole
 
 TEXT_BUDGET = 1_200_000
 """Characters of rollouts in one report."""
@@ -47,7 +47,7 @@ def render_report(material: Material) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, one_line=one_line)
+    environment.filters.update(number=number, one_line=one_line, whole=whole)
     count = sum(len(sample.responses) + 1 for sample in material.samples)
     most = max(SHORTEST, min(LONGEST, TEXT_BUDGET // max(count, 1)))
     page = environment.get_template("report.html.j2")
@@ -72,7 +72,7 @@ def _figures(section: Section) -> Iterator[_Figure]:
             why="",
             panels=tuple(_panels(drawing, section.most_panels)),
             table=numbers if isinstance(numbers, Table) else None,
-            text=numbers if isinstance(numbers, str) else "",
+            text=whole(numbers) if isinstance(numbers, str) else "",
         )
 
 

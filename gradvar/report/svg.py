@@ -12,6 +12,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
 from gradvar.figures.style import BAND, GRID, INK, MUTED, style
+from gradvar.report.text import one_line
 
 MOST_POINTS = 300
 """Scatters of more points are drawn as an image inside the SVG."""
@@ -41,7 +42,7 @@ def inline_svg(figure: Figure, name: str, alt: str) -> Markup:
     root.attrib = {
         "viewBox": root.attrib["viewBox"],
         "role": "img",
-        "aria-label": alt,
+        "aria-label": one_line(alt),
         "style": f"max-width:{width * 96 / 72:.0f}px",
     }
     _clean(root, name)
@@ -54,6 +55,8 @@ def _clean(element: ET.Element, name: str) -> None:
             element.remove(child)
         else:
             _clean(child, name)
+    if element.text is not None and element.text.strip():
+        element.text = one_line(element.text)  # names of prompts are in it
     element.tag = element.tag.rpartition("}")[2]
     attributes = {}
     for key, value in element.attrib.items():

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+LONGEST_NAME = 600
+"""Characters of a name, a path or a line of the report's own words."""
 _UNSEEN = re.compile(
     "["
     "\x00-\x08\x0b-\x1f\x7f-\x9f"  # controls but tab and newline
@@ -72,8 +74,12 @@ def _name(character: str) -> str:
     return chr(0x2400 + code) if code < 0x20 else f"U+{code:04X}"
 
 
+def whole(text: str) -> str:
+    """Return all of a text with the characters that cannot be seen named."""
+    return "".join(f"⟨{piece.text}⟩" if piece.hidden else piece.text for piece in _pieces(text))
+
+
 def one_line(text: str) -> str:
     """Return a short text (a name, a path) with what cannot be seen named, on one line."""
-    return "".join(
-        f"⟨{piece.text}⟩" if piece.hidden else " ".join(piece.text.split("\n")) for piece in shown(text, 300).pieces
-    )
+    kept = text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 1]}…"
+    return " ".join(whole(kept).split("\n"))

@@ -241,7 +241,7 @@ def length_panel(target: str, groups: Sequence[PromptScores], kind: str, law: pd
 
 
 def _nothing(axes: Axes, *, title: str) -> None:
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     axes.text(0.5, 0.5, "every advantage is zero", ha="center", transform=axes.transAxes)
 
 

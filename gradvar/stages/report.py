@@ -195,12 +195,8 @@ def _commands(run: Run) -> list[str]:
     skipped = ("include_bias", "device", "dtype")
     made = {stage: _options(run.info["config"].get(stage, {}), CONFIGS[stage], skipped) for stage in _MAKING}
     lines = [f"gradvar {stage} {path}{words}" for stage, words in made.items()]
-    estimate = _options(run.info["config"].get("estimate", {}), CONFIGS["estimate"], ())
-    return [
-        *lines,
-        f"gradvar fit {path}{estimate}",
-        *(f"gradvar {stage} {path}" for stage in ("cv", "alpha", "audit", "figures", "report")),
-    ]
+    lines.append(f"gradvar fit {path}{_options(run.info['config'].get('estimate', {}), CONFIGS['estimate'], ())}")
+    return [*lines, *(f"gradvar {stage} {path}" for stage in ("cv", "alpha", "audit", "figures", "report"))]
 
 
 def _options(stored: dict[str, Any], kind: type[Any], skipped: Sequence[str]) -> str:

@@ -182,13 +182,16 @@ def token_covariance(held: Held) -> Drawn:
     """Share of the squared score that comes from pairs of tokens."""
     title = "Covariance between tokens"
     table = held.table("audit")
+    if not held.run.taus():
+        run = held.run.path
+        why = f"no tau in this run: `gradvar measure {run} --probes 4`, then `gradvar audit {run}` makes it"
+        return [NotDrawn(stem="token_covariance", title=title, why=why)]
     if table is None:
         return [NotDrawn(stem="token_covariance", title=title, why=str(held.why_not("audit")))]
     rows = table[(table["quantity"] == "token_covariance_share") & (table["target"] == held.last)]
     rows = overall(rows[rows["value"].notna()])
     if rows.empty:
-        run = held.run.path
-        why = f"no tau in this run: `gradvar measure {run} --probes 4`, then `gradvar audit {run}` makes it"
+        why = f"tau was measured after the last audit: `gradvar audit {held.run.path}` takes it in"
         return [NotDrawn(stem="token_covariance", title=title, why=why)]
     margin = float(rows["margin_high"].iloc[0])
     draw = partial(plot_token_covariance, rows=rows, margin=margin, title=target_label(held.last))
