@@ -1,6 +1,7 @@
 """Numbers to matplotlib axes."""
 
 from gradvar.figures.aggregators import (
+    FORMS,
     plot_aggregator_cv,
     plot_alpha_curve,
     plot_bias_noise,
@@ -35,6 +36,7 @@ __all__ = [
     "plot_exponents",
     "plot_length_law",
     # aggregators
+    "FORMS",
     "plot_aggregator_cv",
     "plot_alpha_curve",
     "plot_bias_noise",

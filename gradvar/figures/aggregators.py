@@ -14,9 +14,10 @@ RULE_MARKERS = {"grpo": "o", "dapo": "^", "dr_grpo": "s", "vl_norm": "D"}
 FORMS = {
     "cv_ratio_form_1": "given the lengths, variance taken as V L",
     "cv_ratio_form_2": "given the lengths, measured variance",
+    "cv_ratio_form_3": "total, lengths random",
     "cv_ratio": "total, lengths random",
 }
-"""Quantity of a table to the form of the CV behind it."""
+"""Quantity of a table to the form of the CV behind it; the tables `forms` and `cv` name the total differently."""
 
 
 def rule_label(rule: str, alpha: float | None) -> str:
@@ -71,7 +72,7 @@ def plot_cv_forms(axes: Axes, rows: pd.DataFrame, *, title: str = "") -> None:
     """
     chosen = rows[rows["quantity"].isin(FORMS) & rows["rule"].notna()]
     chosen = chosen.assign(form=chosen["quantity"].map(FORMS))
-    order = [name for name in FORMS.values() if name in set(chosen["form"])]
+    order = [name for name in dict.fromkeys(FORMS.values()) if name in set(chosen["form"])]
     chosen = chosen.sort_values("form", key=lambda names: names.map(order.index), kind="stable")
     _by_rule(axes, chosen, series="form", line=1.0, label="CV over grpo's CV", title=title)
 

@@ -29,7 +29,13 @@ def layer_and_projection(target: str) -> tuple[int, str] | None:
 
 
 def plot_atlas(
-    axes: Axes, rows: pd.DataFrame, *, centre: float | None = None, label: str = "", title: str = ""
+    axes: Axes,
+    rows: pd.DataFrame,
+    *,
+    centre: float | None = None,
+    percent: bool = False,
+    label: str = "",
+    title: str = "",
 ) -> None:
     """Plot one quantity of every target as a heat map: layers downwards, projections across.
 
@@ -39,6 +45,7 @@ def plot_atlas(
         axes: Where to draw.
         rows: One row a target: target, value, low, high, verdict. Targets outside the layers are left out.
         centre: Value of the neutral colour, for a scale with two sides; None for one side.
+        percent: Write values as parts of a hundred.
         label: Of the colour scale.
         title: Above the panel.
     """
@@ -60,9 +67,10 @@ def plot_atlas(
             continue
         red, green, blue, _ = colours(norm(values[y, x]))
         ink = "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
-        text = f"{row['value']:.2f}"
+        digits = ".1%" if percent else ".2f"
+        text = f"{row['value']:{digits}}"
         if room and np.isfinite(row["low"]) and np.isfinite(row["high"]):
-            text += f"\n{row['low']:.2f} – {row['high']:.2f}"
+            text += f"\n{row['low']:{digits}} – {row['high']:{digits}}"
         axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=7)
         if str(row.get("verdict")) in UNDETERMINED:
             named = None if hatched else "undetermined"
@@ -89,7 +97,8 @@ def plot_atlas(
     axes.grid(visible=False)
     axes.set_title(title, parse_math=False)
     figure = axes.figure
-    figure.colorbar(image, ax=axes, label=label, shrink=0.85)
+    bar = figure.colorbar(image, ax=axes)
+    bar.set_label(label, fontsize=8)
 
 
 def _norm(values: np.ndarray, centre: float | None) -> Normalize:

@@ -113,14 +113,13 @@ def _aggregators(material: Material) -> Section:
         if len(mine):
             caption = f"Noise, bias, efficiency: {target_label(material.target)}, groups of {material.group_size}"
             tables.append(aggregator_table(mine, of_alpha, caption))
-        parts = [mine[mine["quantity"] == "cv_ratio"]]
-        if forms is not None:
-            parts.insert(0, overall(forms[forms["rule"].notna()], target=material.target))
-        ratios = pd.concat([part for part in parts if len(part)]) if any(len(part) for part in parts) else mine[:0]
+    if forms is not None:
+        ratios = overall(forms[forms["rule"].notna()], target=material.target)
         if len(ratios):
-            caption = "CV over grpo's in the three forms of the CV, and what the paper's order says of it"
+            caption = "CV over that of grpo and dapo, in the three forms, and what the paper's order says of it"
             labels = [("rule", "aggregator"), ("quantity", "form")]
-            tables.append(estimates_table(ratios, caption, labels, what="ratio", more=("paper", "holds")))
+            more = _there(ratios, "against", "paper", "holds")
+            tables.append(estimates_table(ratios, caption, labels, what="ratio", more=more))
     words = [
         "The coefficient of variation is an update's noise over its signal: lower is better. Form 1 is the paper's "
         "formula; form 2 puts the measured variance in its place; form 3, the total, has random lengths as training "
@@ -130,15 +129,15 @@ def _aggregators(material: Material) -> Section:
     keys = ("aggregators", "forms", "bias", "efficiency")
     drawings = [drawing for key in keys for drawing in material.drawings.get(key, ())]
     batches = material.tables.get("batches")
-    if batches is not None and len(batches):
-        rows = overall(batches, target=material.target if material.target in set(batches["target"]) else None)
-        rows = rows[rows["rule"].notna()]
+    if batches is not None:
+        rows = batches[batches["quantity"].isin(["cv", "scope_ratio"]) & (batches["target"] == material.target)]
         if len(rows):
-            labels = [("quantity", "quantity"), ("rule", "aggregator"), ("scope", "scope")]
-            tables.append(estimates_table(rows, "Updates from a batch of several prompts", labels))
+            labels = [("rule", "aggregator"), ("quantity", "quantity"), ("scope", "weighted over")]
+            more = _there(rows, "batch_prompts", "estimand")
+            tables.append(estimates_table(rows, "Updates from a batch of several prompts", labels, more=more))
     return Section(
         key="aggregators", title="Aggregators", words=words, tables=tables, drawings=drawings, most_panels=1,
-        missing=_lacking(material, "cv", "forms", "alpha", "batches"),
+        missing=_lacking(material, "cv", "alpha", "batches"),
     )  # fmt: skip
 
 
@@ -252,16 +251,17 @@ def _sampler(material: Material) -> Section:
 
 def _checks(material: Material) -> Section:
     tables = []
-    for name, caption in (("check", "Gradients against a second way of computing them"), ("proxies", "Cheap proxies")):
-        table = material.tables.get(name)
-        if table is None or table.empty or not {"quantity", "value", "low", "high", "n"} <= set(table.columns):
-            continue
-        rows = overall(table) if "prompt_id" in table and name == "proxies" else table
-        if "target" in rows and material.target in set(rows["target"]):
-            rows = rows[rows["target"] == material.target]
-        wanted = [(label, label) for label in ("proxy", "truth", "scope", "target", "quantity") if label in rows]
-        labels = [(label, heading) for label, heading in wanted if rows[label].notna().any()]
-        if len(rows) and labels:
+    check, proxies = material.tables.get("check"), material.tables.get("proxies")
+    if check is not None:
+        rows = check[check["verdict"].notna()]
+        if len(rows):
+            labels = [("quantity", "check"), ("target", "weights")]
+            tables.append(estimates_table(rows, "Checks of the measurement", labels))
+    if proxies is not None:
+        rows = overall(proxies[proxies["value"].notna()], target=material.target)
+        if len(rows):
+            labels = [("proxy", "proxy"), ("truth", "of"), ("quantity", "quantity"), ("scope", "prompts")]
+            caption = "How well cheap numbers stand for the exact gradient"
             tables.append(estimates_table(rows, caption, labels))
     return Section(
         key="checks", title="Checks and proxies", tables=tables, missing=_lacking(material, "check", "proxies")
@@ -289,3 +289,7 @@ def _provenance(material: Material) -> Section:
 
 def _lacking(material: Material, *names: str) -> Sequence[str]:
     return list(dict.fromkeys(material.missing[name] for name in names if name in material.missing))
+
+
+def _there(rows: pd.DataFrame, *names: str) -> list[str]:
+    return [name for name in names if name in rows and rows[name].notna().any()]

@@ -18,13 +18,19 @@ COMMANDS = {
     "forms": "alpha",
     "planning": "alpha",
     "audit": "audit",
-    "proxies": "audit",
+    "proxies": "fit",
+    "check": "check",
+    "batches": "cv",
     "token_covariance": "audit",
     "prefixes": "audit",
-    "batches": "cv",
-    "check": "check",
 }
 """Table to the command that makes it."""
+NEEDED = {
+    "batches": "measure RUN --cross sketch",
+    "token_covariance": "measure RUN --probes 4",
+    "prefixes": "measure RUN --prefixes 8",
+}
+"""Table to what has to be measured for it beforehand."""
 SHOWN_PROMPTS = 3
 """Prompts that get a figure of their own."""
 
@@ -60,9 +66,11 @@ class Held:
         missing = [name for name in names if self.table(name) is None]
         if not missing:
             return None
-        commands = list(dict.fromkeys(f"`gradvar {COMMANDS[name]} {self.run.path}`" for name in missing))
+        commands = [f"{COMMANDS[name]} RUN" for name in missing]
+        before = [NEEDED[name] for name in missing if name in NEEDED]
+        words = [f"`gradvar {one.replace('RUN', str(self.run.path))}`" for one in dict.fromkeys([*before, *commands])]
         what = " and ".join(f"`{name}`" for name in missing)
-        return f"the run holds no table {what}: {' and '.join(commands)} makes it"
+        return f"the run holds no table {what}: {', then '.join(words)} {'makes' if len(words) == 1 else 'make'} it"
 
     def scores(self, target: str) -> list[PromptScores]:
         """Return what the estimators need of every measured prompt."""

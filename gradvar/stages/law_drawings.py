@@ -27,6 +27,7 @@ from gradvar.runs import SUM, PromptScores, target_label
 from gradvar.runs.rows import ALL_RESPONSES, THESE_PROMPTS, overall
 from gradvar.stages.held import Held
 
+_WHERE = "where the score's variance lies"
 MOST_TARGETS = 12
 """Targets that get a panel; beyond, the last ones measured."""
 EXPONENTS = ("deviation_exponent", "within_exponent")
@@ -118,22 +119,20 @@ def atlas(held: Held) -> list[Drawing | NotDrawn]:
         why = f"{len(unfitted)} targets were measured after the last fit: `gradvar fit {held.run.path}` takes them in"
         return [NotDrawn(stem="atlas", title=title, why=why)]
     layers, across = len({layer for layer, _ in places}), len({name for _, name in places})
-    size = {"width": 1.3 + 0.85 * across, "height": tall(layers, least=1.2 + 0.42 * min(layers, 12))}
+    size = {"width": 1.4 + 0.95 * across, "height": max(2.9, 0.9 + (0.5 if layers <= 12 else 0.26) * layers)}
     panels, drawn = [], []
     for kind in kinds(held):
         chosen = overall_of(rows[(rows["advantage"] == kind) & (rows["quantity"] == "within_exponent")])
         if chosen["value"].isna().all():
             continue
-        draw = partial(
-            plot_atlas, rows=chosen, centre=1.0, label="exponent, within-length variance", title=gradient_words(kind)
-        )
+        draw = partial(plot_atlas, rows=chosen, centre=1.0, label="exponent, within length", title=gradient_words(kind))
         panels.append(Panel(draw=draw, **size))
         drawn.append(chosen)
     shares = variance_share_table(
         [group for target in held.run.targets for group in held.scores(target)], level=held.config.level
     )
     whole = overall(shares)
-    draw = partial(plot_atlas, rows=whole, label="share of all measured variance", title="where the variance lies")
+    draw = partial(plot_atlas, rows=whole, percent=True, label="share of the variance", title=_WHERE)
     panels.append(Panel(draw=draw, **size))
     return [
         Drawing(

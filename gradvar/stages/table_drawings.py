@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from gradvar.figures import (
+    FORMS,
     Drawing,
     NotDrawn,
     Panel,
@@ -57,10 +58,10 @@ def aggregators(held: Held) -> Drawn:
 def cv_forms(held: Held) -> Drawn:
     """CV over grpo's, in the three forms."""
     title = "The CV in its three forms, over grpo's"
-    if why := held.why_not("forms", "cv"):
+    if why := held.why_not("forms"):
         return [NotDrawn(stem="cv_forms", title=title, why=why)]
-    forms = _rows(held, "forms", "cv_ratio_form_1", "cv_ratio_form_2")
-    rows = pd.concat([forms, _rows(held, "cv", "cv_ratio")], ignore_index=True)
+    rows = _rows(held, "forms", *FORMS)
+    rows = rows[rows["against"] == "grpo"] if "against" in rows else rows
     return _drawing(
         held, rows, "cv_forms", title, plot_cv_forms,
         "Ratio of each aggregator's CV to grpo's: by the paper's formula, given the lengths with the measured "

@@ -101,7 +101,7 @@ def test_exponents_of_both_kinds_stand_side_by_side(axes):
 def test_forms_of_the_cv_and_their_ratio_to_grpo(axes):
     row = {"rule": "dapo", "low": np.nan, "high": np.nan}
     rows = frame(
-        {**row, "quantity": "cv_ratio", "value": 1.4, "low": 1.1, "high": 1.8},
+        {**row, "quantity": "cv_ratio_form_3", "value": 1.4, "low": 1.1, "high": 1.8},
         {**row, "quantity": "cv_ratio_form_1", "value": 1.5},
         {**row, "quantity": "cv_ratio_form_2", "value": 1.45, "low": 1.3, "high": 1.6},
         {**row, "quantity": "rho", "value": 0.1},
