@@ -71,7 +71,8 @@ def show_results(run: Run, figures: Sequence[Path], *, as_json: bool) -> None:
                 "cv": console.records(cv),
                 "advice": advice(run),
                 "tables": [str(path) for path in tables],
-                "figures": [str(path) for path in figures],
+                "figures": [str(path) for path in figures if path.suffix != ".html"],
+                "report": next((str(path) for path in figures if path.suffix == ".html"), None),
             }
         )
         return
@@ -86,7 +87,11 @@ def show_results(run: Run, figures: Sequence[Path], *, as_json: bool) -> None:
         console.result.print(f"{kind}:", style="bold")
         for path in paths:
             console.result.print(f"  {path}", markup=False, soft_wrap=True)
-    console.result.print(f"next: gradvar alpha {run.path}; gradvar info {run.path}", markup=False)
+    for path in figures:
+        if path.suffix == ".html":
+            console.result.print(
+                f"next: open {path} in a browser; gradvar audit {run.path}", markup=False, soft_wrap=True
+            )
 
 
 def overall_rows(table: pd.DataFrame) -> pd.DataFrame:

@@ -18,6 +18,7 @@ from gradvar.stages.figures import draw_figures
 from gradvar.stages.identity import agreed_config
 from gradvar.stages.listener import Listener, Silent
 from gradvar.stages.measure import measure
+from gradvar.stages.report import report
 from gradvar.stages.reward import reward
 from gradvar.stages.sample import IMPORTED, import_rollouts, prepare, sample
 
@@ -28,7 +29,7 @@ DEMO_MAX_TOKENS = 1024
 def run_all(
     run: Run, given: Mapping[str, Any], listener: Listener | None = None, *, source: Path | None = None
 ) -> list[Path]:
-    """Sample, reward, measure, fit, compare and draw; what is done already stays.
+    """Sample, reward, measure, fit, compare, draw and report; what is done already stays.
 
     Args:
         run: The run, new or not.
@@ -37,7 +38,7 @@ def run_all(
         source: Rollouts made elsewhere, taken instead of sampling; a run that holds such rollouts needs none.
 
     Returns:
-        Paths of the figures.
+        Paths of the figures, and of the report at the end.
 
     Raises:
         GradvarError: Bad input; nothing is sampled before all of it was checked.
@@ -60,7 +61,7 @@ def run_all(
     fit(run, given, listener)
     cv(run, given, listener)
     alpha(run, given, listener)
-    return draw_figures(run, listener)
+    return [*draw_figures(run, listener), report(run, listener)]
 
 
 def check_estimates(run: Run, given: Mapping[str, Any]) -> None:
@@ -105,7 +106,7 @@ def demo(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -
         listener: Who is told.
 
     Returns:
-        Paths of the figures.
+        Paths of the figures, and of the report at the end.
     """
     from gradvar.demo import policy_path, problems_path, template_path
 
