@@ -37,7 +37,7 @@ print(status("VmHWM:") - before, len(plan.passes))
 """
 BUDGET = 300 << 20
 PLAIN = {"MALLOC_MMAP_THRESHOLD_": "131072"}
-"""Every tensor a mapping of its own: glibc otherwise keeps freed blocks below 32 MiB in its heap, 120 MiB of them here."""
+"""Every tensor a mapping of its own: glibc otherwise keeps freed blocks in its heap, 120 MiB of them here."""
 
 
 @pytest.mark.slow
