@@ -39,10 +39,11 @@ def reaches(gram: Array, groups: NDArray[np.intp], kinds: Array) -> Iterator[Rea
         where = slice(start, start + CHUNK)
         part, chosen = groups[where], kinds[:, where]
         count, permutations = chosen.shape[:2]
-        rows = part.reshape(1, permutations, -1)
+        rows, each = part.reshape(permutations, -1), np.arange(permutations)[:, None]
         spread = np.zeros((count, permutations, n))
-        np.put_along_axis(spread, rows, chosen.reshape(count, permutations, -1), axis=2)
-        every = np.take_along_axis(spread @ gram, rows, axis=2).reshape(chosen.shape)
+        spread[:, each, rows] = chosen.reshape(count, permutations, -1)
+        reached = (spread.reshape(-1, n) @ gram).reshape(spread.shape)
+        every = reached[:, each, rows].reshape(chosen.shape)
         blocks = gram[part[..., :, None], part[..., None, :]]
         inside = np.moveaxis(np.moveaxis(chosen, 0, 2) @ blocks, 2, 0)
         yield Reach(where=where, coefficients=chosen, inside=inside, beyond=every - inside)
