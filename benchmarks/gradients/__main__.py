@@ -12,12 +12,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gradients.memory import COUNTS, TARGETS, measure_growth
+from benchmarks.gradients.memory import COUNTS, TARGETS, Growth, measure_growth
 from benchmarks.gradients.process import RivalError
 from benchmarks.gradients.rivals import RIVALS
 from benchmarks.gradients.shapes import Cell
 from benchmarks.gradients.tables import machine, write_csv, write_page
-from benchmarks.gradients.timing import measure_cell
+from benchmarks.gradients.timing import Timing, measure_cell
 
 CELLS = {
     "27M-short": Cell(model="27M", responses="short", targets=("last:qkv",)),
@@ -69,7 +69,17 @@ def main(arguments: Sequence[str]) -> int:
     def say(line: str) -> None:
         print(f"{time.monotonic() - start:6.0f} s  {line}", flush=True)
 
-    timings, growth = [], []
+    command = " ".join(["python -m benchmarks.gradients", *arguments])
+    timings: list[Timing] = []
+    growth: list[Growth] = []
+
+    def write() -> None:
+        """Write what there is: what a long run has measured is kept when it is broken off."""
+        spent = f"{(time.monotonic() - start) / 60:.0f} minutes in all"
+        where = f"{machine(options.threads, options.together)}; {spent}"
+        write_csv(options.out / "gradients.csv", timings)
+        write_page(options.out / "gradients.md", timings, growth, command=command, where=where, note=options.note)
+
     try:
         for name in options.cells:
             cell = (TINY if options.tiny else CELLS)[name]
@@ -77,23 +87,15 @@ def main(arguments: Sequence[str]) -> int:
             timings += measure_cell(
                 cell, options.rivals, repeats=repeats, threads=options.threads, together=options.together, say=say
             )
+            write()
         if not options.no_memory:
             counts = COUNTS[:2] if options.tiny else COUNTS
-            model, targets = ("tiny", TARGETS[:2]) if options.tiny else ("27M", TARGETS)
-            growth = measure_growth(model, counts, targets, threads=options.threads, say=say)
+            model, targets = ("tiny", TARGETS[:1]) if options.tiny else ("27M", TARGETS)
+            growth += measure_growth(model, counts, targets, threads=options.threads, say=say)
+            write()
     except RivalError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    command = " ".join(["python -m benchmarks.gradients", *arguments])
-    write_csv(options.out / "gradients.csv", timings)
-    write_page(
-        options.out / "gradients.md",
-        timings,
-        growth,
-        command=command,
-        where=machine(options.threads, options.together) + f"; {(time.monotonic() - start) / 60:.0f} minutes in all",
-        note=options.note,
-    )
     print((options.out / "gradients.md").read_text())
     return 0
 

@@ -24,7 +24,7 @@ from gradvar.gradients.devices import input_device, values
 from gradvar.gradients.states import Autocast
 from gradvar.gradients.targets import output_embeddings
 
-_CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
+_CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 29}  # from 32 MiB up, glibc gives every chunk fresh pages to fault in
 VOCABULARY_TILE = 8192
 _AMPLITUDES = (1.0, 8.0, 64.0)
 """Largest logits at which the head is probed: soft-capping is invisible at small ones."""
@@ -194,7 +194,7 @@ class Head:
         if bool(below.isnan().any()):  # 0 times -inf, where a logit is -inf
             below = torch.linalg.vecdot(exponentials, logits.clamp_min(-1e30))
         entropy = log_total - below / total
-        collision = torch.linalg.vecdot(exponentials, exponentials) / total.square()
+        collision = (torch.linalg.vector_norm(exponentials, dim=-1) / total).square()
         gradient = _weighted_rows(exponentials, self.weight).div_(-total[:, None])
         gradient += self.weight[tokens]
         gradient *= (weights / temperature)[:, None]
