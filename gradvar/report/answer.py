@@ -12,12 +12,20 @@ from gradvar.report.records import Finding, Material
 from gradvar.runs import target_label
 from gradvar.runs.rows import ALL_RESPONSES, PROMPTS_LIKE_THESE, overall, row_of
 
+JUDGED = {
+    "token_covariance_share": "token gradients uncorrelated",
+    "deviation_exponent": "deviation proportional to length",
+    "within_exponent": "within-length variance proportional to length",
+    "baseline_ratio": "responses independent given the group's baseline",
+    "between_length_share": "mean gradient the same at every length",
+}
+"""Judged quantities of the audit, in words."""
 _WHAT = {"within": "variance among responses of like length", "deviation": "deviation from the mean gradient"}
 
 
 def findings(material: Material) -> list[Finding]:
     """Return the answer, sentence by sentence; a sampler that does not match its policy comes first."""
-    found = [*_sampler(material), *_law(material), _noise(material), _efficiency(material)]
+    found = [*_sampler(material), *_law(material), _noise(material), _efficiency(material), _assumptions(material)]
     if material.advice:
         found.append(Finding(head="Which alpha?", text=material.advice))
     found.append(_rests_on(material))
@@ -117,6 +125,22 @@ def _efficiency(material: Material) -> Finding | None:
     best = rows.iloc[int(np.nanargmax(rows["value"]))]
     text = f"{rule_name(best)}: efficiency {estimate(best)} (bias and noise together; 1 would be a perfect update)"
     return Finding(head=head, text=f"{text}. {_near(rows, best, lower=False)}")
+
+
+def _assumptions(material: Material) -> Finding | None:
+    audit = material.tables.get("audit")
+    if audit is None:
+        return None
+    rows = audit[(audit["target"] == material.target) & audit["quantity"].isin(JUDGED)]
+    rows = overall(rows[rows["scope"].isna() | (rows["scope"] == ALL_RESPONSES)])
+    said = []
+    for verdict in dict.fromkeys(rows["verdict"].dropna()):
+        of = [JUDGED[quantity] for quantity in rows.loc[rows["verdict"] == verdict, "quantity"]]
+        said.append(f"{verdict}: {', '.join(of)}")
+    if not said:
+        return None
+    text = ". ".join(one[0].upper() + one[1:] for one in said)
+    return Finding(head="What the theory assumes", text=f"{text}.", tone="bad" if "rejected" in text.lower() else "")
 
 
 def _near(rows: pd.DataFrame, best: Any, *, lower: bool) -> str:

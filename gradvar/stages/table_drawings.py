@@ -190,7 +190,7 @@ def token_covariance(held: Held) -> Drawn:
     if table is None:
         return [NotDrawn(stem="token_covariance", title=title, why=str(held.why_not("audit")))]
     rows = table[(table["quantity"] == "token_covariance_share") & (table["target"] == held.last)]
-    rows = overall(rows[rows["value"].notna()])
+    rows = _with_lengths(rows[rows["value"].notna()])
     if rows.empty:
         why = f"tau was measured after the last audit: `gradvar audit {held.run.path}` takes it in"
         return [NotDrawn(stem="token_covariance", title=title, why=why)]
@@ -198,6 +198,13 @@ def token_covariance(held: Held) -> Drawn:
     draw = partial(plot_token_covariance, rows=rows, margin=margin, title=target_label(held.last))
     alt = "Share of the squared score norm from pairs of tokens, by length and reward; grey: within the margin."
     return [Drawing(stem="token_covariance", title=title, alt=alt, panels=[Panel(draw=draw)], numbers=rows)]
+
+
+def _with_lengths(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows over all prompts with the lengths that the prompts' own bins span."""
+    whole = overall(rows)
+    ends = rows.groupby("scope").agg(length_low=("length_low", "min"), length_high=("length_high", "max"))
+    return whole.assign(**{name: whole["scope"].map(ends[name]) for name in ends.columns})
 
 
 def _rows(held: Held, table: str, *quantities: str) -> pd.DataFrame:
