@@ -70,8 +70,7 @@ def _pieces(text: str) -> tuple[Piece, ...]:
 
 
 def _name(character: str) -> str:
-    code = ord(character)
-    return chr(0x2400 + code) if code < 0x20 else f"U+{code:04X}"
+    return f"U+{ord(character):04X}"  # control pictures are in few fonts
 
 
 def whole(text: str) -> str:

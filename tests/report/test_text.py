@@ -13,7 +13,7 @@ def plain(text, most=1000):
     ("text", "seen"),
     [
         ("plain\ttext\nÄ 漢字 עברית <b>&amp;", "plain\ttext\nÄ 漢字 עברית <b>&amp;"),
-        ("a\x00b\x1b[31m\r\x7f\x85", "a[␀]b[␛][31m[␍][U+007F][U+0085]"),
+        ("a\x00b\x1b[31m\r\x7f\x85", "a[U+0000]b[U+001B][31m[U+000D][U+007F][U+0085]"),
         ("\u202eabc\u202c\u200f\u2066x\u2069", "[U+202E]abc[U+202C][U+200F][U+2066]x[U+2069]"),
         ("zero\u200bwidth\ufeff\u00ad", "zero[U+200B]width[U+FEFF][U+00AD]"),
         ("\ud800\uffff\U000e0041", "[U+D800][U+FFFF][U+E0041]"),
