@@ -73,7 +73,6 @@ def plot_atlas(
             text += f"\n{row['low']:{digits}} – {row['high']:{digits}}"
         axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=7)
         if str(row.get("verdict")) in UNDETERMINED:
-            named = None if hatched else "undetermined"
             hatched = True
             axes.add_patch(
                 Rectangle(
@@ -85,7 +84,6 @@ def plot_atlas(
                     edgecolor=ink,
                     alpha=0.3,
                     linewidth=0,
-                    label=named,
                 )
             )
     for y, x in np.argwhere(np.isnan(values)):
@@ -96,6 +94,10 @@ def plot_atlas(
     axes.set_ylabel("layer")
     axes.grid(visible=False)
     axes.set_title(title, parse_math=False)
+    if hatched:  # for the legend alone
+        axes.add_patch(
+            Rectangle((0, 0), 0, 0, fill=False, hatch="////", edgecolor=MUTED, linewidth=0.5, label="undetermined")
+        )
     figure = axes.figure
     bar = figure.colorbar(image, ax=axes)
     bar.set_label(label, fontsize=8)

@@ -30,6 +30,8 @@ def numbers_table(frame: pd.DataFrame, caption: str) -> Table | str:
     kept = [*known, *extra] if "value" not in frame else [name for name in known if frame[name].notna().any()]
     chosen = frame[kept]
     if len(chosen) > MOST_ROWS:
+        if "target" in chosen:
+            chosen = chosen.assign(target=chosen["target"].map(target_label))
         return str(chosen.to_csv(index=False, float_format="%.6g"))
     words = sum(1 for name in kept if name in _LABELS)
     rows = [

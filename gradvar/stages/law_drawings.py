@@ -28,7 +28,7 @@ from gradvar.runs.rows import ALL_RESPONSES, THESE_PROMPTS, overall
 from gradvar.stages.held import Held
 
 _WHERE = "where the score's variance lies"
-MOST_TARGETS = 12
+MOST_TARGETS = 8
 """Targets that get a panel; beyond, the last ones measured."""
 EXPONENTS = ("deviation_exponent", "within_exponent")
 

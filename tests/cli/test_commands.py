@@ -48,7 +48,9 @@ def test_the_demo_ends_with_verdict_table_and_paths(finished_run, tmp_path):
     assert "\x1b[" not in done.stdout  # no colour where no terminal is
 
 
-@pytest.mark.parametrize("name", ["info", "fit", "cv", "alpha", "audit", "figures", "reward", "measure", "sample"])
+@pytest.mark.parametrize(
+    "name", ["info", "fit", "cv", "alpha", "audit", "figures", "report", "reward", "measure", "sample"]
+)
 def test_json_is_json(call, run, name):
     document = json.loads(call(name, run, "--json"))
     assert isinstance(document, dict)

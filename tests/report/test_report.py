@@ -200,5 +200,5 @@ def test_the_numbers_of_a_figure_are_a_table_or_text():
     assert isinstance(table, Table)
     assert [cell.text for cell in table.rows[0]] == ["all targets", "1.235", "supported"]
     many = numbers_table(pd.concat([few] * 100), "c")
-    assert many.splitlines()[1] == "sum,1.23457,supported"
+    assert many.splitlines()[1] == "all targets,1.23457,supported"
     assert len(many.splitlines()) == 101
