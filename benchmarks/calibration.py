@@ -1,11 +1,14 @@
-"""Coverage of every interval on simulated gradients with a known law: remakes benchmarks/calibration.csv.
+"""Do the intervals hold what they promise? Remakes benchmarks/calibration.csv and benchmarks/calibration.md.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.calibration --draws 300 --workers 2
+    OMP_NUM_THREADS=1 python -m benchmarks.calibration --workers 2
 
-Gradients have Var(s | L) = (L/150)^beta C with a known spectrum, lognormal lengths (sigma 0.6), binary rewards, and
-E[s | r] = signal (r - p) along the direction of least noise. Every draw counts, resolved or not. Columns: the setting,
-what was estimated, the truth, the share of draws whose interval holds the truth, the share whose interval is bounded
-away from "unresolved", the median estimate.
+Gradients are drawn with a known law, mean, rank, token covariance and reward structure (tests/estimators/simulator.py),
+the truth of every quantity is known (calibration_truths.py), and every draw counts, resolved or not. One row a setting
+and quantity:
+    coverage            share of draws whose interval does not exclude the truth, with its 95% Wilson interval
+    no_interval         share of draws without a bounded interval ("unresolved", or too few responses)
+    median_bias, width  of the estimate; of the bounded intervals (median)
+    wrong, rejected     share of draws whose verdict is wrong, and wholly outside the margin (where there is a verdict)
 """
 
 from __future__ import annotations
@@ -14,239 +17,291 @@ import argparse
 import csv
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gradvar.estimators import deviations, within_length_variance
-from gradvar.estimators.advantages import advantages
-from gradvar.estimators.aggregation import find_rule, scope_weights
-from gradvar.estimators.bias import (
-    best_of_grid,
-    eta_estimate,
-    jackknifed,
-    log_efficiency,
-    log_noise,
-    products,
-    reward_direction,
+from benchmarks import calibration_report
+from benchmarks.calibration_draws import HERE, Found, every_interval
+from benchmarks.calibration_truths import (
+    GROUP,
+    RULES,
+    Moments,
+    Truths,
+    audit_truths,
+    cv_of,
+    group_moments_of,
+    group_truths,
+    law_truths,
+    proxy_truths,
+    signal_for,
 )
-from gradvar.estimators.cv import rho_estimate
-from gradvar.estimators.groups import draw_groups, group_coefficients, group_moments
-from gradvar.estimators.law import ExponentFit, fit_exponent
-from gradvar.estimators.ratios import cv_ratio
-from gradvar.estimators.spread import deviation_dependence, within_dependence
+from gradvar.estimators.comparison import estimate_difference
+from gradvar.estimators.intervals import decide_from_margin
+from gradvar.runs.records import Estimate
 
-Array = NDArray[np.float64]
-Found = tuple[str, float, float, float, bool]
-"""Quantity, low, high, value, resolved."""
-
-GROUP = 8
-SUCCESS = 0.4
-GRID = tuple(0.25 * k for k in range(13))
-RULES = (("grpo", None), ("dapo", None), *(("vl_norm", a) for a in GRID))
-POOLED = ("pooled exponent, these prompts", "pooled exponent, prompts like these")
-FIELDS = ("quantity", "n", "prompts", "beta", "rank", "signal", "truth", "coverage", "resolved", "median", "draws")
-
-
-def spectrum(rank: str) -> Array:
-    """Square roots of the eigenvalues of C, trace 1: "low" has an effective rank near 3, "high" near 30."""
-    scale = 0.7 ** np.arange(20) if rank == "low" else 0.97 ** np.arange(60)
-    return np.asarray(scale / np.sqrt((scale**2).sum()))
-
-
-def draw(n: int, rng: np.random.Generator, *, beta: float, rank: str, signal: float) -> tuple[Array, Array, Array]:
-    """Scores (n, d), rewards (n,), lengths (n,)."""
-    lengths = np.clip(np.round(150.0 * np.exp(rng.normal(0.0, 0.6, n))), 2, 3000)
-    rewards = (rng.random(n) < SUCCESS).astype(float)
-    scale = spectrum(rank)
-    scores = rng.normal(size=(n, len(scale))) * scale * np.sqrt((lengths / 150.0) ** beta)[:, None]
-    scores[:, -1] += signal * (rewards - SUCCESS)
-    return scores, rewards, lengths
-
-
-def truths(setting: dict[str, Any], groups: int = 60_000, chunk: int = 4_000) -> dict[str, Array]:
-    """Return rho and eta of every rule, found by drawing groups; grad J = signal p (1 - p) e is known."""
-    rng = np.random.default_rng(987)
-    gradient = setting["signal"] * SUCCESS * (1 - SUCCESS)
-    same = np.zeros(len(RULES))
-    mean: list[list[Any]] = [[0.0, 0.0] for _ in RULES]
-    for c in range(groups // chunk):
-        scores, rewards, lengths = draw(chunk * GROUP, rng, **setting)
-        shape = (chunk, GROUP)
-        a = advantages(rewards.reshape(shape), "grpo")
-        for k, (name, alpha) in enumerate(RULES):
-            x = scope_weights(
-                find_rule(name), lengths.reshape(shape), lambda v: v.sum(-1, keepdims=True), alpha=alpha, max_length=1.0
-            )
-            updates = np.einsum("gn,gnd->gd", x * a, scores.reshape(*shape, -1))
-            same[k] += float((updates**2).sum())
-            mean[k][c % 2] = mean[k][c % 2] + updates.sum(axis=0)
-    cross = np.array([float(m[0] @ m[1]) for m in mean]) / (groups / 2) ** 2
-    along = np.array([float((m[0] + m[1])[-1]) for m in mean]) / groups * gradient
-    same /= groups
-    return {"rho": cross / same, "eta": along**2 / (gradient**2 * same)}
+KINDS = {"law", "groups", "audit", "proxies"}
+HIGH: dict[str, Any] = {"dimensions": 60, "decay": 0.97}
+"""Effective rank near 30; otherwise near 3."""
+LOW: dict[str, Any] = {"dimensions": 20, "decay": 0.7}
+MOVING: dict[str, Any] = {"drift": 0.3, "reward_slope": -0.7, "share": 0.3}
+"""E[g | L] and rewards depend on length; 30% of ||s||^2 from products of different tokens."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "beta 0, low rank, CV 0.6": {"beta": 0.0, **LOW, "cv": 0.6},
+    "beta 0, high rank, CV 1.5": {"beta": 0.0, **HIGH, "cv": 1.5},
+    "beta 1, low rank, CV 0.6": {"beta": 1.0, **LOW, "cv": 0.6},
+    "beta 1, high rank, CV 5": {"beta": 1.0, **HIGH, "cv": 5.0},
+    "beta 1, mean moves with L": {"beta": 1.0, "dimensions": 20, "decay": 0.9, "signal": 1.0, **MOVING},
+    "beta 1.6, high rank, CV 1.5": {"beta": 1.6, **HIGH, "cv": 1.5},
+    "beta 1.6, low rank, CV 5": {"beta": 1.6, **LOW, "cv": 5.0},
+    "beta 2, low rank, CV 0.6": {"beta": 2.0, **LOW, "cv": 0.6},
+}
+WRONG_SAMPLER = "wrong temperature: n ||E s||^2 = 0.4 E||s||^2"
+MARGINS = {
+    "deviation exponent": (0.75, 1.25),
+    "within exponent": (0.75, 1.25),
+    "cv ratio": (-math.inf, 1.0),
+    "length pressure": (-math.inf, 0.0),
+    "assumption 0: identity": (-math.inf, 0.1),
+    "assumption 1": (-0.1, 0.1),
+    "assumption 3": (0.9, 1.1),
+    "assumption 4": (-math.inf, 0.25),
+}
+"""Quantities with a verdict, by the beginning of their name."""
+DIFFERENCES = {
+    "deviation exponent, grpo": "deviation_exponent",
+    "within exponent, grpo": "within_exponent",
+    "cv grpo": "cv",
+    "eta grpo": "eta",
+    "alpha* by eta": "alpha_star_eta",
+}
+"""Compared between independent runs, with what `compare` calls them."""
 
 
-def one_draw(job: tuple[dict[str, Any], int, list[int]]) -> list[Found]:
-    """All intervals of one draw: (quantity, truth key, low, high, value, resolved)."""
-    setting, n, seed = job
-    rng = np.random.default_rng(seed)
-    scores, rewards, lengths = draw(n, rng, **setting)
-    out: list[Found] = []
-    # The law is studied without signal, which would add a part of v(L) that does not follow the power law.
-    plain, _, _ = draw(n, np.random.default_rng(seed), **{**setting, "signal": 0.0})
-    gram = plain @ plain.T
-    state = int(rng.integers(2**31))
-    fits: tuple[tuple[str, Callable[[], ExponentFit]], ...] = (
-        (
-            "deviation exponent",
-            lambda: fit_exponent(lengths, deviations(gram), n_centred=n, dependence=deviation_dependence(gram)),
-        ),
-        (
-            "within exponent",
-            lambda: fit_exponent(
-                lengths,
-                within_length_variance(gram, lengths, rng=np.random.default_rng(state)),
-                dependence=within_dependence(gram, lengths, rng=np.random.default_rng(state)),
-            ),
-        ),
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is drawn: one law, or K prompts each with one of several."""
+
+    name: str
+    laws: tuple[str, ...]
+    n: int
+    prompts: int
+    draws: int
+    kinds: frozenset[str] = frozenset(KINDS)
+
+
+@cache
+def law_of(name: str) -> dict[str, Any]:
+    """The law with its signal solved for the CV."""
+    if name == WRONG_SAMPLER:
+        law = {"beta": 1.0, **LOW, "signal": 0.6}
+        # ||E s||^2 = shift^2 and E||s||^2 = E v + signal^2 p (1 - p) + shift^2, n ||E s||^2 = 0.4 E||s||^2.
+        bare = audit_truths([{**law}], [0.0], 4, 1.0)["assumption 0: identity"]
+        size = 8.0 / bare - 1.0
+        return {**law, "shift": round(math.sqrt(0.05 * size / 0.95), 4)}
+    law = dict(SETTINGS[name])
+    cv = law.pop("cv", None)
+    if cv is not None:
+        law["signal"] = signal_for(cv, law)
+    return law
+
+
+@cache
+def moments_of(name: str, size: int) -> Moments:
+    """Group moments of a law, once a process."""
+    return group_moments_of(law_of(name), size, rules=RULES if size == GROUP else RULES[:1])
+
+
+@cache
+def truths_of(names: tuple[str, ...], n: int) -> Truths:
+    """Everything true of prompts with these laws."""
+    laws = [law_of(name) for name in names]
+    found = {**group_truths([moments_of(name, GROUP) for name in names]), **law_truths(laws)}
+    shares = [law.get("share", 0.0) for law in laws]
+    shift = laws[0].get("shift", 0.0)
+    found |= audit_truths(laws, shares, max(1, min(4, n // 8)), shift) | {"assumption 0: p value": math.nan}
+    for size, word in ((4, ""), (16, ""), (32, ", extrapolated")):
+        found[f"planning: cv at n = {size}{word}"] = cv_of([moments_of(name, size) for name in names])
+    if len(names) == 1:
+        found |= _proxy_truths(names[0])
+    return found
+
+
+@cache
+def _proxy_truths(name: str) -> Truths:
+    return proxy_truths(law_of(name))
+
+
+def one_draw(job: tuple[Setting, int]) -> list[Found]:
+    """All intervals of one draw."""
+    setting, t = job
+    seed = [13, *setting.name.encode(), setting.n, setting.prompts, t]
+    if len(setting.laws) == 1:
+        names = setting.laws * setting.prompts
+        return every_interval(
+            [law_of(x) for x in names], setting.n, seed, truths_of(setting.laws, setting.n), None, set(setting.kinds)
+        )
+    # Every prompt's law is drawn: that is what "prompts like these" means.
+    chosen = np.random.default_rng([14, setting.n, t]).integers(len(setting.laws), size=setting.prompts)
+    names = tuple(setting.laws[k] for k in sorted(chosen))
+    like = truths_of(setting.laws, setting.n)
+    return every_interval(
+        [law_of(x) for x in names], setting.n, seed, truths_of(names, setting.n), like, set(setting.kinds)
     )
-    for name, fit in fits:
-        law = fit()
-        verdict = law.verdict
-        wrong = (verdict == "not proportional") == (abs(setting["beta"] - 1) < 0.25) and verdict != "undetermined"
-        out.append((name, law.exponent.low, law.exponent.high, law.exponent.value, True))
-        # "Covered" where the verdict is right or undetermined.
-        right = 0.0 if wrong else 1.0
-        out.append((f"{name}: verdict not wrong", right, right, right, True))
-    if n < 3 * GROUP:
-        return out
-    gram = scores @ scores.T
-    groups = draw_groups(n, GROUP, 256, rng=rng)
-    c = np.stack(
-        [
-            group_coefficients(groups, rewards, lengths, find_rule(r), advantage="grpo", alpha=a, max_length=1.0)
-            for r, a in RULES
-        ]
-    )
-    m = [group_moments(gram, groups, c[k]) for k in (0, 1, 2 + GRID.index(1.0))]
-    for name, moments in (("rho grpo", m[0]), ("rho dapo", m[1])):
-        rho = rho_estimate(moments, group_size=GROUP, level=0.95)
-        out.append((name, rho.low, rho.high, rho.value, rho.low > 0))
-    for name, moments in (("cv ratio dapo/grpo", m[1]), ("cv ratio vl_norm 1/grpo", m[2])):
-        ratio = cv_ratio(moments, m[0], group_size=GROUP, level=0.95)
-        out.append((name, ratio.low, ratio.high, ratio.value, math.isfinite(ratio.value)))
-    made = products(gram, groups, c, reward_direction(rewards, groups)[None])
-    eta = eta_estimate([made], jackknifed([made], log_noise), 0, level=0.95, method="m")
-    low, high = (eta.low, eta.high) if math.isfinite(eta.value) else (-math.inf, math.inf)
-    out.append(("eta grpo", low, high, eta.value, math.isfinite(eta.value)))
-    whole = jackknifed([made], log_efficiency)
-    curve = type(whole)(value=whole.value[2:], replicates=[r[:, 2:] for r in whole.replicates], n=whole.n, clusters=1)
-    star = best_of_grid(curve, GRID, level=0.95, method="m")
-    low, high = (star.low, star.high) if math.isfinite(star.value) else (GRID[0], GRID[-1])
-    out.append(("alpha* by eta", low, high, star.value, math.isfinite(star.value)))
-    return out
 
 
-def pooled_draw(job: tuple[int, int, list[int]]) -> list[Found]:
-    """Both estimands over prompts whose exponents and signals differ."""
-    k, n, seed = job
-    rng = np.random.default_rng(seed)
-    parts = []
-    for _ in range(k):
-        beta = 1.0 + rng.normal(0.0, 0.4)
-        plain, _, sizes = draw(n, rng, beta=beta, rank="high", signal=0.0)
-        plain = plain @ plain.T
-        parts.append((beta, sizes, deviations(plain), deviation_dependence(plain)))
-    cuts = np.cumsum([n] * k)[:-1]
-    law = fit_exponent(
-        np.concatenate([p[1] for p in parts]),
-        np.concatenate([p[2] for p in parts]),
-        n_centred=n,
-        mean_deviation=np.repeat([p[2].mean() for p in parts], n),
-        clusters=np.repeat(np.arange(k), n),
-        dependence=lambda q: np.concatenate([p[3](s) for p, s in zip(parts, np.split(q, cuts), strict=True)]),
-    )
-    here = float(np.mean([p[0] for p in parts]))
-    return [
-        (POOLED[0], law.exponent.low - here, law.exponent.high - here, law.exponent.value, True),
-        (
-            POOLED[1],
-            law.exponent_across.low - 1,
-            law.exponent_across.high - 1,
-            law.exponent_across.value,
-            True,
-        ),
-    ]
+def wilson(hits: float, count: int) -> tuple[float, float]:
+    """95% interval of a share."""
+    p, z2 = hits / count, 1.96**2
+    middle = (p + z2 / (2 * count)) / (1 + z2 / count)
+    half = 1.96 / (1 + z2 / count) * math.sqrt(p * (1 - p) / count + z2 / (4 * count**2))
+    return middle - half, middle + half
 
 
-def rows_of(
-    results: Sequence[list[Found]], truth: Mapping[str, float], labels: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """One row a quantity."""
-    by_name: dict[str, list[Any]] = {}
+def margin_of(quantity: str) -> tuple[float, float] | None:
+    """Margin of a quantity's verdict."""
+    return next((edges for start, edges in MARGINS.items() if quantity.startswith(start)), None)
+
+
+def row_of(found: Sequence[Found], setting: Setting) -> dict[str, Any]:
+    """One line of the table."""
+    truth, value, low, high = (np.array([getattr(f, x) for f in found]) for x in ("truth", "value", "low", "high"))
+    missed = (low > truth + 1e-12) | (high < truth - 1e-12)
+    bounded = np.isfinite(low) & np.isfinite(high)
+    one = found[0]
+    if one.quantity.endswith("p value"):
+        missed, bounded = value < 0.05, np.ones_like(missed)
+    count = len(found)
+    ends = wilson(float((~missed).sum()), count)
+    error = (value - truth)[np.isfinite(value) & np.isfinite(truth)]
+    margin, wrong, rejected = margin_of(one.quantity), math.nan, math.nan
+    if margin is not None:
+        sides = np.array([decide_from_margin(f.value, f.low, f.high, *margin) for f in found])
+        inside = (margin[0] <= truth) & (truth <= margin[1])
+        wrong = float((((sides == 1) & ~inside) | ((sides == -1) & inside)).mean())
+        rejected = float((sides == -1).mean())
+    return {
+        "setting": setting.name,
+        "n": setting.n,
+        "prompts": setting.prompts,
+        "quantity": one.quantity,
+        "estimand": one.estimand,
+        "draws": count,
+        "truth": _short(float(np.median(truth))),
+        "coverage": round(1 - float(missed.mean()), 3),
+        "coverage_low": round(ends[0], 3),
+        "coverage_high": round(ends[1], 3),
+        "no_interval": round(1 - float(bounded.mean()), 3),
+        "median_bias": _short(float(np.median(error))) if error.size else "",
+        "width": _short(float(np.median((high - low)[bounded]))) if bounded.any() and np.isfinite(low).any() else "",
+        "wrong": "" if math.isnan(wrong) else round(wrong, 3),
+        "rejected": "" if math.isnan(rejected) else round(rejected, 3),
+    }
+
+
+def _short(x: float) -> Any:
+    return "" if math.isnan(x) else float(f"{x:.4g}")
+
+
+def rows_of(results: list[list[Found]], setting: Setting) -> Iterator[dict[str, Any]]:
+    """One row a quantity and estimand, then those of differences between runs."""
+    by_name: dict[tuple[str, str], list[Found]] = {}
     for result in results:
-        for name, *rest in result:
-            by_name.setdefault(name, []).append(rest)
-    for name, found in by_name.items():
-        low, high, value, resolved = (np.array(column, dtype=float) for column in zip(*found, strict=True))
-        target = float(truth.get(name, 1.0))
-        yield {
-            **labels,
-            "quantity": name,
-            "truth": round(target, 4),
-            "coverage": round(float(((low <= target) & (target <= high)).mean()), 3),
-            "resolved": round(float(resolved.mean()), 3),
-            "median": round(float(np.nanmedian(value)), 4) if np.isfinite(value).any() else "",
-            "draws": len(found),
-        }
+        for f in result:
+            by_name.setdefault((f.quantity, f.estimand), []).append(f)
+    for found in by_name.values():
+        yield row_of(found, setting)
+    if len(setting.laws) == 1:
+        for quantity, name in DIFFERENCES.items():
+            found = by_name.get((quantity, HERE), [])
+            pairs = [_difference(name, a, b) for a, b in zip(found[::2], found[1::2], strict=False)]
+            if pairs:
+                yield row_of(pairs, setting)
+
+
+def _difference(name: str, one: Found, two: Found) -> Found:
+    """Two runs of the same law, as `compare` sets them side by side: no difference, or a ratio of 1."""
+    first, second = (
+        Estimate(value=f.value, low=f.low, high=f.high, level=0.95, method="", n=1, clusters=1, seed=None)
+        for f in (one, two)
+    )
+    made = estimate_difference(name, first, second)
+    ratio = name in ("cv", "noise_scale")
+    label = f"compare: {one.quantity}, {'ratio' if ratio else 'difference'} of two runs"
+    return Found(
+        quantity=label, estimand=HERE, truth=1.0 if ratio else 0.0, value=made.value, low=made.low, high=made.high
+    )
+
+
+def settings(scale: float) -> list[Setting]:
+    """Every setting with its draws; `scale` multiplies their number."""
+
+    def times(draws: int) -> int:
+        return max(2, round(draws * scale))
+
+    made = [
+        Setting(name=name, laws=(name,), n=n, prompts=1, draws=times(draws))
+        for name, (n, draws) in itertools.product(SETTINGS, ((16, 200), (64, 200), (128, 200), (512, 50)))
+    ]
+    made += [
+        Setting(
+            name="wrong sampler", laws=(WRONG_SAMPLER,), n=n, prompts=1, draws=times(200), kinds=frozenset({"audit"})
+        )
+        for n in (16, 64, 128, 512)
+    ]
+    names = tuple(SETTINGS)
+    made += [
+        Setting(name="8 prompts of any of these", laws=names, n=n, prompts=8, draws=times(draws))
+        for n, draws in ((16, 100), (64, 100), (128, 50), (512, 8))
+    ]
+    moving = ("beta 1, mean moves with L",)
+    made.append(Setting(name="8 equal prompts, mean moves with L", laws=moving, n=64, prompts=8, draws=times(100)))
+    return made
+
+
+def run(chosen: Sequence[Setting], workers: int) -> list[dict[str, Any]]:
+    """Draw every setting and return the table's rows."""
+    rows: list[dict[str, Any]] = []
+    # Before the workers start, so that they inherit what is cached.
+    for setting in chosen:
+        truths_of(setting.laws, setting.n)
+    with ProcessPoolExecutor(workers) as pool:
+        for setting in chosen:
+            start = time.time()
+            jobs = [(setting, t) for t in range(setting.draws)]
+            rows += rows_of(list(pool.map(one_draw, jobs, chunksize=4)), setting)
+            print(f"{setting.name}, N = {setting.n}, {setting.draws} draws: {time.time() - start:.0f} s", flush=True)
+    return rows
 
 
 def main() -> None:
-    """Run all settings and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--draws", type=int, default=300)
+    """Run all settings and write the table and its summary."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draws", type=float, default=1.0, help="multiplies every number of draws")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[16, 64, 128])
+    parser.add_argument("--only", help="settings whose name holds this text")
+    parser.add_argument("--sizes", type=int, nargs="+", help="only these N")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(options.workers) as pool:
-        for rank, beta, signal in itertools.product(("low", "high"), (0.0, 1.0, 1.6, 2.0), (1.5, 0.6, 0.15)):
-            if signal != 0.6 and beta not in (1.0, 1.6):
-                continue
-            setting: dict[str, Any] = {"beta": beta, "rank": rank, "signal": signal}
-            known = truths(setting)
-            ratio = np.sqrt((1 / known["rho"] - 1) / (1 / known["rho"][0] - 1))
-            names = {
-                "deviation exponent": beta,
-                "within exponent": beta,
-                "rho grpo": known["rho"][0],
-                "rho dapo": known["rho"][1],
-                "cv ratio dapo/grpo": ratio[1],
-                "cv ratio vl_norm 1/grpo": ratio[2 + GRID.index(1.0)],
-                "eta grpo": known["eta"][0],
-                "alpha* by eta": GRID[int(np.argmax(known["eta"][2:]))],
-            }
-            for n in options.sizes:
-                own = [round(10 * beta), round(100 * signal), len(rank)]
-                jobs = [(setting, n, [11, n, *own, t]) for t in range(options.draws)]
-                results = list(pool.map(one_draw, jobs, chunksize=8))
-                rows += rows_of(results, names, {"n": n, "prompts": 1, **setting})
-                print(f"{rank} beta={beta} signal={signal} n={n} done", flush=True)
-        for k in (4, 8):
-            pooled_jobs = [(k, 64, [12, k, t]) for t in range(options.draws)]
-            results = list(pool.map(pooled_draw, pooled_jobs, chunksize=8))
-            labels = {"n": 64, "prompts": k, "beta": "1 +- 0.4", "rank": "high", "signal": 0.0}
-            rows += rows_of(results, dict.fromkeys(POOLED, 0.0), labels)
+    chosen = [
+        s
+        for s in settings(options.draws)
+        if (options.only is None or options.only in s.name) and (not options.sizes or s.n in options.sizes)
+    ]
+    start = time.time()
+    rows = run(chosen, options.workers)
     with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    minutes = (time.time() - start) / 60
+    options.out.with_suffix(".md").write_text(calibration_report.summary(rows, minutes, options.workers))
 
 
 if __name__ == "__main__":

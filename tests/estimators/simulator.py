@@ -114,13 +114,13 @@ def true_moments(
     return same / count, float(means[0] @ means[1]) / half**2
 
 
-def mean_and_noise(
+def moments_by_kind(
     coefficients: Callable[[Array, Array], list[Array]],
     *,
     groups: int,
     group_size: int,
     rng: np.random.Generator,
-    chunk: int = 20_000,
+    chunk: int = 10_000,
     beta: float = 1.0,
     signal: float = 0.0,
     drift: float = 0.0,
@@ -128,13 +128,13 @@ def mean_and_noise(
     spread: float = 0.6,
     reward_slope: float = 0.0,
     **unused: Any,
-) -> tuple[Array, Array]:
-    """E ghat on (signal axis, drift axis) (R, 2) and E||ghat||^2 (R,) of R kinds of update, without shift.
+) -> tuple[Array, Array, Array]:
+    """E ghat on (signal axis, drift axis) (R, 2), E||ghat||^2 and E sum c^2 ||s||^2 (R,) of R kinds of update.
 
     Given lengths and rewards the noise is known, so it is not drawn: E||ghat||^2 = E[sum c^2 v(L) + ||sum c mu||^2].
+    Without shift. `coefficients` takes lengths and rewards (groups, n) and returns R arrays c = x A of that shape.
     """
-    total_mean: Any = 0.0
-    total_same: Any = 0.0
+    totals: Any = 0.0
     for _ in range(groups // chunk):
         lengths, rewards, z, chance = draw_lengths_and_rewards(
             chunk * group_size, rng=rng, p=p, spread=spread, reward_slope=reward_slope
@@ -142,11 +142,13 @@ def mean_and_noise(
         shape = (chunk, group_size)
         v = ((lengths / TYPICAL_LENGTH) ** beta).reshape(shape)
         axes = [(signal * (rewards - chance)).reshape(shape), (drift * z).reshape(shape)]
-        means, sames = [], []
+        found = []
         for c in coefficients(lengths.reshape(shape), rewards.reshape(shape)):
             along = [(c * axis).sum(axis=1) for axis in axes]
-            means.append([float(one.mean()) for one in along])
-            sames.append(float(((c**2 * v).sum(axis=1) + sum(one**2 for one in along)).mean()))
-        total_mean, total_same = total_mean + np.array(means), total_same + np.array(sames)
-    count = groups // chunk
-    return np.asarray(total_mean / count), np.asarray(total_same / count)
+            noise = (c**2 * v).sum(axis=1)
+            same = noise + sum(one**2 for one in along)
+            norms = noise + (c**2 * sum(axis**2 for axis in axes)).sum(axis=1)
+            found.append([float(x.mean()) for x in (*along, same, norms)])
+        totals = totals + np.array(found)
+    totals = totals / (groups // chunk)
+    return totals[:, :2], totals[:, 2], totals[:, 3]

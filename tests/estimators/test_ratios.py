@@ -104,7 +104,7 @@ def test_ratio_is_covered_where_short_responses_count():
         inverse = 1.0 / lengths
         return [inverse / inverse.sum(axis=1, keepdims=True) * a, inverse * a]
 
-    mean, same = simulator.mean_and_noise(
+    mean, same, _ = simulator.moments_by_kind(
         coefficients, groups=400_000, group_size=8, rng=np.random.default_rng(5), **law
     )
     cv = np.sqrt(same / (mean**2).sum(axis=1) - 1)

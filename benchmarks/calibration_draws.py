@@ -1,0 +1,312 @@
+"""Every interval of one simulated data set beside its truth.
+
+A draw is K prompts of N responses. The estimates are made as the tables make them, from the same functions.
+Shape letters: N responses of a prompt, K prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.calibration_truths import ALPHAS, GRID, GROUP, LAW, LONGEST, RULES, Truths, label
+from gradvar.estimators import deviations, find_rule, within_length_variance
+from gradvar.estimators.additive import of_prompts_like_these, of_these_prompts, ratio_of_signals
+from gradvar.estimators.advantages import advantages
+from gradvar.estimators.baselines import baseline_sums, log_independence_ratio
+from gradvar.estimators.bias import (
+    best_of_grid,
+    cosine,
+    estimate_of,
+    eta_estimate,
+    jackknifed,
+    length_direction,
+    log_efficiency,
+    log_noise,
+    log_rho,
+    pressure,
+    products,
+    reward_direction,
+    scale,
+)
+from gradvar.estimators.cv import cv_from_rho, pooled_rho
+from gradvar.estimators.groups import GroupMoments, draw_groups, group_coefficients, group_moments
+from gradvar.estimators.identity import identity_from_parts, identity_parts
+from gradvar.estimators.inputs import is_silent
+from gradvar.estimators.law import fit_exponent
+from gradvar.estimators.length_bins import bin_products, length_bins
+from gradvar.estimators.proxies import predictions
+from gradvar.estimators.ratios import pooled_cv_ratio, short_responses
+from gradvar.estimators.spread import deviation_dependence, within_dependence
+from gradvar.estimators.token_covariance import share_estimate, share_sums
+from gradvar.runs.records import Estimate, PromptScores
+from tests.estimators import simulator
+
+Array = NDArray[np.float64]
+
+HERE, LIKE = "these prompts", "prompts like these"
+LEVEL = 0.95
+PERMUTATIONS = 128
+REWARDED = [k for k, (rule, alpha) in enumerate(RULES) if rule != "vl_norm" or alpha in ALPHAS]
+"""Rules whose rho, ratio and efficiency are tabled; alpha* uses all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """One interval of one draw."""
+
+    quantity: str
+    estimand: str
+    truth: float
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Simulated:
+    """One prompt."""
+
+    scores: PromptScores
+    taus: Array
+
+
+def simulate(laws: list[dict[str, Any]], n: int, rng: np.random.Generator) -> list[Simulated]:
+    """K prompts, one a law."""
+    made = []
+    for k, law in enumerate(laws):
+        s, rewards, lengths = simulator.draw(n, rng=rng, **{x: v for x, v in law.items() if x in LAW | {"shift"}})
+        taus = simulator.draw_taus(s, rewards, lengths, share=law.get("share", 0.0), rng=rng)
+        scores = PromptScores(
+            prompt_id=f"p{k}",
+            target="layer",
+            gram=s @ s.T,
+            rewards=rewards,
+            lengths=lengths,
+            truncated=np.zeros(n, dtype=bool),
+            max_length=int(LONGEST),
+        )
+        made.append(Simulated(scores=scores, taus=taus))
+    return made
+
+
+def every_interval(
+    laws: list[dict[str, Any]], n: int, seed: list[int], here: Truths, like: Truths | None, kinds: set[str]
+) -> list[Found]:
+    """Draw once and estimate everything in `kinds` ("law", "groups", "audit", "proxies")."""
+    rng = np.random.default_rng(seed)
+    prompts = simulate(laws, n, rng)
+    makers: dict[str, Callable[[list[Simulated], np.random.Generator], Iterator[tuple[str, Estimate, Estimate | None]]]]
+    makers = {"law": _law, "groups": _groups, "audit": _audit, "proxies": _proxies}
+    found: list[Found] = []
+    for kind, maker in makers.items():
+        if kind not in kinds:
+            continue
+        for name, one, across in maker(prompts, rng):
+            if name in here:
+                found.append(_found(name, HERE, here[name], one))
+            if across is not None and like is not None and name in like:
+                found.append(_found(name, LIKE, like[name], across))
+    return found
+
+
+def _found(name: str, estimand: str, truth: float, e: Estimate) -> Found:
+    return Found(
+        quantity=name, estimand=estimand, truth=float(truth), value=float(e.value), low=float(e.low), high=float(e.high)
+    )
+
+
+Made = Iterator[tuple[str, Estimate, Estimate | None]]
+
+
+def _law(prompts: list[Simulated], rng: np.random.Generator) -> Made:
+    state = int(rng.integers(2**31))
+    for kind in ("score", "grpo"):
+        # A prompt whose rewards are all equal has no advantage-weighted gradient: it is left out, as in the table.
+        used = [p.scores for p in prompts if kind == "score" or not is_silent(p.scores)]
+        if not used:
+            none = _nothing()
+            yield f"deviation exponent, {kind}", none, none
+            yield f"within exponent, {kind}", none, none
+            continue
+        factors = [None if kind == "score" else advantages(s.rewards, kind) for s in used]
+        sizes = [len(s.lengths) for s in used]
+        cuts, codes = np.cumsum(sizes)[:-1], np.repeat(np.arange(len(used)), sizes)
+        lengths = np.concatenate([s.lengths for s in used])
+        for what in ("deviation", "within"):
+            values, parts = [], []
+            for s, a in zip(used, factors, strict=True):
+                if what == "deviation":
+                    values.append(deviations(s.gram, a))
+                    parts.append(deviation_dependence(s.gram, a))
+                else:
+                    arguments: dict[str, Any] = {"advantages": a}
+                    values.append(
+                        within_length_variance(s.gram, s.lengths, **arguments, rng=np.random.default_rng(state))
+                    )
+                    parts.append(within_dependence(s.gram, s.lengths, **arguments, rng=np.random.default_rng(state)))
+            fit = fit_exponent(
+                lengths,
+                np.concatenate(values),
+                n_centred=np.repeat(sizes, sizes) if what == "deviation" else None,
+                mean_deviation=np.repeat([v.mean() for v in values], sizes) if what == "deviation" else None,
+                clusters=codes,
+                dependence=lambda q, parts=parts, cuts=cuts: np.concatenate(  # type: ignore[misc]
+                    [part(piece) for part, piece in zip(parts, np.split(q, cuts), strict=True)]
+                ),
+            )
+            yield f"{what} exponent, {kind}", fit.exponent, fit.exponent_across
+
+
+def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
+    n = len(prompts[0].scores.lengths)
+    used = [p.scores for p in prompts if not is_silent(p.scores)]
+    if not used:
+        return
+    if n < 2 * GROUP:
+        return
+    drawn = [draw_groups(n, GROUP, PERMUTATIONS, rng=rng) for _ in used]
+    c = [_coefficients(s, g) for s, g in zip(used, drawn, strict=True)]
+    moments: dict[int, list[GroupMoments]] = {
+        k: [group_moments(s.gram, g, one[k]) for s, g, one in zip(used, drawn, c, strict=True)] for k in REWARDED
+    }
+    for k in REWARDED:
+        name = label(*RULES[k])
+        here, like = pooled_rho(moments[k], group_size=GROUP, level=LEVEL)
+        yield f"rho {name}", here, like
+        yield f"cv {name}", cv_from_rho(here), cv_from_rho(like)
+        if k == 0:
+            cv = cv_from_rho(here)
+            squares = {end: GROUP * getattr(cv, end) ** 2 for end in ("value", "low", "high")}
+            yield "noise scale grpo", replace(cv, **squares), None
+        else:
+            short = [
+                short_responses(
+                    s.gram, s.rewards, s.lengths, find_rule(RULES[k][0]), find_rule("grpo"), advantage="grpo"
+                )
+                for s in used
+            ]
+            ratio = pooled_cv_ratio(moments[k], moments[0], group_size=GROUP, level=LEVEL, short=short)
+            yield f"cv ratio {name}/grpo", ratio, None
+    yield from _sizes(used, rng)
+    if n < 3 * GROUP:
+        return
+    pool = [
+        products(s.gram, g, one, np.stack([reward_direction(s.rewards, g), length_direction(s.lengths, g)]))
+        for s, g, one in zip(used, drawn, c, strict=True)
+    ]
+    noise, others = (
+        jackknifed(pool, log_noise),
+        [("cosine", jackknifed(pool, cosine)), ("scale", jackknifed(pool, scale))],
+    )
+    others.append(("length pressure", jackknifed(pool, pressure(1))))
+    for k in REWARDED:
+        name = label(*RULES[k])
+        yield f"eta {name}", eta_estimate(pool, noise, k, level=LEVEL, method=""), None
+        for what, result in others:
+            yield f"{what} {name}", estimate_of(result, k, level=LEVEL, method=""), None
+    for what, statistic in (("eta", log_efficiency), ("cv", log_rho)):
+        whole = jackknifed(pool, statistic)
+        curve = replace(whole, value=whole.value[3:], replicates=[r[:, 3:] for r in whole.replicates])
+        yield f"alpha* by {what}", best_of_grid(curve, GRID, level=LEVEL, method=""), None
+
+
+def _coefficients(s: PromptScores, groups: NDArray[np.intp]) -> Array:
+    return np.stack(
+        [
+            group_coefficients(
+                groups, s.rewards, s.lengths, find_rule(rule), advantage="grpo", alpha=alpha, max_length=LONGEST
+            )
+            for rule, alpha in RULES
+        ]
+    )
+
+
+def _sizes(used: list[PromptScores], rng: np.random.Generator) -> Made:
+    """Planning: other group sizes, and beyond a third of the responses by extrapolation."""
+    n = len(used[0].lengths)
+    for size, far in ((4, None), (16, 32)):
+        if n < 3 * size:
+            continue
+        parts = []
+        for s in used:
+            groups = draw_groups(n, size, PERMUTATIONS, rng=rng)
+            made = group_coefficients(
+                groups, s.rewards, s.lengths, find_rule("grpo"), advantage="grpo", max_length=LONGEST
+            )
+            parts.append(group_moments(s.gram, groups, made))
+        here, like = pooled_rho(parts, group_size=size, level=LEVEL)
+        yield f"planning: cv at n = {size}", cv_from_rho(here), cv_from_rho(like)
+        if far is not None:
+            cv = cv_from_rho(here)
+            scaled = {end: getattr(cv, end) * math.sqrt(size / far) for end in ("value", "low", "high")}
+            yield f"planning: cv at n = {far}, extrapolated", replace(cv, **scaled), None
+
+
+def _audit(prompts: list[Simulated], rng: np.random.Generator) -> Made:
+    check = identity_from_parts(
+        [identity_parts(p.scores.gram, rng=rng) for p in prompts], group_size=GROUP, margin=0.1, level=LEVEL
+    )
+    yield "assumption 0: identity", check.signal, None
+    yield "assumption 0: p value", check.p_value, None
+    shares = [
+        share_sums(np.diagonal(p.scores.gram), p.taus, p.scores.lengths, p.scores.rewards)["all responses"][0]
+        for p in prompts
+    ]
+    yield "assumption 1: token share", share_estimate(shares, margin=0.1, level=LEVEL)[0], None
+    used = [p.scores for p in prompts if not is_silent(p.scores)]
+    if used and len(used[0].lengths) >= 3 * GROUP:
+        sums = [
+            baseline_sums(
+                s.gram,
+                draw_groups(len(s.lengths), GROUP, PERMUTATIONS, rng=rng),
+                s.rewards,
+                s.lengths,
+                find_rule("grpo"),
+                advantage="grpo",
+            )
+            for s in used
+        ]
+        arguments: dict[str, Any] = {"level": LEVEL, "method": "", "back": lambda x: math.exp(min(x, 700.0))}
+        yield (
+            "assumption 3: baseline ratio",
+            of_these_prompts(sums, log_independence_ratio, **arguments),
+            of_prompts_like_these(sums, log_independence_ratio, **arguments),
+        )
+    if used:
+        signals = [
+            bin_products(s.gram, s.rewards, s.lengths, length_bins(s.lengths), advantage="grpo").signals() for s in used
+        ]
+        pair = [ratio_of_signals(signals, margin=0.25, level=LEVEL, method="", across=x)[0] for x in (False, True)]
+        yield "assumption 4: between lengths", pair[0], pair[1]
+
+
+def _proxies(prompts: list[Simulated], rng: np.random.Generator) -> Made:
+    pairs: dict[str, list[tuple[Array, Array]]] = {"length": [], "advantage_square_length": []}
+    for p in prompts:
+        s = p.scores
+        if is_silent(s):
+            continue
+        square = advantages(s.rewards, "grpo") ** 2
+        norm = square * np.diagonal(s.gram)
+        pairs["length"].append((s.lengths.astype(np.float64), norm))
+        pairs["advantage_square_length"].append((square * s.lengths, norm))
+    names = {
+        "rank_correlation": "rank correlation",
+        "explained_variance": "R^2",
+        "explained_variance_log": "R^2 of logs",
+    }
+    for name, pool in pairs.items():
+        if pool:
+            for quantity, estimate, _ in predictions(pool, level=LEVEL):
+                yield f"proxy {name}: {names[quantity]}", estimate, None
+
+
+def _nothing() -> Estimate:
+    nan = math.nan
+    return Estimate(value=nan, low=nan, high=nan, level=LEVEL, method="silent", n=0, clusters=0, seed=None)

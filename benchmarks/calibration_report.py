@@ -1,0 +1,105 @@
+"""The calibration table for people: one line a quantity, the extremes over settings, and every row that falls short."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+LOW, HIGH = 0.93, 0.97
+"""Claimed coverage, at N of 64 and more; below only LOW."""
+WRONG = 0.05
+"""Most wrong verdicts."""
+Row = dict[str, Any]
+
+
+def summary(rows: Sequence[Row], minutes: float, workers: int) -> str:
+    """Markdown made of the table's rows."""
+    covered = [r for r in rows if not r["quantity"].endswith("p value")]
+    short = [r for r in covered if r["coverage_high"] < LOW]
+    wide = [r for r in covered if r["n"] >= 64 and r["coverage_low"] > HIGH and r["no_interval"] < 0.05]
+    judged = [r for r in rows if r["wrong"] != ""]
+    wrong = [r for r in judged if r["wrong"] > WRONG]
+    least, most = min(r["draws"] for r in covered), max(r["draws"] for r in covered)
+    lines = [
+        "# Calibration",
+        "",
+        f"Made by `OMP_NUM_THREADS=1 python -m benchmarks.calibration --workers {workers}` in {minutes:.0f} minutes; "
+        "every row with its Monte Carlo interval is in `calibration.csv`, the settings in `calibration.py`.",
+        "",
+        f"{len(covered)} rows (setting, N, prompts, quantity), {least} to {most} draws each, "
+        'every draw counted: an interval without an end, or none, excludes nothing and counts under "no interval". '
+        f"Nominal coverage 95%; claimed {100 * LOW:.0f} to {100 * HIGH:.0f}% from 64 responses on, at least "
+        f"{100 * LOW:.0f}% or no interval at 16.",
+        "",
+        f"- Below {100 * LOW:.0f}% beyond Monte Carlo error: {len(short)} rows" + (", listed below." if short else "."),
+        f"- Above {100 * HIGH:.0f}% beyond Monte Carlo error, bounded and at N >= 64 (wider than it need be): "
+        f"{len(wide)} rows.",
+        f"- Wrong verdicts: more than {100 * WRONG:.0f}% in {len(wrong)} of {len(judged)} rows with a verdict; "
+        f"on average {100 * sum(r['wrong'] for r in judged) / max(len(judged), 1):.1f}%.",
+        "",
+        "## Coverage over settings: least / median / most",
+        "",
+    ]
+    sizes = sorted({r["n"] for r in covered})
+    lines += [
+        "| quantity | " + " | ".join(f"N = {n}" for n in sizes) + " |",
+        "|---|" + "---|" * len(sizes),
+    ]
+    names = dict.fromkeys(_family(r) for r in covered)
+    for name in names:
+        cells = []
+        for n in sizes:
+            mine = [r for r in covered if _family(r) == name and r["n"] == n]
+            cells.append(_cell(mine))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "A cell without numbers: no bounded interval there. `[x%]`: median share without a bounded interval.",
+        "",
+    ]
+    lines += ["## The test of assumption 0", "", "| setting | N | prompts | share of p < 0.05 | rejected by margin |"]
+    lines += ["|---|---|---|---|---|"]
+    for r in rows:
+        if r["quantity"] == "assumption 0: p value":
+            signal = next(
+                x
+                for x in rows
+                if x["quantity"] == "assumption 0: identity"
+                and (x["setting"], x["n"], x["prompts"]) == (r["setting"], r["n"], r["prompts"])
+            )
+            lines.append(
+                f"| {r['setting']} | {r['n']} | {r['prompts']} | {1 - r['coverage']:.3f} | {signal['rejected']:.3f} |"
+            )
+    lines += _listing("Below the claim", short)
+    lines += _listing("More wrong verdicts than claimed", wrong)
+    return "\n".join(lines) + "\n"
+
+
+def _family(row: Row) -> str:
+    pooled = "" if row["prompts"] == 1 else f"; {row['prompts']} prompts, {row['estimand']}"
+    return f"{row['quantity']}{pooled}"
+
+
+def _cell(rows: list[Row]) -> str:
+    if not rows or all(r["no_interval"] == 1.0 for r in rows):
+        return ""
+    shares = sorted(r["coverage"] for r in rows)
+    without = sorted(r["no_interval"] for r in rows)[len(rows) // 2]
+    parts = [shares[0], shares[len(shares) // 2], shares[-1]] if len(shares) > 1 else shares
+    return " / ".join(f"{100 * s:.0f}" for s in parts) + (f" [{100 * without:.0f}%]" if without >= 0.005 else "")
+
+
+def _listing(title: str, rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    lines = ["", f"## {title}", "", "| setting | N | prompts | quantity | truth | coverage | no interval | wrong |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for r in rows:
+        wrong = "" if r["wrong"] == "" else f"{r['wrong']:.3f}"
+        span = f"{r['coverage']:.3f} ({r['coverage_low']:.3f} to {r['coverage_high']:.3f})"
+        where = r["quantity"] + (f"; {r['estimand']}" if r["prompts"] > 1 else "")
+        lines.append(
+            f"| {r['setting']} | {r['n']} | {r['prompts']} | {where} | {r['truth']} | {span} | "
+            f"{r['no_interval']:.3f} | {wrong} |"
+        )
+    return lines

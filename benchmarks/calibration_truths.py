@@ -1,0 +1,232 @@
+"""What the simulated laws make true, without estimating it: exact means on a grid of lengths, or many drawn groups.
+
+Shape letters: L lengths of the grid, n responses of a group, R rules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from gradvar.estimators.advantages import advantages
+from gradvar.estimators.aggregation import find_rule, scope_weights
+from gradvar.estimators.law import fit_exponent
+from tests.estimators import simulator
+
+Array = NDArray[np.float64]
+Truths = dict[str, float]
+"""Quantity to its true value."""
+
+GROUP = 8
+GRID = tuple(0.25 * k for k in range(13))
+"""Alphas."""
+ALPHAS = (0.5, 1.0, 2.0)
+"""Those of the paired ratios."""
+RULES: tuple[tuple[str, float | None], ...] = (
+    ("grpo", None),
+    ("dapo", None),
+    ("dr_grpo", None),
+    *(("vl_norm", a) for a in GRID),
+)
+LONGEST = 3000.0
+LAW = {"dimensions", "decay", "beta", "signal", "drift", "p", "spread", "reward_slope"}
+
+
+def label(rule: str, alpha: float | None) -> str:
+    """Name of a rule in the table."""
+    return rule if alpha is None else f"{rule} {alpha:g}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Moments:
+    """Group moments of every rule for one law."""
+
+    mean: Array
+    """(R, 2) E ghat."""
+    same: Array
+    """(R,) E||ghat||^2."""
+    norms: Array
+    """(R,) E sum c^2 ||s||^2."""
+    everyone: Array
+    """(2,): E||ghat||^2 - ||E ghat||^2 and the norms of grpo with the baseline of all responses."""
+    gradient: Array
+    """(2,) grad J."""
+    longer: Array
+    """(2,) grad E[L]."""
+
+
+def group_moments_of(
+    law: dict[str, Any],
+    size: int = GROUP,
+    responses: int = 480_000,
+    rules: Sequence[tuple[str, float | None]] = RULES,
+) -> Moments:
+    """Moments by drawing groups of lengths and rewards; the noise given both is exact."""
+    rng = np.random.default_rng([987, size])
+    p_all, sd = _reward_mean(law)
+
+    def coefficients(lengths: Array, rewards: Array) -> list[Array]:
+        a = advantages(rewards, "grpo")
+        made = [
+            scope_weights(
+                find_rule(name), lengths, lambda v: v.sum(axis=-1, keepdims=True), alpha=alpha, max_length=LONGEST
+            )
+            for name, alpha in rules
+        ]
+        return [*(x * a for x in made), made[0] * (rewards - p_all) / sd]
+
+    mean, same, norms = simulator.moments_by_kind(
+        coefficients, groups=responses // size, group_size=size, rng=rng, **law
+    )
+    z, lengths, chance = _grid(law)
+    drift = law.get("drift", 0.0)
+    return Moments(
+        mean=mean[:-1],
+        same=same[:-1],
+        norms=norms[:-1],
+        everyone=np.array([same[-1] - float(mean[-1] @ mean[-1]), norms[-1]]),
+        gradient=np.array([law["signal"] * float((chance * (1 - chance)).mean()), drift * float((chance * z).mean())]),
+        longer=np.array([0.0, drift * float((lengths * z).mean())]),
+    )
+
+
+def cv_of(prompts: list[Moments]) -> float:
+    """Pooled CV of the first rule."""
+    same = sum(float(m.same[0]) for m in prompts)
+    return math.sqrt(same / sum(float(m.mean[0] @ m.mean[0]) for m in prompts) - 1.0)
+
+
+def group_truths(prompts: list[Moments]) -> Truths:
+    """Everything that follows from the sums of moments over prompts."""
+    same = np.sum([m.same for m in prompts], axis=0)
+    cross = np.sum([(m.mean**2).sum(axis=1) for m in prompts], axis=0)
+    mixed = np.sum([m.mean @ m.gradient for m in prompts], axis=0)
+    direction = float(np.sum([m.gradient @ m.gradient for m in prompts]))
+    longer = np.sum([m.mean @ m.longer for m in prompts], axis=0)
+    rho, eta = cross / same, mixed**2 / (direction * same)
+    cv = np.sqrt(1 / rho - 1)
+    found: Truths = {}
+    for k, (rule, alpha) in enumerate(RULES):
+        name = label(rule, alpha)
+        found |= {
+            f"rho {name}": rho[k],
+            f"cv {name}": cv[k],
+            f"cv ratio {name}/grpo": cv[k] / cv[0],
+            f"eta {name}": eta[k],
+            f"cosine {name}": mixed[k] / math.sqrt(cross[k] * direction),
+            f"scale {name}": mixed[k] / direction,
+            f"length pressure {name}": longer[k] / mixed[k],
+        }
+    found["alpha* by eta"] = GRID[int(np.argmax(eta[3:]))]
+    found["alpha* by cv"] = GRID[int(np.argmax(rho[3:]))]
+    group = np.sum([m.same[0] - float(m.mean[0] @ m.mean[0]) for m in prompts])
+    everyone = np.sum([m.everyone for m in prompts], axis=0)
+    norms = np.sum([m.norms[0] for m in prompts])
+    found["assumption 3: baseline ratio"] = group / everyone[0] * everyone[1] / norms
+    found["noise scale grpo"] = GROUP * cv[0] ** 2
+    return found
+
+
+def law_truths(prompts: list[dict[str, Any]]) -> Truths:
+    """Exponents that the fits converge to: the quasi-score vanishes at the exact means given the length."""
+    found: Truths = {}
+    for advantage in ("score", "grpo"):
+        parts = [_conditional(law, advantage) for law in prompts]
+        sizes = np.concatenate([p[0] for p in parts])
+        codes = np.repeat(np.arange(len(parts)), [len(p[0]) for p in parts])
+        for what, k in (("deviation", 1), ("within", 2)):
+            fit = fit_exponent(sizes, np.concatenate([p[k] for p in parts]), clusters=codes)
+            found[f"{what} exponent, {advantage}"] = fit.exponent.value
+    return found
+
+
+def audit_truths(prompts: list[dict[str, Any]], shares: list[float], bins: int, shift: float) -> Truths:
+    """Assumptions 0, 1 and 4 for prompts with these laws."""
+    means, norms, between, whole = 0.0, 0.0, 0.0, 0.0
+    tau = 0.0
+    for law, share in zip(prompts, shares, strict=True):
+        z, lengths, chance = _grid(law)
+        squares = (lengths / simulator.TYPICAL_LENGTH) ** law["beta"]
+        squares = squares + law["signal"] ** 2 * chance * (1 - chance) + (law.get("drift", 0.0) * z) ** 2
+        size = float(squares.mean()) + shift**2
+        means, norms, tau = means + shift**2, norms + size, tau + (1 - share) * size
+        p_all, sd = _reward_mean(law)
+        along = np.stack(
+            [law["signal"] * chance * (1 - chance) / sd, law.get("drift", 0.0) * z * (chance - p_all) / sd], axis=1
+        )
+        middle = along.mean(axis=0)
+        by_bin = [part.mean(axis=0) for part in np.array_split(along, bins)]
+        between += float(np.mean([((m - middle) ** 2).sum() for m in by_bin]))
+        whole += float(middle @ middle)
+    return {
+        "assumption 0: identity": GROUP * means / norms,
+        "assumption 1: token share": 1 - tau / norms,
+        "assumption 4: between lengths": between / whole,
+    }
+
+
+def proxy_truths(law: dict[str, Any], count: int = 200_000) -> Truths:
+    """Rank correlation and explained variance of A^2 L and L for ||g||^2 in a large sample."""
+    rng = np.random.default_rng(654)
+    p_all, sd = _reward_mean(law)
+    x: dict[str, list[Array]] = {"length": [], "advantage_square_length": [], "norm": []}
+    for _ in range(count // 20_000):
+        scores, rewards, lengths = simulator.draw(20_000, rng=rng, **{k: v for k, v in law.items() if k in LAW})
+        square = ((rewards - p_all) / sd) ** 2
+        x["length"].append(lengths)
+        x["advantage_square_length"].append(square * lengths)
+        x["norm"].append(square * (scores**2).sum(axis=1))
+    sample = {k: np.concatenate(v) for k, v in x.items()}
+    norm = sample.pop("norm")
+    found: Truths = {}
+    for name, proxy in sample.items():
+        found[f"proxy {name}: rank correlation"] = float(stats.spearmanr(proxy, norm).statistic)
+        found[f"proxy {name}: R^2"] = float(np.corrcoef(proxy, norm)[0, 1] ** 2)
+        found[f"proxy {name}: R^2 of logs"] = float(np.corrcoef(np.log(proxy), np.log(norm))[0, 1] ** 2)
+    return found
+
+
+def signal_for(cv: float, law: dict[str, Any]) -> float:
+    """Signal at which GRPO's CV is `cv`, by bisection."""
+    low, high = 0.01, 20.0
+    for _ in range(14):
+        middle = math.sqrt(low * high)
+        m = group_moments_of({**law, "signal": middle}, responses=160_000, rules=RULES[:1])
+        low, high = (middle, high) if cv_of([m]) > cv else (low, middle)
+    return round(math.sqrt(low * high), 3)
+
+
+def _grid(law: dict[str, Any], count: int = 2000) -> tuple[Array, Array, Array]:
+    """Lengths at equally likely quantiles: z, L and p(L)."""
+    spread, p = law.get("spread", 0.6), law.get("p", 0.4)
+    normal = stats.norm.ppf((np.arange(count) + 0.5) / count)
+    lengths = np.clip(np.round(simulator.TYPICAL_LENGTH * np.exp(spread * normal)), 2, LONGEST)
+    z = np.log(lengths / simulator.TYPICAL_LENGTH) / spread
+    return z, lengths, 1.0 / (1.0 + (1.0 / p - 1.0) * np.exp(-law.get("reward_slope", 0.0) * z))
+
+
+def _reward_mean(law: dict[str, Any]) -> tuple[float, float]:
+    p = float(_grid(law)[2].mean())
+    return p, math.sqrt(p * (1 - p))
+
+
+def _conditional(law: dict[str, Any], advantage: str) -> tuple[Array, Array, Array]:
+    """Lengths, E[||g - E g||^2 | L] and E[||g - E[g | L]||^2 | L]."""
+    z, lengths, chance = _grid(law)
+    p_all, sd = _reward_mean(law)
+    v = (lengths / simulator.TYPICAL_LENGTH) ** law["beta"]
+    values = []
+    for reward, weight in ((1.0, chance), (0.0, 1.0 - chance)):
+        a = np.full_like(z, 1.0 if advantage == "score" else (reward - p_all) / sd)
+        axes = np.stack([a * law["signal"] * (reward - chance), a * law.get("drift", 0.0) * z], axis=1)
+        values.append((weight, a**2 * v, axes))
+    inside = sum(w[:, None] * axes for w, _, axes in values)
+    middle = np.asarray(inside).mean(axis=0)
+    within = sum(w * (noise + ((axes - inside) ** 2).sum(axis=1)) for w, noise, axes in values)
+    return lengths, np.asarray(within + ((inside - middle) ** 2).sum(axis=1)), np.asarray(within)
