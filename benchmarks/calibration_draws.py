@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.calibration_truths import ALPHAS, GRID, GROUP, LAW, LONGEST, RULES, Truths, label
-from gradvar.estimators import deviations, find_rule, within_length_variance
+from gradvar.estimators import find_rule
 from gradvar.estimators.additive import of_prompts_like_these, of_these_prompts, ratio_of_signals
-from gradvar.estimators.advantages import advantages
 from gradvar.estimators.baselines import baseline_sums, log_independence_ratio
 from gradvar.estimators.bias import (
     best_of_grid,
@@ -39,10 +38,12 @@ from gradvar.estimators.groups import GroupMoments, draw_groups, group_coefficie
 from gradvar.estimators.identity import identity_from_parts, identity_parts
 from gradvar.estimators.inputs import is_silent
 from gradvar.estimators.law import fit_exponent
+from gradvar.estimators.law_samples import Sample, sample_of, spread_of
 from gradvar.estimators.length_bins import bin_products, length_bins
-from gradvar.estimators.proxies import predictions
+from gradvar.estimators.prediction import Pair, predictions
+from gradvar.estimators.proxies import prompt_pairs
 from gradvar.estimators.ratios import pooled_cv_ratio, short_responses
-from gradvar.estimators.spread import deviation_dependence, within_dependence
+from gradvar.estimators.spread import NEIGHBOURS
 from gradvar.estimators.token_covariance import share_estimate, share_sums
 from gradvar.runs.records import Estimate, PromptScores
 from tests.estimators import simulator
@@ -134,33 +135,28 @@ def _law(prompts: list[Simulated], rng: np.random.Generator) -> Made:
             yield f"deviation exponent, {kind}", none, none
             yield f"within exponent, {kind}", none, none
             continue
-        factors = [None if kind == "score" else advantages(s.rewards, kind) for s in used]
-        sizes = [len(s.lengths) for s in used]
-        cuts, codes = np.cumsum(sizes)[:-1], np.repeat(np.arange(len(used)), sizes)
-        lengths = np.concatenate([s.lengths for s in used])
+        samples = [
+            sample_of(s, np.ones(len(s.lengths), dtype=bool), kind, seed=state, neighbours=NEIGHBOURS, left_out=0)
+            for s in used
+        ]
         for what in ("deviation", "within"):
-            values, parts = [], []
-            for s, a in zip(used, factors, strict=True):
-                if what == "deviation":
-                    values.append(deviations(s.gram, a))
-                    parts.append(deviation_dependence(s.gram, a))
-                else:
-                    arguments: dict[str, Any] = {"advantages": a}
-                    values.append(
-                        within_length_variance(s.gram, s.lengths, **arguments, rng=np.random.default_rng(state))
-                    )
-                    parts.append(within_dependence(s.gram, s.lengths, **arguments, rng=np.random.default_rng(state)))
-            fit = fit_exponent(
-                lengths,
-                np.concatenate(values),
-                n_centred=np.repeat(sizes, sizes) if what == "deviation" else None,
-                mean_deviation=np.repeat([v.mean() for v in values], sizes) if what == "deviation" else None,
-                clusters=codes,
-                dependence=lambda q, parts=parts, cuts=cuts: np.concatenate(  # type: ignore[misc]
-                    [part(piece) for part, piece in zip(parts, np.split(q, cuts), strict=True)]
-                ),
-            )
-            yield f"{what} exponent, {kind}", fit.exponent, fit.exponent_across
+            yield f"{what} exponent, {kind}", *_exponents(samples, what)
+
+
+def _exponents(samples: list[Sample], what: str) -> tuple[Estimate, Estimate]:
+    sizes = [len(s.lengths) for s in samples]
+    parts = [s.deviation_dependence if what == "deviation" else s.within_dependence for s in samples]
+    cuts = np.cumsum(sizes)[:-1]
+    corrected = what == "deviation"
+    fit = fit_exponent(
+        np.concatenate([s.lengths for s in samples]),
+        np.concatenate([spread_of(s, what) for s in samples]),
+        n_centred=np.concatenate([s.n_centred for s in samples]) if corrected else None,
+        mean_deviation=np.concatenate([s.mean_deviation for s in samples]) if corrected else None,
+        clusters=np.repeat(np.arange(len(samples)), sizes),
+        dependence=lambda q: np.concatenate([f(x) for f, x in zip(parts, np.split(q, cuts), strict=True)]),
+    )
+    return fit.exponent, fit.exponent_across
 
 
 def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
@@ -287,24 +283,16 @@ def _audit(prompts: list[Simulated], rng: np.random.Generator) -> Made:
 
 
 def _proxies(prompts: list[Simulated], rng: np.random.Generator) -> Made:
-    pairs: dict[str, list[tuple[Array, Array]]] = {"length": [], "advantage_square_length": []}
-    for p in prompts:
-        s = p.scores
-        if is_silent(s):
-            continue
-        square = advantages(s.rewards, "grpo") ** 2
-        norm = square * np.diagonal(s.gram)
-        pairs["length"].append((s.lengths.astype(np.float64), norm))
-        pairs["advantage_square_length"].append((square * s.lengths, norm))
+    used = [p.scores for p in prompts if not is_silent(p.scores)]
     names = {
         "rank_correlation": "rank correlation",
         "explained_variance": "R^2",
         "explained_variance_log": "R^2 of logs",
     }
-    for name, pool in pairs.items():
-        if pool:
-            for quantity, estimate, _ in predictions(pool, level=LEVEL):
-                yield f"proxy {name}: {names[quantity]}", estimate, None
+    for proxy in ("length", "advantage_square_length"):
+        pool: list[Pair] = [prompt_pairs(s, "grpo", seed=0).pair(proxy, "norm_square") for s in used]
+        for quantity, estimate, _ in predictions(pool, level=LEVEL) if pool else ():
+            yield f"proxy {proxy}: {names[quantity]}", estimate, None
 
 
 def _nothing() -> Estimate:

@@ -5,12 +5,12 @@ Shape letters: N responses of one prompt, n of them fitted.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradvar.estimators.advantages import advantages
+from gradvar.estimators.baselines import advantage_dependence
 from gradvar.estimators.inputs import generator
 from gradvar.estimators.quasi import Dependence
 from gradvar.estimators.spread import (
@@ -81,25 +81,50 @@ def sample_of(
     part = scores if chosen.all() else scores.select(chosen)
     count = len(part.lengths)
     within = np.zeros(count)
+    between: Dependence = _nothing_shared
     shared: Dependence = _nothing_shared
+    if n > 1:
+        between = deviation_dependence(scores.gram, factors, subset=chosen)
     if count > 1:
-        arguments: dict[str, Any] = {
-            "advantages": None if factors is None else factors[chosen],
-            "neighbours": neighbours,
-        }
-        purpose = (seed, scores.prompt_id, "neighbours")
-        within = within_length_variance(part.gram, part.lengths, **arguments, rng=generator(*purpose))
-        shared = within_dependence(part.gram, part.lengths, **arguments, rng=generator(*purpose))
+
+        def within_of(factors: Array | None) -> Array:
+            return within_length_variance(
+                part.gram,
+                part.lengths,
+                advantages=None if factors is None else factors[chosen],
+                neighbours=neighbours,
+                rng=generator(seed, scores.prompt_id, "neighbours"),
+            )
+
+        within = within_of(factors)
+        shared = within_dependence(
+            part.gram,
+            part.lengths,
+            advantages=None if factors is None else factors[chosen],
+            neighbours=neighbours,
+            rng=generator(seed, scores.prompt_id, "neighbours"),
+        )
+        if factors is not None and n > 2:
+            baseline = (scores.rewards, advantage, scores.lengths)
+            between = _both(
+                between,
+                advantage_dependence(*baseline, lambda x: deviations(scores.gram, x)[chosen], subset=chosen),
+            )
+            shared = _both(shared, advantage_dependence(*baseline, within_of, subset=chosen))
     return Sample(
         lengths=part.lengths.astype(np.float64),
         deviations=spread[chosen],
         within=within,
         n_centred=np.full(count, float(n)),
         mean_deviation=np.full(count, float(spread.mean())),
-        deviation_dependence=deviation_dependence(scores.gram, factors, subset=chosen) if n > 1 else _nothing_shared,
+        deviation_dependence=between,
         within_dependence=shared,
         left_out=left_out,
     )
+
+
+def _both(one: Dependence, two: Dependence) -> Dependence:
+    return lambda q: one(q) + two(q)
 
 
 def _nothing_shared(q: Array) -> Array:

@@ -7,8 +7,11 @@ from scipy import stats
 
 from gradvar.errors import GradvarError
 from gradvar.estimators import advantages, proxy_table
-from gradvar.estimators.proxies import predictions
+from gradvar.estimators.intervals import effective_degrees, t_quantile
+from gradvar.estimators.prediction import Pair, predictions
+from gradvar.estimators.proxies import prompt_pairs
 from gradvar.runs.records import TABLE_COLUMNS
+from tests.estimators import references
 from tests.estimators.test_tables import only, pick, prompts, same
 
 
@@ -106,19 +109,52 @@ def test_coverage_with_known_truth(rho):
     covered = np.zeros(3)
     for t in range(trials):
         x, y = draw(np.random.default_rng([2, t]), 64)
-        plain = predictions([(x, y)], level=0.95)
-        logs = predictions([(np.exp(x), np.exp(y))], level=0.95)
+        plain = predictions([Pair.of(x, y)], level=0.95)
+        logs = predictions([Pair.of(np.exp(x), np.exp(y))], level=0.95)
         found = [plain[0][1], plain[1][1], logs[2][1]]
         covered += [e.low <= truth <= e.high for e, truth in zip(found, truths, strict=True)]
     bound = 5 * math.sqrt(0.95 * 0.05 / trials)
     assert (np.abs(covered / trials - 0.95) < bound).all(), covered / trials
 
 
+@pytest.mark.parametrize("advantage", ["grpo", "opo", "raw", "score"])
+def test_replicates_leave_a_response_out_of_the_baseline_too(groups, advantage):
+    """Jackknife of Fisher's z by doing the whole estimate again without each response."""
+    mine = next(g for g in groups if g.target == "a").select(np.arange(16))
+    mine = replace(mine, rewards=np.round(np.random.default_rng(1).random(16) * 3))
+
+    def z_of(chosen):
+        part = mine.select(chosen)
+        r, ell = part.rewards, part.lengths.astype(float)
+        a = references.advantage(r, advantage, ell)
+        if advantage == "grpo":
+            a = (r - r.mean()) / (r.std(ddof=1) + 1e-6)
+        norm = a**2 * np.diagonal(part.gram)
+        proxy = a**2 * ell if advantage != "score" else ell
+        return [math.atanh(stats.spearmanr(proxy, norm).statistic), math.atanh(np.corrcoef(proxy, norm)[0, 1])]
+
+    everyone = np.arange(16)
+    value = z_of(everyone)
+    without = np.array([z_of(np.delete(everyone, i)) for i in everyone])
+    errors = np.sqrt(15 / 16 * ((without - without.mean(axis=0)) ** 2).sum(axis=0))
+    name = "length" if advantage == "score" else "advantage_square_length"
+    pair = prompt_pairs(mine, advantage, seed=0).pair(name, "norm_square")
+    rank, explained, _ = predictions([pair], level=0.95)
+    assert math.atanh(rank[1].value) == pytest.approx(value[0])
+    assert math.sqrt(explained[1].value) == pytest.approx(math.tanh(value[1]))
+    for (_, estimate, _), error, back in ((rank, errors[0], lambda x: x), (explained, errors[1], math.sqrt)):
+        influence = without[:, 0 if estimate is rank[1] else 1]
+        influence = influence.mean() - influence
+        quantile = t_quantile(0.95, effective_degrees(influence, 15))
+        high = math.atanh(back(estimate.value)) + quantile * error
+        assert back(estimate.high) == pytest.approx(math.tanh(high))
+
+
 def test_logs_leave_out_what_is_not_positive():
     x = np.arange(20.0)
     y = x**3
     y[5] = 0.0
-    quantity, explained, verdict = predictions([(x, y)], level=0.95)[2]
+    quantity, explained, verdict = predictions([Pair.of(x, y)], level=0.95)[2]
     assert (quantity, verdict, explained.n) == ("explained_variance_log", None, 18)
     assert explained.value == pytest.approx(1.0)
 
