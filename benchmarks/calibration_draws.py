@@ -21,6 +21,7 @@ from gradvar.estimators.baselines import baseline_sums, log_independence_ratio
 from gradvar.estimators.bias import (
     best_of_grid,
     cosine,
+    cosine_estimate,
     estimate_of,
     eta_estimate,
     jackknifed,
@@ -196,16 +197,14 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
         products(s.gram, g, one, np.stack([reward_direction(s.rewards, g), length_direction(s.lengths, g)]))
         for s, g, one in zip(used, drawn, c, strict=True)
     ]
-    noise, others = (
-        jackknifed(pool, log_noise),
-        [("cosine", jackknifed(pool, cosine)), ("scale", jackknifed(pool, scale))],
-    )
-    others.append(("length pressure", jackknifed(pool, pressure(1))))
+    noise, angle = jackknifed(pool, log_noise), jackknifed(pool, cosine)
+    along, longer = jackknifed(pool, scale), jackknifed(pool, pressure(1))
     for k in REWARDED:
         name = label(*RULES[k])
         yield f"eta {name}", eta_estimate(pool, noise, k, level=LEVEL, method=""), None
-        for what, result in others:
-            yield f"{what} {name}", estimate_of(result, k, level=LEVEL, method=""), None
+        yield f"cosine {name}", cosine_estimate(pool, angle, k, level=LEVEL, method=""), None
+        yield f"scale {name}", estimate_of(along, k, level=LEVEL, method=""), None
+        yield f"length pressure {name}", estimate_of(longer, k, level=LEVEL, method=""), None
     for what, statistic in (("eta", log_efficiency), ("cv", log_rho)):
         whole = jackknifed(pool, statistic)
         curve = replace(whole, value=whole.value[3:], replicates=[r[:, 3:] for r in whole.replicates])

@@ -27,6 +27,7 @@ Array = NDArray[np.float64]
 Statistic = Callable[[Array], Array]
 """Parts (..., P) to statistic (...)."""
 UNRESOLVED_NOTE = "; unresolved"
+CURVED_DEGREES = 8.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,10 +47,13 @@ def of_these_prompts(
     level: float,
     method: str,
     back: Callable[[float], float] = lambda x: x,
+    curved: bool = False,
 ) -> Estimate:
     """Statistic of the total, responses drawn again inside prompts; `back` takes value and ends to another scale.
 
-    Without interval where a replicate is undefined; NaN where the statistic is.
+    With `curved` the jackknife's estimate of the bias joins the error in squares, and t has at most CURVED_DEGREES:
+    right where a statistic bends within its own error. Without interval where a replicate is undefined; NaN where the
+    statistic is.
     """
     n, clusters = sum(len(p.without) for p in prompts), len(prompts)
     total = np.sum([p.value for p in prompts], axis=0)
@@ -63,7 +67,11 @@ def of_these_prompts(
     if all(len(r) > 1 and np.isfinite(r).all() for r in replicates):
         influence = np.concatenate([r.mean() - r for r in replicates])
         error = math.sqrt(sum(float(jackknife_variance(r)) for r in replicates))
-        half = t_quantile(level, effective_degrees(influence, n - clusters)) * error
+        degrees = effective_degrees(influence, n - clusters)
+        if curved:
+            bias = sum((len(r) - 1) * (float(r.mean()) - value) for r in replicates)
+            error, degrees = math.hypot(error, bias), min(degrees, CURVED_DEGREES)
+        half = t_quantile(level, degrees) * error
     else:
         method += "; no interval, one response carries a part"
     return _record(back(value), back(value - half), back(value + half), level, method, n, clusters)

@@ -16,6 +16,7 @@ from gradvar.estimators.bias import (
     Products,
     best_of_grid,
     cosine,
+    cosine_estimate,
     entropy_direction,
     estimate_of,
     eta_estimate,
@@ -193,8 +194,11 @@ def _rows_of_pool(
         eta = eta_estimate(pool, noise, k, level=level, method=f"{way} of log(1 - eta)", across=across)
         verdict = UNRESOLVED if math.isnan(eta.value) else "resolved"
         rows.append(TableRow(quantity="eta", estimate=eta, verdict=verdict, **labels))
-        for name, result in (("cosine", angle), ("scale", along)):
-            rows.append(TableRow(quantity=name, estimate=estimate_of(result, k, level=level, method=way), **labels))
+        for name, estimate in (
+            ("cosine", cosine_estimate(pool, angle, k, level=level, method=way, across=across)),
+            ("scale", estimate_of(along, k, level=level, method=way)),
+        ):
+            rows.append(TableRow(quantity=name, estimate=estimate, **labels))
         for name, pushed in (("length_pressure", longer), ("entropy_pressure", wider)):
             if pushed is None:
                 continue

@@ -133,6 +133,10 @@ class Jackknifed:
         """(R,) standard errors, responses drawn again inside prompts."""
         return np.asarray(np.sqrt(sum(jackknife_variance(r) for r in self.replicates)))
 
+    def bias(self, k: int) -> float:
+        """Jackknife estimate of statistic k's bias."""
+        return sum((len(r) - 1) * float(r[:, k].mean() - self.value[k]) for r in self.replicates)
+
     def quantile(self, k: int, level: float) -> float:
         """Student quantile with the degrees of freedom of statistic k."""
         if self.degrees is not None:
@@ -221,13 +225,16 @@ def pressure(which: int) -> Statistic:
 
 
 def estimate_of(result: Jackknifed, k: int, *, level: float, method: str) -> Estimate:
-    """Statistic k with its t interval; value NaN with an unbounded interval where it is undefined."""
+    """Statistic k with its t interval, widened by the jackknife's bias on the side it points to.
+
+    Value NaN with an unbounded interval where it is undefined.
+    """
     error = float(result.error()[k])
     value = float(result.value[k])
     low, high = -math.inf, math.inf
     if math.isfinite(value) and math.isfinite(error):
-        half = result.quantile(k, level) * error
-        low, high = value - half, value + half
+        half, bias = result.quantile(k, level) * error, result.bias(k)
+        low, high = value - half - max(bias, 0.0), value + half - min(bias, 0.0)
     else:
         value, method = math.nan, f"{method}; unresolved"
     return Estimate(
@@ -242,6 +249,34 @@ def estimate_of(result: Jackknifed, k: int, *, level: float, method: str) -> Est
     )
 
 
+def _direction(prompts: Sequence[Products], *, level: float, across: bool) -> bool:
+    """Whether ||grad J||^2 is told apart from 0: else nothing is known of a direction relative to it."""
+    reference = estimate_of(
+        jackknifed(prompts, lambda same, cross, mixed, direction: direction[..., :1], across=across),
+        0,
+        level=level,
+        method="",
+    )
+    return reference.low > 0.0
+
+
+def cosine_estimate(
+    prompts: Sequence[Products], result: Jackknifed, k: int, *, level: float, method: str, across: bool = False
+) -> Estimate:
+    """Cosine of update k from `jackknifed(prompts, cosine)`; an interval wholly above 1 reaches down to it.
+
+    The estimate may exceed 1 by noise, the truth cannot: where E ghat and grad J are parallel half of all estimates do.
+    NaN, "unresolved", where ||grad J||^2 or ||E ghat||^2 is not told apart from 0.
+    """
+    found = estimate_of(result, k, level=level, method=method)
+    own = estimate_of(
+        jackknifed(prompts, lambda same, cross, mixed, direction: cross, across=across), k, level=level, method=method
+    )
+    if math.isnan(found.value) or not own.low > 0.0 or not _direction(prompts, level=level, across=across):
+        return replace(found, value=math.nan, low=-math.inf, high=math.inf, method=f"{method}; unresolved")
+    return replace(found, low=min(found.low, 1.0))
+
+
 def eta_estimate(
     prompts: Sequence[Products], result: Jackknifed, k: int, *, level: float, method: str, across: bool = False
 ) -> Estimate:
@@ -250,13 +285,7 @@ def eta_estimate(
     NaN, "unresolved", where ||grad J||^2 is not told apart from 0: then nothing is known of the direction either.
     """
     noise = estimate_of(result, k, level=level, method=method)
-    reference = estimate_of(
-        jackknifed(prompts, lambda same, cross, mixed, direction: direction[..., :1], across=across),
-        0,
-        level=level,
-        method=method,
-    )
-    if not reference.low > 0.0 or math.isnan(noise.value):
+    if math.isnan(noise.value) or not _direction(prompts, level=level, across=across):
         return replace(noise, value=math.nan, low=math.nan, high=math.nan, method=f"{method}; unresolved")
     return replace(
         noise,

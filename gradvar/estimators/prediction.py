@@ -2,7 +2,8 @@
 
 The interval is a delete-one jackknife of Fisher's z. Advantages come from a baseline of the same responses, so a
 replicate leaves its response out of the baseline too: with A^2 held fixed the intervals of proxies that hold it covered
-47 to 90%. Shape letters: N responses of one prompt, K prompts, R different replicates.
+47 to 90%. A^2 bends in the baseline, most where half of the rewards are 1, hence the bias in the error.
+Shape letters: N responses of one prompt, K prompts, R different replicates.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ CONSTANT = "constant"
 """Verdict where proxy or truth takes one value: nothing can be explained."""
 MINIMUM_RESPONSES = 8
 
-_METHOD = "delete-one jackknife of Fisher's z with the baseline, t"
+_METHOD = "delete-one jackknife of Fisher's z with the baseline, bias in squares, t"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,13 +117,13 @@ def _judge(
 
 def _rank(pairs: list[Pair], level: float) -> Estimate:
     sums = [_sums(p, _ranks) for p in pairs]
-    z = of_these_prompts(sums, _fisher, level=level, method=f"Spearman inside prompts, {_METHOD}")
+    z = of_these_prompts(sums, _fisher, level=level, method=f"Spearman inside prompts, {_METHOD}", curved=True)
     return replace(z, value=math.tanh(z.value), low=math.tanh(z.low), high=math.tanh(z.high))
 
 
 def _explained(pairs: list[Pair], level: float) -> Estimate:
     sums = [_sums(p, _values) for p in pairs]
-    return _squared(of_these_prompts(sums, _fisher, level=level, method=f"R^2 of a line, {_METHOD}"))
+    return _squared(of_these_prompts(sums, _fisher, level=level, method=f"R^2 of a line, {_METHOD}", curved=True))
 
 
 def _values(values: Array, left_out: NDArray[np.intp]) -> Array:

@@ -1,0 +1,136 @@
+"""A thin cut of benchmarks/calibration.py: the intervals and verdicts keep what the committed table claims."""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import calibration, calibration_report
+from benchmarks.calibration import Setting
+from benchmarks.calibration_draws import Found
+from benchmarks.calibration_truths import LAW, audit_truths, group_moments_of, group_truths, law_truths
+from gradvar.estimators import advantages
+from gradvar.estimators.law import fit_exponent
+from tests.estimators import references, simulator
+
+TABLE = Path(calibration.__file__).with_suffix(".csv")
+
+
+def committed():
+    with TABLE.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_holds_every_setting_and_its_summary():
+    rows = committed()
+    expected = {(s.name, str(s.n), str(s.prompts)) for s in calibration.settings(1.0)}
+    assert {(r["setting"], r["n"], r["prompts"]) for r in rows} == expected
+    text = TABLE.with_suffix(".md").read_text()
+    for r in rows:
+        if not r["quantity"].endswith("p value"):
+            assert r["quantity"] in text
+
+
+def test_truths_by_drawing_vectors():
+    """Group moments, law and audit truths against sample means of drawn scores."""
+    law = {"beta": 1.6, "signal": 1.0, "dimensions": 4, "decay": 0.7, "drift": 0.3, "reward_slope": -0.7}
+    assert set(law) <= LAW
+    rng = np.random.default_rng(0)
+    count = 40_000
+    s, rewards, lengths = simulator.draw(count * 8, rng=rng, **law)
+    x = 1.0 / lengths.reshape(count, 8) / 8
+    c = x * advantages(rewards.reshape(count, 8), "grpo")
+    updates = np.einsum("gn,gnd->gd", c, s.reshape(count, 8, -1))
+    moments = group_moments_of(law, responses=800_000)
+    norms = (updates**2).sum(axis=1)
+    assert moments.same[0] == pytest.approx(norms.mean(), abs=5 * norms.std() / math.sqrt(count))
+    error = updates.std(axis=0) / math.sqrt(count)
+    assert moments.mean[0] == pytest.approx(updates.mean(axis=0)[[-1, -2]], abs=6 * error.max())
+    truth = group_truths([moments])
+    assert truth["eta grpo"] == pytest.approx(truth["cosine grpo"] ** 2 * truth["rho grpo"])
+    a = (rewards - rewards.mean()) / rewards.std()
+    g = a[:, None] * s
+    fit = fit_exponent(lengths, ((g - g.mean(axis=0)) ** 2).sum(axis=1))
+    assert law_truths([law])["deviation exponent, grpo"] == pytest.approx(fit.exponent.value, abs=0.03)
+    bins = np.searchsorted(np.quantile(lengths, [0.25, 0.5, 0.75]), lengths)
+    between = np.mean([((g[bins == b].mean(axis=0) - g.mean(axis=0)) ** 2).sum() for b in range(4)])
+    expected = audit_truths([law], [0.0], 4, 0.0)["assumption 4: between lengths"]
+    assert expected == pytest.approx(between / (g.mean(axis=0) ** 2).sum(), abs=0.02)
+
+
+def test_taus_leave_the_share():
+    rng = np.random.default_rng(1)
+    scores, rewards, lengths = simulator.draw(50_000, rng=rng)
+    taus = simulator.draw_taus(scores, rewards, lengths, share=0.3, rng=rng)
+    assert 1 - taus.sum() / (scores**2).sum() == pytest.approx(0.3, abs=0.01)
+
+
+def test_inner_products_are_unbiased():
+    """Mean S_ij over i != j estimates ||E s||^2, here the square of the shift."""
+    found = []
+    for t in range(2000):
+        scores, _, _ = simulator.draw(8, rng=np.random.default_rng([3, t]), shift=0.5, drift=0.4, signal=1.0)
+        gram = references.gram_of(scores) if t < 3 else scores @ scores.T
+        found.append((gram.sum() - np.trace(gram)) / 56)
+    assert np.mean(found) == pytest.approx(0.25, abs=4 * np.std(found) / math.sqrt(len(found)))
+
+
+def test_every_draw_counts():
+    """An interval that says nothing excludes nothing and counts as none; a wrong verdict lies on the wrong side."""
+    nan, inf = math.nan, math.inf
+    setting = Setting(name="x", laws=("y",), n=64, prompts=1, draws=4)
+
+    def found(value, low, high, truth=1.0, quantity="within exponent, score"):
+        return Found(quantity=quantity, estimand="these prompts", truth=truth, value=value, low=low, high=high)
+
+    row = calibration.row_of(
+        [found(1.0, 0.9, 1.1), found(nan, nan, nan), found(nan, 0.0, inf), found(2.0, 1.9, 2.1)], setting
+    )
+    assert (row["coverage"], row["no_interval"], row["wrong"], row["rejected"]) == (0.75, 0.5, 0.25, 0.25)
+    assert row["coverage_low"] < 0.75 < row["coverage_high"]
+    assert row["width"] == pytest.approx(0.2)
+    right = calibration.row_of([found(2.0, 1.9, 2.1, truth=2.0)], setting)
+    assert (right["wrong"], right["rejected"], right["median_bias"]) == (0.0, 1.0, 0.0)
+
+
+def test_summary_lists_what_falls_short():
+    row = {
+        "setting": "s",
+        "n": 64,
+        "prompts": 1,
+        "quantity": "rho grpo",
+        "estimand": "these prompts",
+        "draws": 200,
+        "truth": 0.5,
+        "coverage": 0.95,
+        "coverage_low": 0.91,
+        "coverage_high": 0.97,
+        "no_interval": 0.0,
+        "median_bias": 0.0,
+        "width": 0.1,
+        "wrong": "",
+        "rejected": "",
+    }
+    good = calibration_report.summary([row], 3.0, 2)
+    assert "## Below the claim" not in good
+    bad = calibration_report.summary([row | {"coverage": 0.8, "coverage_low": 0.74, "coverage_high": 0.85}], 3.0, 2)
+    assert "| s | 64 | 1 | rho grpo | 0.5 | 0.800 (0.740 to 0.850) | 0.000 |" in bad
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["beta 1, mean moves with L", "beta 2, low rank, CV 0.6"])
+def test_intervals_cover(name):
+    """60 draws: a true coverage of 95% falls below 85% in one row of 2000, and 70 rows are looked at."""
+    rows = calibration.run([Setting(name=name, laws=(name,), n=64, prompts=1, draws=60)], workers=1)
+    assert len(rows) > 60
+    table = {(r["setting"], r["n"], r["quantity"]): float(r["coverage"]) for r in committed() if r["prompts"] == "1"}
+    for r in rows:
+        if r["quantity"].endswith("p value"):
+            assert r["coverage"] > 0.85, r
+            continue
+        claimed = min(0.95, table[name, "64", r["quantity"]])
+        spread = math.sqrt(claimed * (1 - claimed) * (1 / 60 + 1 / 200))
+        assert r["coverage"] > claimed - 4 * spread, r
+        assert r["wrong"] == "" or r["wrong"] <= 0.1, r
