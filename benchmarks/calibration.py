@@ -2,6 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.calibration --workers 2
 
+About 400 seconds of CPU. With --only or --sizes the other rows of the table are kept as they are.
+
 Gradients are drawn with a known law, mean, rank, token covariance and reward structure (tests/estimators/simulator.py),
 the truth of every quantity is known (calibration_truths.py), and every draw counts, resolved or not. One row a setting
 and quantity:
@@ -115,7 +117,9 @@ def law_of(name: str) -> dict[str, Any]:
 @cache
 def moments_of(name: str, size: int) -> Moments:
     """Group moments of a law, once a process."""
-    return group_moments_of(law_of(name), size, rules=RULES if size == GROUP else RULES[:1])
+    if size == GROUP:
+        return group_moments_of(law_of(name))
+    return group_moments_of(law_of(name), size, responses=160_000, rules=RULES[:1])
 
 
 @cache
@@ -280,6 +284,30 @@ def run(chosen: Sequence[Setting], workers: int) -> list[dict[str, Any]]:
     return rows
 
 
+def merged(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """Put new rows in the place of the table's old ones, in the settings' order."""
+
+    def key(row: dict[str, Any]) -> tuple[str, int, int]:
+        return row["setting"], int(row["n"]), int(row["prompts"])
+
+    done = {key(row) for row in rows}
+    if path.exists():
+        with path.open(newline="") as file:
+            rows = rows + [old for row in csv.DictReader(file) if key(old := parsed(row)) not in done]
+    order = [(s.name, s.n, s.prompts) for s in settings(1.0)]
+    return sorted((row for row in rows if key(row) in order), key=lambda row: order.index(key(row)))
+
+
+def parsed(row: dict[str, str]) -> dict[str, Any]:
+    """One line of the file with its numbers as numbers."""
+    words = ("setting", "quantity", "estimand")
+    counts = ("n", "prompts", "draws")
+    return {
+        name: text if name in words or text == "" else int(text) if name in counts else float(text)
+        for name, text in row.items()
+    }
+
+
 def main() -> None:
     """Run all settings and write the table and its summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -296,11 +324,12 @@ def main() -> None:
     ]
     start = time.time()
     rows = run(chosen, options.workers)
+    minutes = (time.time() - start) / 60 if len(chosen) == len(settings(1.0)) else math.nan
+    rows = merged(rows, options.out)
     with options.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    minutes = (time.time() - start) / 60
     options.out.with_suffix(".md").write_text(calibration_report.summary(rows, minutes, options.workers))
 
 

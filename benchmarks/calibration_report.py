@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,10 +21,11 @@ def summary(rows: Sequence[Row], minutes: float, workers: int) -> str:
     judged = [r for r in rows if r["wrong"] != ""]
     wrong = [r for r in judged if r["wrong"] > WRONG]
     least, most = min(r["draws"] for r in covered), max(r["draws"] for r in covered)
+    took = "" if math.isnan(minutes) else f" in {minutes:.0f} minutes"
     lines = [
         "# Calibration",
         "",
-        f"Made by `OMP_NUM_THREADS=1 python -m benchmarks.calibration --workers {workers}` in {minutes:.0f} minutes; "
+        f"Made by `OMP_NUM_THREADS=1 python -m benchmarks.calibration --workers {workers}`{took}; "
         "every row with its Monte Carlo interval is in `calibration.csv`, the settings in `calibration.py`.",
         "",
         f"{len(covered)} rows (setting, N, prompts, quantity), {least} to {most} draws each, "

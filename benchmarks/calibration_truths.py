@@ -24,7 +24,7 @@ Truths = dict[str, float]
 """Quantity to its true value."""
 
 GROUP = 8
-GRID = tuple(0.25 * k for k in range(13))
+GRID = tuple(0.5 * k for k in range(7))
 """Alphas."""
 ALPHAS = (0.5, 1.0, 2.0)
 """Those of the paired ratios."""

@@ -95,6 +95,18 @@ def test_every_draw_counts():
     assert (right["wrong"], right["rejected"], right["median_bias"]) == (0.0, 1.0, 0.0)
 
 
+def test_rows_of_other_settings_are_kept(tmp_path):
+    path = tmp_path / "table.csv"
+    names = [s for s in calibration.settings(1.0) if s.n == 64][:3]
+    lines = [{"setting": s.name, "n": s.n, "prompts": s.prompts, "quantity": "rho", "draws": 1} for s in names]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines[1:])
+    new = [lines[0] | {"draws": 2}, lines[2] | {"draws": 2}]
+    assert calibration.merged(new, path) == [new[0], lines[1], new[1]]
+
+
 def test_summary_lists_what_falls_short():
     row = {
         "setting": "s",
