@@ -135,6 +135,7 @@ def moments_by_kind(
     Without shift. `coefficients` takes lengths and rewards (groups, n) and returns R arrays c = x A of that shape.
     """
     totals: Any = 0.0
+    chunk = min(chunk, groups)
     for _ in range(groups // chunk):
         lengths, rewards, z, chance = draw_lengths_and_rewards(
             chunk * group_size, rng=rng, p=p, spread=spread, reward_slope=reward_slope
