@@ -263,8 +263,7 @@ def _print_aggregators(cv: pd.DataFrame) -> None:
         [*columns, "N a prompt"] if unresolved else columns,
         rows,
         caption="Lower is less noise. Lengths random, as training sees them; these prompts, responses drawn "
-        "again.\nRatios are paired; "
-        "vl_norm's rest on rare short responses and their intervals can be too narrow (benchmarks/calibration.csv)."
+        "again.\nRatios are paired; grpo's side is widened for shorter responses than the sample holds."
         + (open_ended if unresolved else ""),
     )
 

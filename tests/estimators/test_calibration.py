@@ -135,7 +135,7 @@ def test_summary_lists_what_falls_short():
 @pytest.mark.parametrize("name", ["beta 1, mean moves with L", "beta 2, low rank, CV 0.6"])
 def test_intervals_cover(name):
     """60 draws: a true coverage of 95% falls below 85% in one row of 2000, and 70 rows are looked at."""
-    rows = calibration.run([Setting(name=name, laws=(name,), n=64, prompts=1, draws=60)], workers=1)
+    (rows,) = calibration.run([Setting(name=name, laws=(name,), n=64, prompts=1, draws=60)], workers=1)
     assert len(rows) > 60
     table = {(r["setting"], r["n"], r["quantity"]): float(r["coverage"]) for r in committed() if r["prompts"] == "1"}
     for r in rows:
