@@ -75,8 +75,8 @@ def exponent_across_of(fit: QuasiFit, level: float) -> Estimate:
     variance = (clusters - 1) / clusters * float(((moved - moved.mean()) ** 2).sum())
     # Prompts drawn again vary at least as much as responses drawn again: with 16 responses to each of 8 prompts the
     # jackknife over prompts alone covered 83 to 88%.
-    variance = max(variance, float(fit.shape_influence[:, 0] @ fit.shape_influence[:, 0]))
-    half = t_quantile(level, clusters - 1) * math.sqrt(variance)
+    alone = t_quantile(level, clusters - 1) * math.sqrt(variance)
+    half = max(alone, _half_width(fit.shape_influence[:, 0], fit, level))
     return symmetric(float(fit.shape[0]), half, level, method, n, clusters)
 
 
