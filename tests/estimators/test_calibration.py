@@ -134,13 +134,13 @@ def test_summary_lists_what_falls_short():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["beta 1, mean moves with L", "beta 2, low rank, CV 0.6"])
 def test_intervals_cover(name):
-    """60 draws: a true coverage of 95% falls below 85% in one row of 2000, and 70 rows are looked at."""
+    """Within four Monte Carlo errors of the table, whose draws these are too; the p value has the size of 5%."""
     (rows,) = calibration.run([Setting(name=name, laws=(name,), n=64, prompts=1, draws=60)], workers=1)
     assert len(rows) > 60
     table = {(r["setting"], r["n"], r["quantity"]): float(r["coverage"]) for r in committed() if r["prompts"] == "1"}
     for r in rows:
         if r["quantity"].endswith("p value"):
-            assert r["coverage"] > 0.85, r
+            assert r["coverage"] > 0.8, r
             continue
         claimed = min(0.95, table[name, "64", r["quantity"]])
         spread = math.sqrt(claimed * (1 - claimed) * (1 / 60 + 1 / 200))
