@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from rich.markup import escape
 
+from gradvar.report.numbers import interval, number
+
 from . import console
-from .console import count, interval, number, verdict
+from .console import count, verdict
 from .verdicts import last_target, overall_rows
 
 if TYPE_CHECKING:

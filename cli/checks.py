@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from gradvar.report.numbers import interval, number
+
 from . import console
-from .console import interval, number, verdict
+from .console import verdict
 from .plans import print_line
 from .verdicts import last_target, one_row, overall_rows
 from .views import measured_how

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from gradvar.report.numbers import interval, number
+
 from . import console
-from .console import count, interval, number, verdict
+from .console import count, verdict
 from .verdicts import last_target, one_row, overall_rows
 
 if TYPE_CHECKING:

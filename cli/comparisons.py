@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from gradvar.report.numbers import interval, number
+
 from . import console
-from .console import interval, number
 from .verdicts import last_target, one_row
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from gradvar.report.numbers import tone
 from gradvar.stages.listener import Advance
 
 _WORDS = ("target", "A", "quantity", "verdict", "aggregator", "prompt", "proxy", "#", "extra")
@@ -68,17 +69,6 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for row in table.astype(object).to_dict("records")]
 
 
-def number(value: Any, digits: int = 3) -> str:
-    """Return a number as people write it; a dash where it is undefined."""
-    if value is None or pd.isna(value):
-        return "–"
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    if value and (abs(value) >= 10**5 or abs(value) < 10**-3):
-        return f"{value:.{digits - 1}e}"
-    return f"{value:.{digits}g}" if abs(value) < 100 else f"{value:.0f}"
-
-
 def count(value: Any, most: int = 100_000) -> str:
     """Return a number of responses for people; beyond `most` only that it is beyond."""
     if value is None or pd.isna(value):
@@ -86,30 +76,11 @@ def count(value: Any, most: int = 100_000) -> str:
     return f">{most}" if value > most else f"{value:.0f}"
 
 
-def interval(row: Any) -> str:
-    """Return low and high of a table row as an interval."""
-    if pd.isna(row["low"]) and pd.isna(row["high"]):
-        return "no interval"
-    return f"[{number(row['low'])}, {number(row['high'])}]"
-
-
 def verdict(text: Any, *, short: bool = False) -> str:
     """Return a verdict in its colour; short for tables."""
     if text is None or pd.isna(text):
         return ""
-    styles = {
-        "proportional to length": "green",
-        "supported": "green",
-        "resolved": "green",
-        "precise": "green",
-        "imprecise": "red",
-        "holds": "green",
-        "not rejected": "green",
-        "not proportional": "red",
-        "rejected": "red",
-        "violated": "red",
-    }
-    style = styles.get(str(text), "yellow")
+    style = {"good": "green", "bad": "red"}.get(tone(text), "yellow")
     words = str(text).removesuffix(" to length") if short else str(text)
     return f"[{style}]{words}[/{style}]"
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 
+from gradvar.report.numbers import interval, number
+
 from . import console
-from .console import interval, number
 from .verdicts import last_target, one_row, overall_rows
 
 NAMES = {

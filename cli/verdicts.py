@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from gradvar.report.numbers import interval, number
+
 from . import console
-from .console import count, interval, number, verdict
+from .console import count, verdict
 
 if TYPE_CHECKING:
     from gradvar.runs import Run

@@ -26,7 +26,8 @@ def demo(
 ) -> None:
     """Do the whole job on the bundled policy: a small model trained to search for CountDown solutions.
 
-    Samples, scores, measures, fits, compares and draws, in some minutes on two cores, with no network and no GPU.
+    Samples, scores, measures, fits, compares, audits, draws and reports, in some minutes on two cores, with no network
+    and no GPU.
     """
     settings = o.given(None, n_prompts=n_prompts, rollouts=rollouts, engine=engine, seed=seed)
 
@@ -85,7 +86,7 @@ def run(
     margin: o.Margin = None,
     as_json: o.Json = False,
 ) -> None:
-    """Sample, reward, measure, fit, compare and draw: the whole job on any Hugging Face causal LM.
+    """Sample, reward, measure, fit, compare, audit, draw and report: the whole job on any Hugging Face causal LM.
 
     Kill it at any moment and type the same command again: it goes on where it was.
     """

@@ -13,6 +13,7 @@ from gradvar.models import find_model, load_skeleton
 from gradvar.rollouts.rewards import choose_reward
 from gradvar.runs import EstimateConfig, MeasureConfig, RewardConfig, Run, SampleConfig
 from gradvar.stages.agreement import disagreement
+from gradvar.stages.audit import audit
 from gradvar.stages.estimate import alpha, cv, fit
 from gradvar.stages.figures import draw_figures
 from gradvar.stages.identity import agreed_config
@@ -29,7 +30,7 @@ DEMO_MAX_TOKENS = 1024
 def run_all(
     run: Run, given: Mapping[str, Any], listener: Listener | None = None, *, source: Path | None = None
 ) -> list[Path]:
-    """Sample, reward, measure, fit, compare, draw and report; what is done already stays.
+    """Sample, reward, measure, fit, compare, audit, draw and report; what is done already stays.
 
     Args:
         run: The run, new or not.
@@ -61,6 +62,7 @@ def run_all(
     fit(run, given, listener)
     cv(run, given, listener)
     alpha(run, given, listener)
+    audit(run, given, listener)
     return [*draw_figures(run, listener), report(run, listener)]
 
 
