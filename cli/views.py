@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradvar.report.numbers import number
+
 from . import console
-from .console import number
 
 if TYPE_CHECKING:
     from gradvar.runs import Run
