@@ -21,7 +21,7 @@ def summary(rows: Sequence[Row], minutes: float, workers: int) -> str:
     judged = [r for r in rows if r["wrong"] != ""]
     wrong = [r for r in judged if r["wrong"] > WRONG]
     least, most = min(r["draws"] for r in covered), max(r["draws"] for r in covered)
-    took = "" if math.isnan(minutes) else f" in {minutes:.0f} minutes"
+    took = ", in several runs of fewer draws" if math.isnan(minutes) else f" in {minutes:.0f} minutes"
     lines = [
         "# Calibration",
         "",
