@@ -128,15 +128,21 @@ def _check_linear(path: str, module: nn.Module, value: Tensor, output: Tensor) -
         return
     rows = value.reshape(-1, value.shape[-1])[:2].double()
     matrix = (weight.T if isinstance(module, Conv1D) else weight).detach().double()
-    expected = rows @ matrix.T
-    scale = rows.abs() @ matrix.abs().T
-    if isinstance(bias, Tensor):
-        expected = expected + bias.detach().double()
-        scale = scale + bias.detach().double().abs()
-    epsilon = max(torch.finfo(output.dtype).eps, torch.finfo(weight.dtype).eps)
+    shift = bias.detach().double() if isinstance(bias, Tensor) else torch.zeros(len(matrix), device=matrix.device)
     seen = output.reshape(-1, output.shape[-1])[:2].double()
-    wrong = (seen - expected).abs() > 32 * epsilon * scale + torch.finfo(output.dtype).tiny
-    if bool((wrong & seen.isfinite()).any()):
+    finite = seen.isfinite()
+    gap = (seen - rows @ matrix.T - shift).abs()
+    kinds = [output.dtype, weight.dtype]
+    if torch.is_autocast_enabled(output.device.type):  # FalconLinear adds a float32 bias to a bfloat16 product
+        kinds.append(torch.get_autocast_dtype(output.device.type))
+    epsilon = max(torch.finfo(kind).eps for kind in kinds)
+    if epsilon < torch.finfo(torch.float16).eps:
+        scale = rows.abs() @ matrix.abs().T + shift.abs()
+        wrong = bool((gap > 32 * epsilon * scale + torch.finfo(output.dtype).tiny)[finite].any())
+    else:  # so many roundings of half precision would hide anything: what they come to together is known better
+        scale = (rows.square() @ matrix.square().T + shift.square()).sqrt()
+        wrong = bool(gap[finite].norm() > 4 * epsilon * scale[finite].norm())
+    if wrong:
         raise GradvarError(
             f"{path} ({type(module).__name__}) does not compute x W' + b with its own weight (an adapter, a scale or "
             "another hook?), so its gradient cannot be measured: choose other targets"

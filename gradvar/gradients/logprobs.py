@@ -126,14 +126,16 @@ class Head:
             weight, bias = module.weight, module.bias
         if weight.is_meta or not weight.is_floating_point() or type(weight.data) is not Tensor:  # quantised or sharded
             return
-        flat = hidden[0].to(weight.device)
+        flat = hidden[0].to(weight.device, weight.dtype)  # Mamba's states are float32, its head may be narrower
         if flat.shape[-1] != weight.shape[1]:  # more lies between (ELECTRA's generator makes states narrower)
             return
         with torch.no_grad():
             largest = functional.linear(flat, weight, bias).abs().amax().clamp_min(1e-6)
             for amplitude in _AMPLITUDES:
-                probe = (flat * (amplitude / largest)).to(hidden.dtype)
-                if not _close(self.own_logits(probe.to(hidden.device)), functional.linear(probe, weight, bias)):
+                probe = (flat * (amplitude / largest)).to(hidden.dtype).to(weight.dtype)
+                own = self.own_logits(probe.to(hidden.device, hidden.dtype))
+                linear = functional.linear(probe, weight, bias)
+                if not _close(own, linear) or not _same_scale(own, linear):
                     return
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
 
@@ -275,7 +277,17 @@ def _replaced(module: nn.Module, output: Any, called: list[bool]) -> Iterator[No
 def _close(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors agree to some roundings of the coarser dtype, relative to the largest entry."""
     epsilon = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
+    roundings = 32 if epsilon < torch.finfo(torch.float16).eps else 4  # 32 of bfloat16's are a quarter
     a, b = a.double(), b.to(a.device).double()
     scale = float(b[b.isfinite()].abs().amax()) if bool(b.isfinite().any()) else 0.0
-    same = (a - b).abs() <= 32 * epsilon * scale
+    same = (a - b).abs() <= roundings * epsilon * scale
     return bool((same | (a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _same_scale(a: Tensor, b: Tensor) -> bool:
+    """Return whether the factor that makes `a` of `b` is 1: finer than entry by entry, whose roundings average out."""
+    epsilon = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
+    a, b = a.double(), b.to(a.device).double()
+    finite = a.isfinite() & b.isfinite()
+    a, b = a[finite], b[finite]
+    return bool(((a * b).sum() - (b * b).sum()).abs() <= epsilon / 2 * (b * b).sum())

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gradvar.errors import GradvarError
-from gradvar.gradients.batches import last_hidden, make_batches
+from gradvar.gradients.batches import Batch, last_hidden, make_batches
 from gradvar.gradients.devices import input_device, is_offloaded, values
 from gradvar.gradients.logprobs import Head
 from gradvar.gradients.targets import Target
+
+_REACH_SHARE = 1 / 8
+"""Part of what another token moves that is taken for rounding in half precision."""
 
 
 def check_request(
@@ -153,7 +157,8 @@ def check_causal(base: nn.Module, probe: list[int]) -> None:
     with torch.no_grad():
         (batch,) = make_batches([first, second], endings, 10_000, device)
         states = last_hidden(base, batch)[:, :2].double()
-    if bool(states.isfinite().all()) and not same_states(states[0], states[1], base):
+        moved = last_hidden(base, other_start(batch))[0, 1].double()
+    if bool(states.isfinite().all()) and not same_states(states[0], states[1], moved - states[0, 1], base):
         raise GradvarError(
             f"{type(base).__name__} is not causal: its states at a token depend on later tokens, so it gives no "
             "log-probability of a response; expected a causal language model (is_decoder=True in the configuration?)"
@@ -176,9 +181,10 @@ def check_padding(base: nn.Module, probe: list[int], side: str) -> None:
         (batch,) = make_batches(probe, [short, long], 10_000, device, side)
         (alone,) = make_batches(probe, [short], 10_000, device, side)
         row = batch.members.index(0)
-        moved = last_hidden(base, batch)[row, batch.firsts[row] :].double()
+        behind = last_hidden(base, batch)[row, batch.firsts[row] :].double()
         still = last_hidden(base, alone)[0].double()
-    if not same_states(moved, still, base):
+        moved = last_hidden(base, other_start(alone))[0].double()
+    if not same_states(behind, still, (moved - still)[1:], base):
         raise GradvarError("padding on the left changes this model's hidden states: pad on the right")
 
 
@@ -201,7 +207,11 @@ def packs(model: nn.Module, base: nn.Module, probe: list[int], wish: bool | None
         states = last_hidden(base, both)[0].double()
         alone = [make_batches(first, [one], 10_000, input_device(base))[0] for one in (second, second[:3])]
         apart = torch.cat([last_hidden(base, one)[0].double() for one in alone])
-    if same_states(states, apart, base):
+        stop = both.bounds[0][1]
+        moved = last_hidden(base, other_start(both))[0].double()
+    # what the first sequence holds moves itself, and nothing behind it
+    reach = (moved - states)[1:stop]
+    if same_states(states, apart, reach, base) and same_states(moved[stop:], states[stop:], reach, base):
         return True
     if wish:
         raise GradvarError(
@@ -211,8 +221,32 @@ def packs(model: nn.Module, base: nn.Module, probe: list[int], wish: bool | None
     return False
 
 
-def same_states(states: Tensor, others: Tensor, base: nn.Module) -> bool:
-    """Return whether states agree to some roundings, of float32 at best: some models compute in it always."""
+def other_start(batch: Batch) -> Batch:
+    """Return the batch with another token in its first row's first real column."""
+    ids = batch.input_ids.clone()
+    ids[0, batch.firsts[0]] = int(ids[0, batch.firsts[0]] == 0)
+    return replace(batch, input_ids=ids)
+
+
+def same_states(states: Tensor, others: Tensor, reach: Tensor, base: nn.Module) -> bool:
+    """Return whether states agree to some roundings, of float32 at best: some models compute in it always.
+
+    Roundings of half precision add up to as much as what is looked for; there the states must agree to a small part of
+    how far another token before them moves them.
+
+    Args:
+        states: (K, D) float64.
+        others: (K, D) float64, the same states had in another way.
+        reach: (K', D) what another token moved.
+        base: The model they come from.
+    """
     kind = next(p.dtype for p in base.parameters() if p.is_floating_point())
     epsilon = max(torch.finfo(kind).eps, torch.finfo(torch.float32).eps)
-    return bool(((states - others).abs() <= 64 * epsilon * others.abs().amax()).all())
+    gap = (states - others).abs()
+    if torch.finfo(kind).bits < 32:
+        return _rms(gap) <= max(_REACH_SHARE * _rms(reach), epsilon / 8 * _rms(others))
+    return bool((gap <= 64 * epsilon * others.abs().amax()).all())
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())

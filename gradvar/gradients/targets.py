@@ -17,9 +17,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gradvar.errors import GradvarError
-from gradvar.gradients.devices import is_offloaded
+from gradvar.gradients.devices import input_device, is_offloaded
 from gradvar.gradients.experts import Direct, find_direct, is_one_expert
 from gradvar.gradients.fused import split_gate_up, split_qkv
+from gradvar.gradients.states import Autocast
 
 QKV_KINDS = ("q", "k", "v", "qkv", "kv")
 MLP_KINDS = ("gate", "up", "gate_up", "down", "mlp")
@@ -311,12 +312,14 @@ class TargetCatalogue:
         inside = target.module[len(path) + 1 :]
         memo = (type(layer), inside, target.shape)
         if memo not in self._splits:
-            if target.kind == "qkv":
-                self._splits[memo] = split_qkv(self.model, layer, layer.get_submodule(inside))
-            else:
-                parent, _, leaf = inside.rpartition(".")
-                mlp = layer.get_submodule(parent)
-                self._splits[memo] = split_gate_up(mlp, mlp.get_submodule(leaf), target.in_features)
+            # its roundings would hide which rows matter to which
+            with Autocast.current(input_device(self.model)).off():
+                if target.kind == "qkv":
+                    self._splits[memo] = split_qkv(self.model, layer, layer.get_submodule(inside))
+                else:
+                    parent, _, leaf = inside.rpartition(".")
+                    mlp = layer.get_submodule(parent)
+                    self._splits[memo] = split_gate_up(mlp, mlp.get_submodule(leaf), target.in_features)
         blocks = self._splits[memo]
         if not blocks:
             return [target]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gradvar.errors import GradvarError
 from gradvar.gradients.batches import Batch, last_hidden, make_batches
 from gradvar.gradients.devices import input_device
-from gradvar.gradients.request import same_states
+from gradvar.gradients.request import other_start, same_states
 from gradvar.gradients.targets import decoder_layers
 
 Forward = Callable[[Batch], Tensor]
@@ -68,8 +68,9 @@ def choose_forward(
     short, other = list(prompt[-_PROBE_PROMPT:]), list(responses[0][:5])
     (batch,) = make_batches(short, [other[-1:] * 5, other[:1] * 2], 10_000, device)
     try:
-        shared, plain = (forward(batch).flatten(0, 1) for forward in (Trunk(base, layers, lowest, short), whole))
-        same = same_states(shared[batch.real], plain[batch.real], base)
+        shared, plain = (forward(batch).double() for forward in (Trunk(base, layers, lowest, short), whole))
+        reach = (whole(other_start(batch)).double() - plain)[0, 1:]
+        same = same_states(shared.flatten(0, 1)[batch.real], plain.flatten(0, 1)[batch.real], reach, base)
     except (AttributeError, GradvarError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return whole  # a model whose layers cannot be run apart
     if not same:

@@ -71,11 +71,13 @@ class ByColumn(nn.Module):
 
 
 def test_padding_on_the_left_is_refused_where_it_moves_the_positions():
-    model = make_model("gpt2")
-    model.transformer.wpe = ByColumn(model.transformer.wpe)
-    grams(model, "last:qkv")
-    with pytest.raises(GradvarError, match="pad on the right"):
+    for dtype in (torch.float64, torch.bfloat16):
+        model = make_model("gpt2", dtype)
         grams(model, "last:qkv", padding_side="left")
+        model.transformer.wpe = ByColumn(model.transformer.wpe)
+        grams(model, "last:qkv")
+        with pytest.raises(GradvarError, match="pad on the right"):
+            grams(model, "last:qkv", padding_side="left")
     with pytest.raises(GradvarError, match="padding side: expected"):
         grams(model, "last:qkv", padding_side="middle")
 
@@ -138,6 +140,17 @@ def test_packed_sequences_give_the_same_grams_or_are_refused(name):
         assert name not in PACKED_BY_POSITIONS
         return
     assert largest_gap(packed, padded) < (2e-5 if name in FLOAT32_INSIDE else 1e-10)
+
+
+@pytest.mark.parametrize("name", ["opt", "falcon_interleaved", "lfm2", "gpt_oss", "minimax", "bloom", "qwen2", "gpt2"])
+def test_mixing_is_seen_in_half_precision(name):
+    model = make_model(name, torch.bfloat16)
+    padded = grams(model, "last:all", token_budget=60)
+    if name not in PACKED_BY_POSITIONS:
+        with pytest.raises(GradvarError, match="mixes packed sequences: measure it padded"):
+            grams(model, "last:all", token_budget=60, packing=True)
+        return
+    assert largest_gap(grams(model, "last:all", token_budget=60, packing=True), padded) < 0.05
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

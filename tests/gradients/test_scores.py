@@ -288,6 +288,41 @@ def test_a_module_that_computes_something_else_is_refused():
         measure_scores(model, *make_prompt_and_responses(), "last:up")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_module_that_computes_something_else_is_refused_in_half_precision(dtype):
+    model = make_model("llama", dtype)
+    measure_scores(model, *make_prompt_and_responses(), "last:up")
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda module, args, output: 1.1 * output)
+    with pytest.raises(GradvarError, match="does not compute x W'"):
+        measure_scores(model, *make_prompt_and_responses(), "last:up")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("cohere", {"logit_scale": 0.8333}),  # that of Command R+
+        ("granite", {"logits_scaling": 0.95}),
+        ("gemma2", {"final_logit_softcapping": 100.0}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_is_done_to_logits_is_seen_in_any_precision(name, changes, dtype):
+    prompt, responses = make_prompt_and_responses()
+    model = make_model(name, dtype, **changes)
+    measured = measure_scores(model, prompt, responses, "last:qkv")
+    assert measured.head == "the model's own head"
+    model.eval()
+    for response, logprobs in zip(responses, measured.logprobs, strict=True):
+        expected = references.token_log_probs(model, prompt, response).detach().numpy()
+        np.testing.assert_allclose(logprobs, expected, atol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["qwen2_tied", "gpt2", "gemma", "mamba2"])  # Mamba's states are float32 at any dtype
+def test_a_plain_head_is_seen_in_half_precision(name, dtype):
+    assert measure_scores(make_model(name, dtype), *make_prompt_and_responses(), "*").head == "linear"
+
+
 def test_a_module_that_takes_no_part_is_an_error_not_a_zero():
     model = make_model("llama")
     model.model.layers[1].unused = nn.Linear(16, 16).double()
@@ -354,6 +389,18 @@ def test_autocast_reaches_the_model_and_not_the_sums():
         assert gram.dtype == "float32 autocast bfloat16"
         gap = references.error(gram.gram(), exact.grams[key].gram())
         assert 1e-4 < gap < 0.1, "autocast had no effect, or too much"
+
+
+@pytest.mark.parametrize("name", ["phi3", "glm4", "falcon_interleaved"])
+def test_targets_are_the_same_under_autocast(name):
+    model = make_model(name, torch.float32)
+    specs = [target.key for target in list_targets(model)]
+    exact = measure_scores(model, *make_prompt_and_responses(), specs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert [target.key for target in list_targets(model)] == specs
+        measured = measure_scores(model, *make_prompt_and_responses(), specs)
+    for key, gram in measured.grams.items():
+        assert references.error(gram.gram(), exact.grams[key].gram()) < 0.2
 
 
 class Spoiler(nn.Module):
@@ -453,8 +500,9 @@ def test_a_model_that_looks_ahead_is_refused(decoder):
         for key, scores in references.flat_scores(model.eval(), targets, PROMPT, RESPONSES).items():
             assert references.error(grams[key].gram(), references.gram_of(scores)) < 1e-10
     else:
-        with pytest.raises(GradvarError, match="BertModel is not causal"):
-            measure_scores(model, PROMPT, RESPONSES, "last:attn,mlp")
+        for dtype in (torch.float64, torch.bfloat16):
+            with pytest.raises(GradvarError, match="BertModel is not causal"):
+                measure_scores(model.to(dtype), PROMPT, RESPONSES, "last:attn,mlp")
 
 
 def test_a_response_whose_gradient_is_not_finite_is_named():
