@@ -1,5 +1,7 @@
 """The list of packages in pyproject.toml is the list on the disk, and the wheel's data are there."""
 
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -52,3 +54,17 @@ def test_rooms_import_only_what_they_may():
     for path in (ROOT / "gradvar").rglob("*.py"):
         assert "from cli" not in path.read_text()
         assert "import analyses" not in path.read_text()
+
+
+def test_stages_that_estimate_load_no_torch_and_keep_their_names():
+    code = """
+import sys
+from gradvar.stages import alpha, audit, compare, cv, fit
+assert "torch" not in sys.modules and "matplotlib" not in sys.modules, "an estimate loads what it does not need"
+import gradvar.stages.check
+from gradvar import stages
+for name in stages.__all__:
+    assert callable(getattr(stages, name)), f"stages.{name} is {getattr(stages, name)}"
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -222,7 +222,7 @@ def cv_from_rho(rho: Estimate) -> Estimate:
 
 def resolution(rho: Estimate) -> str:
     """Return "resolved" where rho's interval lies above 0, else "unresolved", or that the prompt is silent."""
-    if math.isnan(rho.value):
+    if math.isnan(rho.value) and SILENT in rho.method:
         return SILENT
     return RESOLVED if rho.low > 0.0 else UNRESOLVED
 

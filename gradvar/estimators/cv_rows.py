@@ -131,6 +131,7 @@ def ratio_row(
     prompts: Sequence[str],
     *,
     pooled: bool = False,
+    estimand: str = THESE_PROMPTS,
 ) -> TableRow:
     """Return the row of a paired ratio, with what the paper's order asks of it."""
     per_prompt = ratio.n / max(ratio.clusters, 1)
@@ -151,6 +152,7 @@ def ratio_row(
         variant=variant,
         verdict=verdict,
         n_needed=needed,
+        estimand=estimand,
         paper=paper,
         holds=judge(paper, ratio.low, ratio.high),
         against=compared[0].name,

@@ -36,7 +36,7 @@ from gradvar.estimators.groups import (
 )
 from gradvar.estimators.inputs import arrange, generator, is_silent
 from gradvar.estimators.intervals import PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
-from gradvar.estimators.ratios import ShortResponses, cv_ratio, pooled_cv_ratio, short_responses
+from gradvar.estimators.ratios import ShortResponses, cv_ratio, cv_ratio_across, pooled_cv_ratio, short_responses
 from gradvar.runs.records import PromptScores, TableRow, estimate_table
 
 RULES_COMPARED = ("grpo", "dapo", "dr_grpo", "vl_norm")
@@ -220,7 +220,9 @@ def _rows_of_target(
                     level=study.level,
                     short=[_short(study, variant, compared, name) for name in spoken],
                 )
-                rows.append(ratio_row(study, variant, compared, ratio, spoken, pooled=True))
+                across = cv_ratio_across(mine, theirs, ratio, level=study.level)
+                for one, estimand in ((ratio, THESE_PROMPTS), (across, PROMPTS_LIKE_THESE)):
+                    rows.append(ratio_row(study, variant, compared, one, spoken, pooled=True, estimand=estimand))
     return rows
 
 

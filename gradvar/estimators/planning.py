@@ -36,7 +36,13 @@ from gradvar.estimators.cv import SILENT, cv_from_rho, pooled_rho, resolution
 from gradvar.estimators.groups import PERMUTATIONS, GroupMoments, draw_groups, group_coefficients, second_order_variance
 from gradvar.estimators.groups import silent_share as share_of_silent
 from gradvar.estimators.inputs import arrange, generator, is_silent
-from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, check_level, t_quantile
+from gradvar.estimators.intervals import (
+    MINIMUM_PROMPTS,
+    PROMPTS_LIKE_THESE,
+    THESE_PROMPTS,
+    check_level,
+    t_quantile,
+)
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
 
 SIZES = (4, 8, 16, 32, 64, 128)
@@ -58,7 +64,8 @@ def planning_table(
     Quantities, for every target: "rho", "cv" and "eta" at each size (verdict "resolved", "unresolved" or
     "extrapolated"; no rho where extrapolated; an eta without a resolved direction is NaN and "unresolved" anywhere),
     "silent_share" where it can be counted (pooled: the mean over all prompts), and "responses_for_cv_1": n CV^2 at the
-    largest estimated size, the noise scale in responses to a prompt, with the image of that CV's interval.
+    largest estimated size, the noise scale in responses to a prompt, with the image of that CV's interval. Pooled rows
+    come for both estimands (`estimand`).
 
     Args:
         groups: Prompts by targets; several targets get their sum as well.
@@ -89,7 +96,10 @@ def planning_table(
         for name, scores in prompts.items():
             if name not in used:
                 none = _plain(math.nan, level, f"not estimated; {SILENT}", len(scores.verified().lengths), seed)
-                rows.append(TableRow(quantity="cv", estimate=none, prompt_id=name, verdict=SILENT, **labels))
+                told = {"estimand": THESE_PROMPTS}
+                rows.append(
+                    TableRow(quantity="cv", estimate=none, prompt_id=name, verdict=SILENT, **labels, extra=told)
+                )
         moments: dict[int, dict[str, GroupMoments]] = {n: {} for n in ordered}
         aimed: dict[int, dict[str, Products]] = {n: {} for n in ordered}
         for name, scores in used.items():
@@ -101,7 +111,14 @@ def planning_table(
                         share_of_silent(scores.rewards, n), level, "exact over groups, no interval", count, seed
                     )
                     rows.append(
-                        TableRow(quantity="silent_share", estimate=share, prompt_id=name, group_size=n, **labels)
+                        TableRow(
+                            quantity="silent_share",
+                            estimate=share,
+                            prompt_id=name,
+                            group_size=n,
+                            **labels,
+                            extra={"estimand": THESE_PROMPTS},
+                        )
                     )
                 if 3 * n <= count:
                     drawn = draw_groups(count, n, permutations, rng=generator(seed, name, "groups"))
@@ -129,17 +146,22 @@ def planning_table(
             pools.append((None, list(used)))
         for label, names in pools:
             held = {n: [m[name] for name in names] for n, m in moments.items() if all(name in m for name in names)}
-            named = {**labels, "prompt_id": label}
-            rows += _rows_of_pool(held, ordered, named, level=level, seed=seed)
             pointed = {n: [aimed[n][name] for name in names] for n in held}
-            rows += _efficiency_rows(pointed, ordered, named, level=level, seed=seed)
+            for across in (False, True) if label is None else (False,):
+                extra = {"estimand": PROMPTS_LIKE_THESE if across else THESE_PROMPTS}
+                named = {**labels, "prompt_id": label, "extra": extra}
+                rows += _rows_of_pool(held, ordered, named, across=across, level=level, seed=seed)
+                rows += _efficiency_rows(pointed, ordered, named, across=across, level=level, seed=seed)
     return estimate_table(rows)
 
 
 def _silent_rows(
     prompts: Sequence[PromptScores], sizes: Sequence[int], labels: dict[str, Any], *, level: float, seed: int
 ) -> list[TableRow]:
-    """Mean share of silent groups over all prompts, silent ones among them; t over K - 1 from 4 prompts on."""
+    """Mean share of silent groups over all prompts, silent ones among them, for both estimands.
+
+    For prompts like these t over K - 1, from 4 prompts on.
+    """
     rows = []
     for n in sizes:
         known = [s.rewards[~np.isnan(s.rewards)] for s in prompts]
@@ -159,12 +181,24 @@ def _silent_rows(
             clusters=len(known),
             seed=seed,
         )
-        rows.append(TableRow(quantity="silent_share", estimate=estimate, group_size=n, **labels))
+        here = f"mean of the prompts' exact shares, no interval; {THESE_PROMPTS}"
+        for one, estimand in (
+            (replace(estimate, low=math.nan, high=math.nan, method=here), THESE_PROMPTS),
+            (estimate, PROMPTS_LIKE_THESE),
+        ):
+            extra = {"estimand": estimand}
+            rows.append(TableRow(quantity="silent_share", estimate=one, group_size=n, **labels, extra=extra))
     return rows
 
 
 def _efficiency_rows(
-    held: dict[int, list[Products]], sizes: Sequence[int], labels: dict[str, Any], *, level: float, seed: int
+    held: dict[int, list[Products]],
+    sizes: Sequence[int],
+    labels: dict[str, Any],
+    *,
+    across: bool,
+    level: float,
+    seed: int,
 ) -> list[TableRow]:
     rows: list[TableRow] = []
     if not held:
@@ -176,10 +210,15 @@ def _efficiency_rows(
             continue
         parts = held[largest if far else n]
         method = "permutation groups, delete-one jackknife of log(1 - eta), t"
+        if across:
+            method = f"permutation groups, delete-one-prompt jackknife of log(1 - eta), t; {PROMPTS_LIKE_THESE}"
         if far:
             method = f"extrapolated from n = {largest}, variance as 1/n; {method}"
-        noise = jackknifed(parts, _noise_at(largest / n if far else 1.0))
-        eta = replace(eta_estimate(parts, noise, 0, level=level, method=method), seed=seed)
+        if across and len(parts) < MINIMUM_PROMPTS:
+            eta = _not_given(sum(p.responses for p in parts), len(parts), method, level=level, seed=seed)
+        else:
+            noise = jackknifed(parts, _noise_at(largest / n if far else 1.0), across=across)
+            eta = replace(eta_estimate(parts, noise, 0, level=level, method=method, across=across), seed=seed)
         verdict = "unresolved" if math.isnan(eta.value) else "extrapolated" if far else "resolved"
         rows.append(TableRow(quantity="eta", estimate=eta, group_size=n, verdict=verdict, **labels))
     return rows
@@ -195,13 +234,25 @@ def _noise_at(share: float) -> Statistic:
     return statistic
 
 
+def _not_given(n: int, clusters: int, method: str, *, level: float, seed: int) -> Estimate:
+    note = f"{method}; not given below {MINIMUM_PROMPTS} prompts"
+    nan = math.nan
+    return Estimate(value=nan, low=nan, high=nan, level=level, method=note, n=n, clusters=clusters, seed=seed)
+
+
 def _rows_of_pool(
-    held: dict[int, list[GroupMoments]], sizes: Sequence[int], labels: dict[str, Any], *, level: float, seed: int
+    held: dict[int, list[GroupMoments]],
+    sizes: Sequence[int],
+    labels: dict[str, Any],
+    *,
+    across: bool,
+    level: float,
+    seed: int,
 ) -> list[TableRow]:
     rows: list[TableRow] = []
     largest, at_largest = 0, None
     for n, parts in held.items():
-        rho = replace(pooled_rho(parts, group_size=n, level=level)[0], seed=seed)
+        rho = replace(pooled_rho(parts, group_size=n, level=level)[int(across)], seed=seed)
         cv, verdict = cv_from_rho(rho), resolution(rho)
         rows += [
             TableRow(quantity=name, estimate=estimate, group_size=n, verdict=verdict, **labels)

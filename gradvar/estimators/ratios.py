@@ -28,7 +28,14 @@ from gradvar.estimators.advantages import advantages
 from gradvar.estimators.aggregation import Rule
 from gradvar.estimators.cv import influence_of, replicate_quantile
 from gradvar.estimators.groups import GroupMoments
-from gradvar.estimators.intervals import THESE_PROMPTS, jackknife_variance, skew_corrected
+from gradvar.estimators.intervals import (
+    MINIMUM_PROMPTS,
+    PROMPTS_LIKE_THESE,
+    THESE_PROMPTS,
+    jackknife_variance,
+    skew_corrected,
+    t_quantile,
+)
 from gradvar.runs.records import Estimate
 
 Array = NDArray[np.float64]
@@ -122,6 +129,31 @@ def pooled_cv_ratio(
     """Pooled CV of one rule over a reference rule's, for these prompts."""
     name = f"pooled CV ratio, permutation groups, {THESE_PROMPTS}"
     return _ratio(prompts, references, group_size, level, short or [None] * len(prompts), name)
+
+
+def cv_ratio_across(
+    prompts: Sequence[GroupMoments], references: Sequence[GroupMoments], here: Estimate, *, level: float
+) -> Estimate:
+    """Pooled CV ratio for prompts like these: delete-one-prompt jackknife of the log, t over K - 1, from 4 prompts on.
+
+    Never narrower than `here`, the same ratio for these prompts from `pooled_cv_ratio`: prompts drawn again vary at
+    least as much as responses drawn again.
+    """
+    name = f"pooled CV ratio, permutation groups, delete-one-prompt jackknife of the log, t; {PROMPTS_LIKE_THESE}"
+    none = replace(here, value=math.nan, low=math.nan, high=math.nan, level=level, method=name)
+    if len(prompts) < MINIMUM_PROMPTS:
+        return replace(none, method=f"{name}; not given below {MINIMUM_PROMPTS} prompts")
+    sums = [np.array([getattr(m, part) for m in side]) for side in (prompts, references) for part in ("same", "cross")]
+    with np.errstate(all="ignore"):
+        value = float(_log_ratio(*[own.sum() for own in sums]))
+        replicates = np.asarray(_log_ratio(*[own.sum() - own for own in sums]))
+    if not (math.isfinite(value) and np.isfinite(replicates).all()):
+        return replace(none, high=math.inf, low=0.0, method=f"{name}; unresolved")
+    half = t_quantile(level, len(prompts) - 1) * math.sqrt(float(jackknife_variance(replicates)))
+    low, high = math.exp(max(value - half, -700.0)), math.exp(min(value + half, 700.0))
+    if math.isfinite(here.value):
+        low, high = min(low, here.low), max(high, here.high)
+    return replace(none, value=math.exp(value), low=low, high=high)
 
 
 def _log_ratio(same: Any, cross: Any, reference_same: Any, reference_cross: Any) -> Any:

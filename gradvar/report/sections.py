@@ -10,7 +10,7 @@ from gradvar.report.numbers import interval, number
 from gradvar.report.records import Material, Section, Table, cell
 from gradvar.report.tables import aggregator_table, estimates_table, verdict_cell
 from gradvar.runs import target_label
-from gradvar.runs.rows import ALL_RESPONSES, overall
+from gradvar.runs.rows import ALL_RESPONSES, PROMPTS_LIKE_THESE, overall
 
 _EXPONENTS = ("deviation_exponent", "within_exponent", "exponent_difference")
 _ASSUMPTIONS = {
@@ -170,9 +170,14 @@ def _group_size(material: Material) -> Section:
         rows = planning[(planning["quantity"] == "responses_for_cv_1") & (planning["target"] == material.target)]
         if len(rows):
             caption = "Noise scale: responses to a prompt whose update has as much noise as signal"
-            tables.append(estimates_table(rows, caption, [("prompt_id", "prompt")], what="responses"))
+            # Without an interval nothing is said of prompts like these.
+            rows = rows[(rows["estimand"] != PROMPTS_LIKE_THESE) | rows["low"].notna()] if "estimand" in rows else rows
+            labels = [("prompt_id", "prompt"), *([("estimand", "drawn again")] if "estimand" in rows else [])]
+            tables.append(estimates_table(rows, caption, labels, what="responses"))
         silent = planning[(planning["quantity"] == "silent_share") & (planning["target"] == material.target)]
         silent = silent[silent["group_size"] == material.group_size]
+        if "estimand" in silent:  # pooled: the one with an interval
+            silent = silent[silent["prompt_id"].notna() | (silent["estimand"] == PROMPTS_LIKE_THESE)]
         if len(silent):
             caption = f"Share of groups of {material.group_size} whose rewards are all equal (no gradient)"
             tables.append(estimates_table(silent, caption, [("prompt_id", "prompt")], what="share"))

@@ -7,7 +7,7 @@ import pytest
 from gradvar.errors import GradvarError
 from gradvar.estimators import advantages, aggregator_cv, aggregator_rho, cv_from_rho, find_rule
 from gradvar.estimators.aggregation import scope_weights
-from gradvar.estimators.cv import n_to_resolve, pooled_rho, resolution, rho_estimate
+from gradvar.estimators.cv import SILENT, n_to_resolve, pooled_rho, resolution, rho_estimate
 from gradvar.estimators.groups import draw_groups, group_coefficients, group_moments, silent_share
 from gradvar.runs.records import Estimate
 from tests.estimators import references, simulator
@@ -201,7 +201,9 @@ def test_cv_is_the_image_of_rho():
 def test_resolution_and_the_n_needed():
     assert resolution(estimate(0.2, 0.1, 0.5)) == "resolved"
     assert resolution(estimate(0.2, -0.1, 0.5)) == "unresolved"
-    assert resolution(estimate(math.nan, math.nan, math.nan)).startswith("silent")
+    missing = estimate(math.nan, math.nan, math.nan)
+    assert resolution(replace(missing, method=f"m; {SILENT}")) == SILENT
+    assert resolution(missing) == "unresolved"
     assert n_to_resolve(estimate(0.2, 0.1, 0.5), 8) == 64
     # On the scale of log(1 - rho): the half-width against the distance from 0.
     rho = estimate(0.1, 1 - 0.9 * math.exp(0.3), 1 - 0.9 * math.exp(-0.3))

@@ -35,6 +35,7 @@ def test_rows_agree_with_the_cv_table_and_extrapolate_by_the_square_root(groups)
 def test_eta_is_the_alpha_tables_and_goes_on_beyond(groups):
     table = planning_table(groups, sizes=(8, 16, 32, 64), permutations=64, seed=4)
     other = alpha_table(groups, rules=("grpo",), permutations=64, seed=4)
+    table = table[table["estimand"] == "these prompts"]
     for prompt in ("p0", "p1", None):
         row = only(table, quantity="eta", prompt_id=prompt, group_size=8)
         same = only(other, quantity="eta", prompt_id=prompt, rule="grpo")
@@ -118,9 +119,47 @@ def test_silent_share_over_prompts_counts_silent_ones(groups):
     several = [replace(g, prompt_id=f"q{k}") for k, g in enumerate([groups[0], groups[1], groups[0], groups[1]])]
     several[3] = replace(several[3], rewards=np.ones(len(several[3].rewards)))
     table = planning_table(several, sizes=(4,), permutations=16, seed=0)
-    row = only(table, quantity="silent_share", group_size=4, prompt_id=None)
+    row = only(table, quantity="silent_share", group_size=4, prompt_id=None, estimand="prompts like these")
     shares = np.array([references.silent_share(list(s.rewards), 4) for s in several])
     assert row["value"] == pytest.approx(shares.mean())
     half = stats.t.ppf(0.975, 3) * shares.std(ddof=1) / 2
     assert row["high"] == pytest.approx(min(shares.mean() + half, 1.0))
     assert row["low"] == pytest.approx(max(shares.mean() - half, 0.0))
+
+
+def test_prompts_like_these_by_leaving_out_prompts():
+    """CV, noise scale and eta of four prompts: the jackknife over prompts, from the rows of prompts left out."""
+    groups = prompts(4, n=48, targets=("a",), signal=3.0)
+    table = planning_table(groups, sizes=(8, 16, 32), permutations=32, seed=1)
+    fewer = [planning_table(groups[:k] + groups[k + 1 :], sizes=(8, 16), permutations=32, seed=1) for k in range(4)]
+    assert (
+        fewer[0][(fewer[0]["estimand"] == "prompts like these") & (fewer[0]["quantity"] != "silent_share")]["value"]
+        .isna()
+        .all()
+    )
+
+    def row(quantity, size, of=table, estimand="prompts like these"):
+        return only(of, quantity=quantity, group_size=size, prompt_id=None, estimand=estimand)
+
+    def half(values):
+        return stats.t.ppf(0.975, 3) * math.sqrt(3 / 4 * sum((v - sum(values) / 4) ** 2 for v in values))
+
+    at16 = row("cv", 16)
+    here = row("cv", 16, estimand="these prompts")
+    assert at16["value"] == pytest.approx(here["value"])
+    rho = 1 / (1 + here["value"] ** 2)
+    wide = half([1 / (1 + row("cv", 16, of, "these prompts")["value"] ** 2) for of in fewer])
+    ends = [1 - (1 - rho) * math.exp(side * wide / (1 - rho)) for side in (-1, 1)]
+    assert (at16["low"], at16["high"]) == pytest.approx(tuple(math.sqrt(1 / end - 1) for end in ends))
+    needed = row("responses_for_cv_1", 16)
+    assert (needed["value"], needed["high"]) == pytest.approx((16 * at16["value"] ** 2, 16 * at16["high"] ** 2))
+    assert row("cv", 32)["high"] == pytest.approx(at16["high"] / math.sqrt(2))
+    assert row("cv", 32)["verdict"] == "extrapolated"
+
+    eta = row("eta", 16)
+    logs = [math.log(1 - row("eta", 16, of, "these prompts")["value"]) for of in fewer]
+    whole = math.log(1 - row("eta", 16, estimand="these prompts")["value"])
+    bias = 3 * (sum(logs) / 4 - whole)
+    assert eta["value"] == pytest.approx(1 - math.exp(whole))
+    assert eta["low"] == pytest.approx(1 - math.exp(whole + half(logs) - min(bias, 0)))
+    assert eta["high"] == pytest.approx(1 - math.exp(whole - half(logs) - max(bias, 0)))

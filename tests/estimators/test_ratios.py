@@ -7,7 +7,7 @@ from scipy import stats
 
 from gradvar.estimators import advantages, find_rule
 from gradvar.estimators.groups import draw_groups, group_coefficients, group_moments
-from gradvar.estimators.ratios import ShortResponses, cv_ratio, pooled_cv_ratio, short_responses
+from gradvar.estimators.ratios import ShortResponses, cv_ratio, cv_ratio_across, pooled_cv_ratio, short_responses
 from tests.estimators import references, simulator
 
 
@@ -43,6 +43,30 @@ def test_ratio_matches_its_definition_and_is_one_for_itself():
     assert (pooled.value, pooled.low, pooled.high) == (1.0, 1.0, 1.0)
     one = pooled_cv_ratio([a], [b], group_size=8, level=0.95)
     assert (one.value, one.low, one.high) == (ratio.value, ratio.low, ratio.high)
+
+
+def test_ratio_for_prompts_like_these_by_leaving_out_prompts():
+    pairs = [moments(seed=k)[0] for k in range(5)]
+    ones, twos = [p[0] for p in pairs], [p[1] for p in pairs]
+    here = pooled_cv_ratio(ones, twos, group_size=8, level=0.95)
+    ratio = cv_ratio_across(ones, twos, replace(here, value=math.nan), level=0.95)
+
+    def log_ratio(kept):
+        cv = [math.sqrt(sum(m[k].same - m[k].cross for m in kept) / sum(m[k].cross for m in kept)) for k in (0, 1)]
+        return math.log(cv[0] / cv[1])
+
+    whole = log_ratio(pairs)
+    left = [log_ratio(pairs[:k] + pairs[k + 1 :]) for k in range(5)]
+    half = stats.t.ppf(0.975, 4) * math.sqrt(4 / 5 * sum((x - sum(left) / 5) ** 2 for x in left))
+    assert ratio.value == pytest.approx(math.exp(whole))
+    assert (ratio.low, ratio.high) == pytest.approx((math.exp(whole - half), math.exp(whole + half)))
+    assert "prompts like these" in ratio.method
+    wide = cv_ratio_across(ones, twos, here, level=0.95)
+    assert (wide.low, wide.high) == (min(ratio.low, here.low), max(ratio.high, here.high))
+    few = cv_ratio_across(ones[:3], twos[:3], here, level=0.95)
+    assert math.isnan(few.value)
+    assert math.isnan(few.low)
+    assert "below 4 prompts" in few.method
 
 
 def test_growth_and_side_of_short_responses():

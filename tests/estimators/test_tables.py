@@ -157,7 +157,13 @@ def test_cv_rows_are_the_functions_own_numbers(cv, groups):
     plain = only(cv, quantity="cv", prompt_id="p0", target="a", rule="dr_grpo")
     assert zero["value"] == pytest.approx(plain["value"])
     assert len(pick(cv, quantity="cv", prompt_id=None, target="sum", rule="grpo")) == 2
-    assert only(cv, quantity="cv_ratio", prompt_id=None, target="sum", rule="dapo")["verdict"] in (
+    # Two prompts say nothing of prompts like these, which is not silence.
+    likes = pick(cv, prompt_id=None, target="sum", rule="dapo", estimand="prompts like these")
+    assert set(likes["quantity"]) == {"rho", "cv", "cv_ratio"}
+    assert set(likes["verdict"]) == {"unresolved"}
+    assert likes["value"].isna().all()
+    here = {"prompt_id": None, "target": "sum", "estimand": "these prompts"}
+    assert only(cv, quantity="cv_ratio", **here, rule="dapo")["verdict"] in (
         "higher",
         "lower",
         "undetermined",
