@@ -29,13 +29,22 @@ from gradvar.estimators.intervals import (
     n_to_decide,
     symmetric,
 )
-from gradvar.estimators.law_data import LawData, affine_shape, checked_data, constant_shape, curved_shape, power_shape
+from gradvar.estimators.law_data import (
+    LawData,
+    affine_shape,
+    checked_data,
+    constant_shape,
+    curved_shape,
+    power_shape,
+    responses_behind,
+)
 from gradvar.estimators.law_estimates import (
     FamilyFit,
     curvature_of,
     exponent_across_of,
     exponent_of,
     families_of,
+    resting_on,
     scales_of,
 )
 from gradvar.estimators.least_squares import least_squares, rank_correlation
@@ -136,7 +145,9 @@ def fit_variance_law(
             neighbours.
 
     Returns:
-        The law. Where the power law does not converge its numbers are NaN and the verdict "undetermined".
+        The law. Where the power law does not converge its numbers are NaN and the verdict "undetermined"; where fewer
+        than two responses carry the deviations beyond what length explains (one huge outlier) the exponent has no
+        interval, hence the same verdict, and its method says on how many it rests.
 
     Raises:
         GradvarError: Shapes that differ, fewer than 4 responses (3 plus one a prompt), lengths that are not positive
@@ -158,7 +169,7 @@ def fit_variance_law(
     slope, slope_r2, _ = least_squares(data.log_length, np.log(np.where(y > 0, y, 1.0)), codes, y > 0, level, "log-log")
     line, line_r2, intercept = least_squares(x, y, codes, np.ones_like(y, dtype=bool), level, "line")
     return VarianceLaw(
-        **_exponents(power, margin, level),
+        **_exponents(data, power, margin, level),
         scale=scale,
         level_at_reference=level_at,
         reference_length=reference,
@@ -186,19 +197,20 @@ def fit_exponent(
 ) -> ExponentFit:
     """Fit the power law's exponent alone; arguments, numbers and errors as in `fit_variance_law`."""
     data = checked_data(lengths, deviations, clusters, n_centred, mean_deviation, margin, level)
-    return ExponentFit(**_exponents(_fit_power(data, dependence), margin, level))
+    return ExponentFit(**_exponents(data, _fit_power(data, dependence), margin, level))
 
 
 def _fit_power(data: LawData, dependence: Dependence | None) -> QuasiFit:
     return data.fit(power_shape(data.log_length - data.centre), 1.0, dependence=dependence)
 
 
-def _exponents(power: QuasiFit, margin: float, level: float) -> dict[str, Any]:
-    exponent = exponent_of(power, level)
+def _exponents(data: LawData, power: QuasiFit, margin: float, level: float) -> dict[str, Any]:
+    behind = responses_behind(data)
+    exponent = resting_on(exponent_of(power, level), behind)
     verdict, n_needed = _verdict(exponent, margin)
     return {
         "exponent": exponent,
-        "exponent_across": exponent_across_of(power, level),
+        "exponent_across": resting_on(exponent_across_of(power, level), behind),
         "verdict": verdict,
         "n_needed": n_needed,
         "influence": power.shape_influence[:, 0],

@@ -6,7 +6,7 @@ Shape letters: n responses fitted, K prompts.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,9 @@ Array = NDArray[np.float64]
 
 MINIMUM_RESPONSES = 16
 """Fewer responses than this get an exponent without interval: its coverage was not measured below."""
+
+FEWEST_BEHIND = 2.0
+"""An exponent that rests on fewer responses than this (`responses_behind`) gets no interval: one response sets it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,14 @@ def exponent_across_of(fit: QuasiFit, level: float) -> Estimate:
     alone = t_quantile(level, clusters - 1) * math.sqrt(variance)
     half = max(alone, _half_width(fit.shape_influence[:, 0], fit, level))
     return symmetric(float(fit.shape[0]), half, level, method, n, clusters)
+
+
+def resting_on(estimate: Estimate, behind: float) -> Estimate:
+    """Return the estimate without interval where fewer than `FEWEST_BEHIND` responses carry it, which is said."""
+    if behind >= FEWEST_BEHIND or math.isnan(estimate.low):
+        return estimate
+    note = f"; no interval, rests on {behind:.1f} responses"
+    return replace(estimate, low=math.nan, high=math.nan, method=estimate.method + note)
 
 
 def scales_of(fit: QuasiFit, centre: float, level: float) -> tuple[Estimate, Estimate, float]:

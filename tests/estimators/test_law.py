@@ -10,6 +10,7 @@ from gradvar.errors import GradvarError
 from gradvar.estimators import deviations, fit_variance_law, within_length_variance
 from gradvar.estimators.baselines import advantage_dependence
 from gradvar.estimators.law import fit_exponent, heterogeneity
+from gradvar.estimators.law_data import checked_data, responses_behind
 from gradvar.estimators.spread import deviation_dependence, within_dependence
 from tests.estimators import references, simulator
 
@@ -211,8 +212,49 @@ def test_zeros_and_a_huge_outlier_are_survived():
     lengths, y = gamma_data()
     y[np.argmax(lengths)] *= 1e6
     wild = fit_variance_law(lengths, y)
-    # The outlier moves the estimate, and the interval says so.
-    assert wild.exponent.high - wild.exponent.low > 10 * (calm.exponent.high - calm.exponent.low)
+    # The outlier moves the estimate, and no interval pretends to know by how much.
+    assert abs(wild.exponent.value - calm.exponent.value) > 1
+    assert math.isnan(wild.exponent.low)
+    assert wild.verdict == "undetermined"
+
+
+@pytest.mark.parametrize("rank", [0, 16, 30])
+def test_one_response_that_carries_everything_leaves_no_interval(rank):
+    """Scores with Var = V L, one of 32 a thousand times as large; the fit through it leaves no large residual."""
+    scores, _, lengths = simulator.draw(32, rng=np.random.default_rng(5))
+    scores[np.argsort(lengths)[rank]] *= 1e3
+    gram = references.gram_of(scores)
+    within = within_length_variance(gram, lengths, rng=np.random.default_rng(0))
+    for values, n in ((deviations(gram), 32), (within, None)):
+        law = fit_variance_law(lengths, values, n_centred=n)
+        assert law.verdict == "undetermined"
+        assert not math.isfinite(law.exponent.low)
+        assert not math.isfinite(law.exponent.high)
+        if math.isfinite(law.exponent.value):
+            assert "rests on 1." in law.exponent.method
+
+
+def test_responses_behind_by_their_definition():
+    rng = np.random.default_rng(2)
+    x, codes = rng.uniform(1, 3, 20), np.arange(20) % 2
+    y = np.exp(1.5 * x + codes + rng.normal(size=20))
+    data = checked_data(np.exp(x), y, codes, None, None, 0.25, 0.95)
+    design = np.stack([x, codes == 0, codes == 1], axis=1).astype(float)
+    fitted = design @ np.linalg.lstsq(design, np.log(y), rcond=None)[0]
+    t = [math.exp(math.log(v) - f) for v, f in zip(y, fitted, strict=True)]
+    assert responses_behind(data) == pytest.approx(sum(t) ** 2 / sum(v**2 for v in t))
+    # Whatever the law and the scale, equal scatter is equal weight.
+    exact = checked_data(np.exp(x), np.exp(3 * x), None, None, None, 0.25, 0.95)
+    assert responses_behind(exact) == pytest.approx(20)
+
+
+def test_ordinary_heavy_tails_keep_their_intervals():
+    """Squares with lognormal scatter, one in a hundred 10 times the median, under a steep law."""
+    for trial in range(50):
+        rng = np.random.default_rng(trial)
+        lengths = np.round(np.exp(rng.normal(5, 0.7, 32))) + 1
+        y = lengths**3 * np.exp(rng.normal(size=32))
+        assert math.isfinite(fit_exponent(lengths, y).exponent.low), trial
 
 
 @pytest.mark.parametrize(
