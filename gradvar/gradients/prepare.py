@@ -17,7 +17,8 @@ from gradvar.gradients.fit import choose_plan
 from gradvar.gradients.job import Job, TokenColumns
 from gradvar.gradients.logprobs import Head
 from gradvar.gradients.plan import Plan
-from gradvar.gradients.request import check_causal, check_padding, check_request, check_sharing, packs
+from gradvar.gradients.positions import must_go_alone
+from gradvar.gradients.request import check_causal, check_padding, check_request, check_sharing, packs, whole_numbers
 from gradvar.gradients.reweighted import check_counts, reweightings
 from gradvar.gradients.specs import resolve_targets
 from gradvar.gradients.states import Autocast, frozen, full_precision
@@ -60,8 +61,12 @@ def planned(
     """
     check_counts(probes, prefixes, seed)
     ids = tuple(range(len(responses))) if rollout_ids is None else tuple(rollout_ids)
+    prompt_ids = whole_numbers(prompt_ids, "the prompt")
+    responses = [whole_numbers(response, f"response {i}") for i, response in enumerate(responses)]
     masks = check_request(model, prompt_ids, responses, loss_masks, temperature, ids)
     chosen = resolve_targets(model, targets)
+    if must_go_alone(model, max(len(prompt_ids) + len(response) - 1 for response in responses)):
+        token_budget = min(1, token_budget or 1)
     kind = choose_checkpointing(model, checkpointing)
     with torch.inference_mode(False), torch.enable_grad(), frozen(model), full_precision():
         head = Head(model, list(prompt_ids)[-_PROBE_TOKENS:])

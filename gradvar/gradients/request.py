@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from gradvar.errors import GradvarError
 from gradvar.gradients.batches import Batch, last_hidden, make_batches
 from gradvar.gradients.devices import input_device, is_offloaded, values
 from gradvar.gradients.logprobs import Head
+from gradvar.gradients.positions import position_limit
 from gradvar.gradients.targets import Target
 
 _REACH_SHARE = 1 / 8
@@ -42,7 +44,7 @@ def check_request(
         raise GradvarError(f"loss masks: expected one for each of {len(responses)} responses, received {len(masks)}")
     vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     _check_ids(prompt, vocabulary, "the prompt")
-    limit = _positions(model)
+    limit = position_limit(model)
     written: list[list[int]] = []
     for i, response in zip(ids, responses, strict=True):
         if not len(response):
@@ -54,15 +56,27 @@ def check_request(
                 "positions; leave it out or use a model with a longer context"
             )
         mask = masks[len(written)] if masks is not None else None
-        values = [1] * len(response) if mask is None else [int(m) for m in mask]
-        if len(values) != len(response):
-            raise GradvarError(f"response {i}: its loss mask has {len(values)} entries for {len(response)} tokens")
-        if not set(values) <= {0, 1}:
+        if mask is not None and len(mask) != len(response):
+            raise GradvarError(f"response {i}: its loss mask has {len(mask)} entries for {len(response)} tokens")
+        if mask is not None and not all(m in (0, 1) for m in mask):
             raise GradvarError(f"response {i}: its loss mask may hold only 0 and 1")
+        values = [1] * len(response) if mask is None else [int(m) for m in mask]
         if not any(values):
             raise GradvarError(f"response {i}: its loss mask is 0 everywhere, so no token carries loss")
         written.append(values)
     return written
+
+
+def whole_numbers(ids: Sequence[int], what: str) -> list[int]:
+    """Return token ids as a list of int, whatever sequence (array, tensor) they came in.
+
+    Raises:
+        GradvarError: One is no whole number.
+    """
+    try:
+        return [operator.index(x) for x in ids]
+    except TypeError:
+        raise GradvarError(f"{what}: expected token ids, whole numbers, received {str(ids)[:60]}") from None
 
 
 def _check_ids(ids: Sequence[int], vocabulary: int, what: str) -> None:
@@ -81,19 +95,10 @@ def _check_model(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_input_embeddings") or model.get_input_embeddings() is None:  # type: ignore[operator]
         raise GradvarError(f"expected a transformers causal language model, received {type(model).__name__}")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise GradvarError("the model was loaded under torch.inference_mode, so it has no gradients: load it outside")
     if getattr(config, "is_encoder_decoder", False):
         raise GradvarError(f"{type(model).__name__} is an encoder-decoder: expected a causal language model")
-
-
-def _positions(model: nn.Module) -> int | None:
-    """Return how many tokens the model has positions for, None where it sets no limit."""
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    limit = getattr(config, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit <= 0:
-        return None
-    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    factor = scaling.get("factor", 1.0) if isinstance(scaling, dict) else 1.0
-    return int(limit * max(1.0, float(factor or 1.0)))
 
 
 def check_sharing(model: nn.Module, targets: Sequence[Target], head: Head) -> tuple[str | None, float]:

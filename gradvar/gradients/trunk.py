@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from gradvar.errors import GradvarError
 from gradvar.gradients.batches import Batch, last_hidden, make_batches
 from gradvar.gradients.devices import input_device
+from gradvar.gradients.positions import turns_with_length
 from gradvar.gradients.request import other_start, same_states
 from gradvar.gradients.targets import decoder_layers
 
@@ -30,8 +31,6 @@ Forward = Callable[[Batch], Tensor]
 LEAST_SAVING = 0.1
 """Share of the fed tokens that must be spared before the prompt is shared."""
 _PROBE_PROMPT = 16
-_CHANGING_ROTATION = ("dynamic", "longrope")
-"""Rotary embeddings whose angles depend on the length of the whole sequence."""
 
 
 def choose_forward(
@@ -62,7 +61,7 @@ def choose_forward(
     device = input_device(model)
     fed = sum(len(prompt) + len(response) - 1 for response in responses)
     saving = len(prompt) * (len(responses) - 1) / fed
-    if not lowest or saving < LEAST_SAVING or device.type != "cpu" or _turns_with_length(base):
+    if not lowest or saving < LEAST_SAVING or device.type != "cpu" or turns_with_length(base):
         return whole
     layers = [layer for _, layer in decoder_layers(model)]
     short, other = list(prompt[-_PROBE_PROMPT:]), list(responses[0][:5])
@@ -181,10 +180,3 @@ class Trunk:
             yield
         finally:
             hook.remove()
-
-
-def _turns_with_length(base: nn.Module) -> bool:
-    """Return whether positions turn by angles that depend on the whole sequence's length."""
-    config = getattr(base, "config", None)
-    scaling = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
-    return any(kind in str(value) for value in scaling for kind in _CHANGING_ROTATION)

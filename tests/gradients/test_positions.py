@@ -1,0 +1,80 @@
+"""How many positions a model has, and rotary angles that depend on the length of the sequence."""
+
+import pytest
+import torch
+
+from gradvar.errors import GradvarError
+from gradvar.gradients import measure_scores, resolve_targets
+from gradvar.gradients.positions import must_go_alone, position_limit, turns_with_length
+from tests.gradients import references
+from tests.gradients.models import make_model, make_prompt_and_responses
+
+ORIGINAL = {"original_max_position_embeddings": 16}
+SCALED = {
+    "longrope": {"short_factor": [1.0, 1.0], "long_factor": [2.0, 5.0], "factor": 4.0, **ORIGINAL},
+    "yarn": {"factor": 4.0, **ORIGINAL},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ORIGINAL},
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+}
+
+
+def scaled(kind, positions=64):
+    rotary = {"rope_type": kind, "rope_theta": 10000.0, **SCALED[kind]}
+    return make_model("llama", max_position_embeddings=positions, rope_parameters=rotary)
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_angles_are_those_of_each_sequence_alone(kind):
+    model = scaled(kind)
+    prompt, responses = make_prompt_and_responses()  # shorter and longer than the original positions
+    targets = resolve_targets(model, "all:qkv,mlp")
+    grams = measure_scores(model, prompt, responses, "all:qkv,mlp", token_budget=200).grams
+    for key, scores in references.flat_scores(model, targets, prompt, responses).items():
+        assert references.error(grams[key].gram(), references.gram_of(scores)) < 1e-10
+
+
+def test_only_what_changes_goes_alone():
+    assert turns_with_length(scaled("longrope"))
+    assert not turns_with_length(scaled("yarn"))
+    assert must_go_alone(scaled("longrope"), 17)
+    assert not must_go_alone(scaled("longrope"), 16)
+    assert not must_go_alone(scaled("yarn"), 64)
+
+
+def test_angles_that_depend_on_what_was_seen_before_are_refused():
+    model = scaled("dynamic", positions=16)
+    prompt, responses = make_prompt_and_responses((4, 14))
+    measure_scores(model, prompt, [responses[0]], "last:q")
+    with pytest.raises(GradvarError, match='feeds 18 tokens: beyond 16 this model\'s rotary angles \\("dynamic"\\)'):
+        measure_scores(model, prompt, responses, "last:q")
+
+
+@pytest.mark.parametrize(
+    ("kind", "positions", "limit"),
+    [("yarn", 16, 64), ("yarn", 64, 64), ("llama3", 256, 256), ("linear", 64, 128), ("longrope", 64, 64)],
+)
+def test_scaled_positions_are_counted_once(kind, positions, limit):
+    assert position_limit(scaled(kind, positions)) == limit
+
+
+def test_ids_and_masks_of_any_kind_of_sequence():
+    model = make_model("llama")
+    prompt, responses = make_prompt_and_responses((3, 5))
+    expected = measure_scores(model, prompt, responses, "last:q").grams
+    tensors = [torch.tensor(response) for response in responses]
+    masks = [torch.ones(3), [True] * 5]
+    found = measure_scores(model, torch.tensor(prompt), tensors, "last:q", loss_masks=masks, probes=1, seed=0).grams
+    for key, gram in expected.items():
+        assert (found[key].gram() == gram.gram()).all()
+    with pytest.raises(GradvarError, match="response 0: its loss mask may hold only 0 and 1"):
+        measure_scores(model, prompt, responses, "last:q", loss_masks=[[0.5, 1, 1], None])
+    with pytest.raises(GradvarError, match="response 0: expected token ids, whole numbers"):
+        measure_scores(model, prompt, [[3.5, 4]], "last:q")
+
+
+def test_a_model_made_without_gradients_is_refused():
+    with torch.inference_mode():
+        model = make_model("llama")
+    with pytest.raises(GradvarError, match="loaded under torch.inference_mode"):
+        measure_scores(model, *make_prompt_and_responses(), "last:q")
