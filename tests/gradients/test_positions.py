@@ -46,7 +46,7 @@ def test_angles_that_depend_on_what_was_seen_before_are_refused():
     model = scaled("dynamic", positions=16)
     prompt, responses = make_prompt_and_responses((4, 14))
     measure_scores(model, prompt, [responses[0]], "last:q")
-    with pytest.raises(GradvarError, match='feeds 18 tokens: beyond 16 this model\'s rotary angles \\("dynamic"\\)'):
+    with pytest.raises(GradvarError, match="feeds 18 tokens: beyond 16 this model's rotary"):
         measure_scores(model, prompt, responses, "last:q")
 
 
@@ -76,5 +76,5 @@ def test_ids_and_masks_of_any_kind_of_sequence():
 def test_a_model_made_without_gradients_is_refused():
     with torch.inference_mode():
         model = make_model("llama")
-    with pytest.raises(GradvarError, match="loaded under torch.inference_mode"):
+    with pytest.raises(GradvarError, match="has no gradients: load it outside"):
         measure_scores(model, *make_prompt_and_responses(), "last:q")
