@@ -95,6 +95,8 @@ def _check_model(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_input_embeddings") or model.get_input_embeddings() is None:  # type: ignore[operator]
         raise GradvarError(f"expected a transformers causal language model, received {type(model).__name__}")
+    if getattr(config, "return_dict", True) is False:
+        raise GradvarError("the model gives tuples, without names: set model.config.return_dict = True")
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise GradvarError("the model was loaded under torch.inference_mode, so it has no gradients: load it outside")
     if getattr(config, "is_encoder_decoder", False):

@@ -78,3 +78,10 @@ def test_a_model_made_without_gradients_is_refused():
         model = make_model("llama")
     with pytest.raises(GradvarError, match="has no gradients: load it outside"):
         measure_scores(model, *make_prompt_and_responses(), "last:q")
+
+
+def test_a_model_that_gives_tuples_is_refused():
+    model = make_model("llama")
+    model.config.return_dict = False
+    with pytest.raises(GradvarError, match=r"set model\.config\.return_dict = True"):
+        measure_scores(model, *make_prompt_and_responses(), "last:q")
