@@ -122,6 +122,7 @@ def cross_grams(
         for blocks in whole.plan.passes:
             stores = [run_pass(job, blocks) for job in jobs]
             for place, block in enumerate(blocks):
+                whole.resident.make_room(whole.plan.tile_bytes)
                 with whole.autocast.off():
                     joined = _Joined([of_prompt[place][1] for of_prompt in stores])
                     bias = include_bias and block.target.has_bias

@@ -13,6 +13,8 @@ from gradvar.gradients.usage import peak_bytes
 
 _FREE_SHARE = 0.8
 """Part of what is free that is used without a budget: the rest is for the allocator and for other processes."""
+_SLACK = 20
+"""One part in so many of a budget is left to the allocator."""
 _TILE_SHARE = 0.15
 _TILE_LIMIT = 256 << 20
 _CHUNK_SHARE = 1 / 32
@@ -22,6 +24,11 @@ _CHUNK_SHARE = 1 / 32
 def default_budget(device: torch.device) -> int:
     """Return what is free on the device, less a margin, in bytes."""
     return int(_FREE_SHARE * free_memory(device))
+
+
+def usable(budget: int) -> int:
+    """Return the part of a budget that is planned with: holes between the allocator's blocks take the rest."""
+    return budget - budget // _SLACK
 
 
 def choose_plan(
@@ -47,11 +54,12 @@ def choose_plan(
         raise GradvarError(f"memory budget: expected a positive number of bytes, received {memory_budget}")
     if any(target.direct is not None for target in job.targets):
         token_budget = 1  # each response alone
-    total = default_budget(job.device) if memory_budget is None else memory_budget
+    given = default_budget(job.device) if memory_budget is None else memory_budget
+    total = usable(given)
     plans, least = [], []
     for kind in [checkpointing, *(["non_reentrant"] if may_checkpoint and checkpointing == "off" else [])]:
         tokens, chunk, work = _batching(job, token_budget, total, kind)
-        plan = _split(job, tokens, total, chunk, work, kind)
+        plan = _split(job, tokens, total, chunk, work, kind, given)
         if plan is None:
             least.append(_least(job, kind))
         else:
@@ -60,8 +68,9 @@ def choose_plan(
                 break
     if plans:  # layers made again cost about a third of a pass
         return min(plans, key=lambda plan: len(plan.passes) * (3 if plan.checkpointing == "off" else 4))
+    enough = min(least) + (min(least) - 1) // (_SLACK - 1)  # the least of which so much is usable
     raise GradvarError(
-        f"memory budget of {total} bytes is too small: expected at least {min(least)} bytes ({min(least) / 2**30:.2g} "
+        f"memory budget of {given} bytes is too small: expected at least {enough} bytes ({enough / 2**30:.2g} "
         "GiB), for the longest response alone and one row of the largest target"
     )
 
@@ -80,8 +89,18 @@ def _batching(job: Job, token_budget: int | None, total: int, kind: str) -> tupl
         tokens = max(1, min(tokens - 1, int(tokens * total / (2 * work))))
 
 
-def _split(job: Job, tokens: int, total: int, chunk: int, work: int, kind: str) -> Plan | None:
-    """Return the plan with batches of `work` bytes, None where too little is left for gradients and tiles."""
+def _split(job: Job, tokens: int, total: int, chunk: int, work: int, kind: str, given: int) -> Plan | None:
+    """Return the plan with batches of `work` bytes, None where too little is left for gradients and tiles.
+
+    Args:
+        job: The request.
+        tokens: Padded tokens of a batch.
+        total: Bytes that are planned with.
+        chunk: A chunk of logits.
+        work: Bytes of the largest batch.
+        kind: Activation checkpointing.
+        given: The budget, of which `total` is usable.
+    """
     spare = total - fixed_bytes(job)
     smallest = smallest_tile(job.targets, len(job.responses), job.dtype)
     wish = max(smallest, min(_TILE_LIMIT, max(work - tile_casts(job), int(_TILE_SHARE * spare))))
@@ -91,9 +110,10 @@ def _split(job: Job, tokens: int, total: int, chunk: int, work: int, kind: str) 
             passes = split_work(job.targets, job.lengths, job.dtype, room)
             return Plan(
                 token_budget=tokens,
-                memory_budget=total,
+                memory_budget=given,
                 tile_bytes=tile,
                 chunk_bytes=chunk,
+                work_bytes=work,
                 spare_bytes=spare - work - max(sum(block.bytes for block in blocks) for blocks in passes),
                 passes=passes,
                 checkpointing=kind,

@@ -13,6 +13,7 @@ from torch import nn
 from gradvar.gradients.batches import Batch, make_batches
 from gradvar.gradients.logprobs import Head
 from gradvar.gradients.plan import Block, Plan
+from gradvar.gradients.resident import Resident
 from gradvar.gradients.reweighted import Reweightings
 from gradvar.gradients.states import Autocast
 from gradvar.gradients.targets import Target
@@ -56,6 +57,8 @@ class Job:
     extra: Reweightings
     """Other weights on the same tokens: `run_pass` adds the squared norms of their scores. None unless set."""
     plan: Plan
+    resident: Resident = field(default_factory=lambda: Resident(None, 0))
+    """Gives freed host memory back where the budget asks for it."""
     done: int = field(default=0)
 
     @property

@@ -58,9 +58,12 @@ def _run_batches(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, Gradien
         for batch in batches:
             taps.listen(_collector(job, batch, batch.members, stores))
             direct.listen(_direct_collector(batch.members, stores))
+            job.resident.make_room(job.plan.work_bytes)
             with job.autocast.on():
                 hidden = forward(batch)
+            job.resident.make_room(job.plan.work_bytes)
             seen = _predictions(job, batch, hidden)
+            job.resident.make_room(job.plan.work_bytes)
             if first_pass:
                 _keep_tokens(job, batch, seen)
             _backward(seen, taps, batch.members, stores, keep_graph=job.extra.count > 0)

@@ -82,6 +82,8 @@ class Plan:
     """The largest tile of a Gram."""
     chunk_bytes: int
     """A chunk of logits, at most (that of a single token, where it is larger)."""
+    work_bytes: int
+    """The largest batch: its forward, backward and log-probabilities."""
     spare_bytes: int
     """What of the budget is left while a batch runs."""
     passes: tuple[tuple[Block, ...], ...]

@@ -13,12 +13,13 @@ from torch import nn
 from gradvar.gradients.checkpointing import checkpointed, choose_checkpointing
 from gradvar.gradients.cost import cost_of
 from gradvar.gradients.devices import input_device
-from gradvar.gradients.fit import choose_plan
+from gradvar.gradients.fit import choose_plan, usable
 from gradvar.gradients.job import Job, TokenColumns
 from gradvar.gradients.logprobs import Head
 from gradvar.gradients.plan import Plan
 from gradvar.gradients.positions import must_go_alone
 from gradvar.gradients.request import check_causal, check_padding, check_request, check_sharing, packs, whole_numbers
+from gradvar.gradients.resident import Resident, resident_bytes
 from gradvar.gradients.reweighted import check_counts, reweightings
 from gradvar.gradients.specs import resolve_targets
 from gradvar.gradients.states import Autocast, frozen, full_precision
@@ -96,8 +97,11 @@ def planned(
                 prefixes=prefixes,
             ),
             report=on_progress or (lambda done: None),
-            plan=Plan(token_budget=1, memory_budget=0, tile_bytes=0, chunk_bytes=0, spare_bytes=0, passes=()),
+            plan=Plan(
+                token_budget=1, memory_budget=0, tile_bytes=0, chunk_bytes=0, work_bytes=0, spare_bytes=0, passes=()
+            ),
         )  # fmt: skip
+        before = resident_bytes()
         job.plan = choose_plan(
             job,
             token_budget=token_budget,
@@ -105,6 +109,8 @@ def planned(
             checkpointing=kind,
             may_checkpoint=checkpointing is None,
         )
+        if device.type == "cpu":
+            job.resident = Resident(before, usable(job.plan.memory_budget))
         yield job
 
 

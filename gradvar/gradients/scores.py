@@ -150,6 +150,7 @@ def measure_scores(
             stores = run_pass(job, blocks)
             while stores:  # each is let go before the next pass fills memory again
                 block, store = stores.pop()
+                job.resident.make_room(tile)
                 with job.autocast.off():
                     bias = include_bias and block.target.has_bias
                     sums[block.target.key] += _gram(block, store, bias, tile, sketches.get(block.target.key))
