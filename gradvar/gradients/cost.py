@@ -12,6 +12,7 @@ from gradvar.gradients.gram import PIECE
 from gradvar.gradients.job import Job
 from gradvar.gradients.logprobs import VOCABULARY_TILE, compute_dtype
 from gradvar.gradients.plan import Cost, Plan
+from gradvar.gradients.sketch import SketchPlan
 from gradvar.gradients.targets import Target
 from gradvar.gradients.usage import Growth, flop, peak_bytes
 
@@ -79,13 +80,20 @@ def _casts(job: Job, longest: int) -> int:
     return (longest * max(_sides(target) for target in job.targets) + product) * width(wide)
 
 
-def cost_of(job: Job, plan: Plan, extra: int) -> Cost:
+def sketch_bytes(job: Job, sketch: SketchPlan | None) -> int:
+    """Return the bytes of the targets' sketches and of making them."""
+    shapes = [(target.out_features, target.in_features) for target in job.targets]
+    return 0 if sketch is None else sketch.bytes(shapes, len(job.responses))
+
+
+def cost_of(job: Job, plan: Plan, extra: int, sketches: int = 0) -> Cost:
     """Return what a plan takes.
 
     Args:
         job: The request.
         plan: How it is split.
         extra: Backward passes beside the first.
+        sketches: Bytes of sketches.
     """
     n = len(job.responses)
     how = (plan.checkpointing, plan.token_budget)
@@ -109,7 +117,7 @@ def cost_of(job: Job, plan: Plan, extra: int) -> Cost:
         batches=len(batches),
         tokens=sum(job.lengths),
         padded_tokens=sum(rows * length for rows, length in shapes),
-        kept_bytes=max(sum(block.bytes for block in blocks) for blocks in plan.passes) + fixed_bytes(job),
+        kept_bytes=max(sum(block.bytes for block in blocks) for blocks in plan.passes) + fixed_bytes(job) + sketches,
         tile_bytes=min(plan.tile_bytes, tallest) + tile_casts(job),
         activation_bytes=run,
         logits_bytes=logits,

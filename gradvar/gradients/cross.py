@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradvar.errors import GradvarError
+from gradvar.gradients.devices import input_device
 from gradvar.gradients.gram import GradientStore
 from gradvar.gradients.job import Job, TokenColumns
 from gradvar.gradients.passes import run_pass
@@ -155,7 +156,7 @@ def _job_of(
 def _check_matrices(model: nn.Module, count: int, targets: str | Sequence[str], memory_budget: int | None) -> None:
     """Refuse matrices that take too much of the budget, in one line that says what would do."""
     chosen = resolve_targets(model, targets)
-    budget = memory_budget if memory_budget is not None else free_memory(next(model.parameters()).device)
+    budget = memory_budget if memory_budget is not None else free_memory(input_device(model))
     needed = 8 * count**2 * (len(chosen) + 2)  # the sums, a product, its transpose
     if needed > MATRICES_SHARE * budget:
         raise GradvarError(

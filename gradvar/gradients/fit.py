@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from gradvar.errors import GradvarError
-from gradvar.gradients.cost import fixed_bytes, tile_casts, work_bytes
+from gradvar.gradients.cost import fixed_bytes, sketch_bytes, tile_casts, work_bytes
 from gradvar.gradients.job import Job
 from gradvar.gradients.logprobs import chunk_bytes
 from gradvar.gradients.plan import DEFAULT_TOKEN_BUDGET, Plan, free_memory, least_bytes, smallest_tile, split_work
+from gradvar.gradients.sketch import SketchPlan
 from gradvar.gradients.usage import peak_bytes
 
 _FREE_SHARE = 0.8
@@ -32,7 +33,13 @@ def usable(budget: int) -> int:
 
 
 def choose_plan(
-    job: Job, *, token_budget: int | None, memory_budget: int | None, checkpointing: str, may_checkpoint: bool
+    job: Job,
+    *,
+    token_budget: int | None,
+    memory_budget: int | None,
+    checkpointing: str,
+    may_checkpoint: bool,
+    sketch: SketchPlan | None = None,
 ) -> Plan:
     """Return a plan whose estimated peak is within the memory budget; only short probes are run.
 
@@ -44,6 +51,7 @@ def choose_plan(
         memory_budget: Bytes for everything beside the model; None takes most of what is free.
         checkpointing: "off", "reentrant" or "non_reentrant".
         may_checkpoint: Switch it on where nothing else would do.
+        sketch: What is kept of every gradient beside.
 
     Raises:
         GradvarError: A budget is not positive, or too small for the longest response alone.
@@ -55,7 +63,8 @@ def choose_plan(
     if any(target.direct is not None for target in job.targets):
         token_budget = 1  # each response alone
     given = default_budget(job.device) if memory_budget is None else memory_budget
-    total = usable(given)
+    sketches = sketch_bytes(job, sketch)
+    total = max(0, usable(given) - sketches)
     plans, least = [], []
     for kind in [checkpointing, *(["non_reentrant"] if may_checkpoint and checkpointing == "off" else [])]:
         tokens, chunk, work = _batching(job, token_budget, total, kind)
@@ -68,10 +77,12 @@ def choose_plan(
                 break
     if plans:  # layers made again cost about a third of a pass
         return min(plans, key=lambda plan: len(plan.passes) * (3 if plan.checkpointing == "off" else 4))
-    enough = min(least) + (min(least) - 1) // (_SLACK - 1)  # the least of which so much is usable
+    needed = min(least) + sketches
+    enough = needed + (needed - 1) // (_SLACK - 1)  # the least of which so much is usable
     raise GradvarError(
         f"memory budget of {given} bytes is too small: expected at least {enough} bytes ({enough / 2**30:.2g} "
         "GiB), for the longest response alone and one row of the largest target"
+        + (f", {sketches} of them for sketches of {sketch.dimension} numbers" if sketch is not None else "")
     )
 
 

@@ -46,6 +46,10 @@ class GradientStore(ABC):
     def fill(self, response: int, start: int, stop: int, out: Tensor) -> None:
         """Write rows [start, stop) of a response's gradient to `out` (stop - start, I)."""
 
+    def bias_gradients(self) -> Tensor:
+        """Return the (N, O) float64 sums of all responses."""
+        return self._bias
+
     def bias_gradient(self, response: int) -> Tensor:
         """Return a response's (O,) float64 sum_t delta_t."""
         return self._bias[response]

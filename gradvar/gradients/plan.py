@@ -46,7 +46,7 @@ class Cost:
     padded_tokens: int
     """The same with padding."""
     kept_bytes: int
-    """Gradients or factors of the largest pass, and the Grams."""
+    """Gradients or factors of the largest pass, the Grams and sketches."""
     tile_bytes: int
     """The largest tile of the Gram, with what it is made from."""
     activation_bytes: int

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gradvar.gradients.checkpointing import checkpointed, choose_checkpointing
-from gradvar.gradients.cost import cost_of
+from gradvar.gradients.cost import cost_of, sketch_bytes
 from gradvar.gradients.devices import input_device
 from gradvar.gradients.fit import choose_plan, usable
 from gradvar.gradients.job import Job, TokenColumns
@@ -21,6 +21,7 @@ from gradvar.gradients.positions import must_go_alone
 from gradvar.gradients.request import check_causal, check_padding, check_request, check_sharing, packs, whole_numbers
 from gradvar.gradients.resident import Resident, resident_bytes
 from gradvar.gradients.reweighted import check_counts, reweightings
+from gradvar.gradients.sketch import SketchPlan
 from gradvar.gradients.specs import resolve_targets
 from gradvar.gradients.states import Autocast, frozen, full_precision
 
@@ -54,6 +55,7 @@ def planned(
     padding_side: str = "right",
     packing: bool | None = None,
     checkpointing: str | None = None,
+    sketch: SketchPlan | None = None,
 ) -> Iterator[Job]:
     """Check a request, hold the model ready and plan the work; arguments as in `measure_scores`.
 
@@ -108,6 +110,7 @@ def planned(
             memory_budget=memory_budget,
             checkpointing=kind,
             may_checkpoint=checkpointing is None,
+            sketch=sketch,
         )
         if device.type == "cpu":
             job.resident = Resident(before, usable(job.plan.memory_budget))
@@ -129,6 +132,7 @@ def plan_measurement(
     padding_side: str = "right",
     packing: bool | None = None,
     checkpointing: str | None = None,
+    sketch: SketchPlan | None = None,
 ) -> Plan:
     """Return how `measure_scores` would split this work, with what it would take in `Plan.cost`.
 
@@ -153,5 +157,6 @@ def plan_measurement(
         padding_side=padding_side,
         packing=packing,
         checkpointing=checkpointing,
+        sketch=sketch,
     ) as job:
-        return replace(job.plan, cost=cost_of(job, job.plan, job.extra.count))
+        return replace(job.plan, cost=cost_of(job, job.plan, job.extra.count, sketch_bytes(job, sketch)))

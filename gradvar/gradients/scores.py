@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from gradvar.errors import GradvarError
 from gradvar.gradients.gram import GradientStore
 from gradvar.gradients.job import Job, TokenValues
 from gradvar.gradients.passes import require_finite, run_pass, whole
@@ -23,7 +22,6 @@ from gradvar.gradients.plan import Block, Plan
 from gradvar.gradients.prepare import prepared
 from gradvar.gradients.reweighted import prefix_norms, tau_estimate
 from gradvar.gradients.sketch import REPEATS, Sketch, SketchPlan
-from gradvar.gradients.specs import resolve_targets
 from gradvar.runs.measures import PrefixNorms, TauEstimate
 from gradvar.runs.records import ScoreGram
 from gradvar.runs.sketches import GradientSketch
@@ -111,15 +109,6 @@ def measure_scores(
     Raises:
         GradvarError: The request does not fit the model or the budget, or a response's gradient is not finite.
     """
-    if sketch is not None and memory_budget is not None:
-        shapes = [(target.out_features, target.in_features) for target in resolve_targets(model, targets)]
-        kept = sketch.bytes(shapes, len(responses))
-        if kept >= memory_budget:
-            raise GradvarError(
-                f"memory budget of {memory_budget} bytes is too small: sketches of {sketch.dimension} numbers take "
-                f"{kept} bytes; give more, or sketch to a smaller dimension"
-            )
-        memory_budget -= kept
     with prepared(
         model,
         prompt_ids,
@@ -138,6 +127,7 @@ def measure_scores(
         padding_side=padding_side,
         packing=packing,
         checkpointing=checkpointing,
+        sketch=sketch,
     ) as job:
         n, ids, tile = len(responses), job.ids, job.plan.tile_bytes
         sums = {target.key: torch.zeros((n, n), dtype=torch.float64) for target in job.targets}
@@ -248,7 +238,7 @@ def _gram(block: Block, store: GradientStore, bias: bool, tile_bytes: int, sketc
     if sketch is None:
         return store.gram(bias, tile_bytes)
     if bias:
-        sketch.add_bias(block.start, torch.stack([store.bias_gradient(i) for i in range(store.responses)]))
+        sketch.add_bias(block.start, store.bias_gradients())
     return store.gram(bias, tile_bytes, lambda start, tile: sketch.add_rows(block.start + start, tile))
 
 

@@ -91,6 +91,11 @@ class Sketch:
 
     def add_bias(self, first: int, bias: Tensor) -> None:
         """Add the bias gradients of rows from `first` on, bias (N, rows)."""
+        height = max(1, _PIECE // self.plan.dimension)
+        for start in range(0, bias.shape[1], height):
+            self._add_bias(first + start, bias[:, start : start + height])
+
+    def _add_bias(self, first: int, bias: Tensor) -> None:
         rows = bias.shape[1]
         words = self._words("bias", first, rows, 4)[:, :2]
         hashed = torch.zeros((rows, REPEATS, self.plan.width), dtype=torch.float64)

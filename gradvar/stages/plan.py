@@ -12,8 +12,8 @@ from gradvar.runs import Run
 from gradvar.stages.listener import Listener, Silent
 from gradvar.stages.measure import Work, find_work
 
-_UNPLANNED = ("temperature", "include_bias", "seed", "sketch")
-"""What no plan depends on; sketches are made of the Gram's tiles as they pass."""
+_UNPLANNED = ("temperature", "include_bias", "seed")
+"""What no plan depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)

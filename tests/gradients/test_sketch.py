@@ -1,11 +1,13 @@
 """Sketches of gradients: the projection they are, that nothing but seed and target moves it, and their error."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
 from gradvar.errors import GradvarError
-from gradvar.gradients import SketchPlan, measure_scores, resolve_targets
+from gradvar.gradients import SketchPlan, measure_scores, plan_measurement, resolve_targets
 from gradvar.gradients.sketch import REPEATS, Sketch
 from tests.gradients import references
 from tests.gradients.models import make_model, make_prompt_and_responses
@@ -78,7 +80,7 @@ def test_sketches_are_that_projection_of_the_score_gradients(qwen, whole):
         assert np.abs(whole[target.key] - expected).max() <= SLACK * np.abs(expected).max(), target.key
 
 
-@pytest.mark.parametrize("options", [{"token_budget": 1}, {"token_budget": 70}, {"memory_budget": 330_000}])
+@pytest.mark.parametrize("options", [{"token_budget": 1}, {"token_budget": 70}, {"memory_budget": 360_000}])
 def test_batches_passes_and_tiles_do_not_matter(qwen, whole, options):
     assert_close(sketches(qwen, *make_prompt_and_responses(), **options), whole)
 
@@ -142,7 +144,23 @@ def test_a_dimension_that_is_no_power_of_two_is_refused(dimension):
 
 def test_sketches_that_take_the_whole_budget_are_refused(qwen):
     prompt, responses = make_prompt_and_responses()
-    with pytest.raises(GradvarError, match="sketches of 65536 numbers take"):
-        measure_scores(
-            qwen, prompt, responses, SPECS, sketch=SketchPlan(dimension=65536), memory_budget=10_000_000
-        )  # fmt: skip
+    large, small = SketchPlan(dimension=65536), 10_000_000
+    with pytest.raises(GradvarError, match="of them for sketches of 65536 numbers") as raised:
+        measure_scores(qwen, prompt, responses, SPECS, sketch=large, memory_budget=small)
+    least = int(re.search(r"at least (\d+) bytes", str(raised.value))[1])
+    plan = plan_measurement(qwen, prompt, responses, SPECS, sketch=large, memory_budget=least)
+    assert plan.cost.peak_bytes <= least, "the least that is named does"
+    with pytest.raises(GradvarError, match=f"at least {least} bytes"):
+        plan_measurement(qwen, prompt, responses, SPECS, sketch=large, memory_budget=least - 1)
+
+
+def test_a_long_bias_in_chunks_is_that_in_one(monkeypatch):
+    bias = torch.randn(3, 70, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for piece in (1 << 20, 256 * 16):
+        monkeypatch.setattr("gradvar.gradients.sketch._PIECE", piece)
+        sketch = Sketch(PLAN, "layer", (80, 40), 3)
+        sketch.add_bias(10, bias)
+        found.append(sketch.values())
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-6, atol=1e-7)
+    assert np.abs(found[0]).max() > 0.1
