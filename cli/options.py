@@ -45,7 +45,14 @@ Dtype = _option(
     default="auto: bfloat16 on a GPU, float32 on a CPU",
     panel=_M,
 )
-Device = _option(str, "--device", "cpu, cuda, cuda:1.", default="auto", panel=_M)
+Device = _option(
+    str,
+    "--device",
+    "cpu, cuda, cuda:1, or balanced: a model too large for one GPU, spread by accelerate over all GPUs, then the "
+    "host's memory, then the disk.",
+    default="auto",
+    panel=_M,
+)
 
 Prompts = _option(
     str,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,10 @@ from gradvar.errors import GradvarError
 
 transformers.utils.logging.disable_progress_bar()  # gradvar shows progress of its own
 
+BALANCED = "balanced"
+"""The device setting that spreads a model over all devices."""
+_WEIGHTS_SHARE = 0.7
+"""Part of each device that a spread model's weights may take; measuring has the rest."""
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -125,18 +131,23 @@ def load_model(
     device: str,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
 ) -> PreTrainedModel:
-    """Load the causal LM in eval mode onto a device.
+    """Load the causal LM in eval mode onto a device, or spread over all there are.
 
     Args:
         folder: Where `find_model` found it.
         dtype: float32, bfloat16, float16 or float64.
-        device: A torch device name.
+        device: A torch device name, or "balanced": accelerate spreads the layers over all GPUs, then the host's memory,
+            then the disk.
         trust_remote_code: Run code that the model's repository ships.
         attn_implementation: transformers' name of the attention; None leaves the choice to it.
+        max_memory: With "balanced", what weights may take of each device (0, 1, "cpu"), as accelerate reads it. None
+            leaves room for measuring.
 
     Raises:
-        GradvarError: The weights do not load, or some of the model's weights are missing from the files.
+        GradvarError: The weights do not load, accelerate is missing for "balanced", or some of the model's weights are missing from
+            the files.
     """
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
@@ -147,7 +158,10 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **options,
+            **(_spread(max_memory) if device == BALANCED else {}),
         )
+    except GradvarError:
+        raise
     except Exception as error:  # damaged files surface as many types, SafetensorError among them
         raise GradvarError(f"model {folder.name}: its weights cannot be loaded: {_first_line(error)}") from error
     problems = [*loading["missing_keys"], *loading["mismatched_keys"]]
@@ -156,7 +170,7 @@ def load_model(
             f"model {folder.name}: {len(problems)} weights are missing from its files or have another shape "
             f"(first: {problems[0]}); they would be random"
         )
-    return model.to(device).eval()
+    return (model if device == BALANCED else model.to(device)).eval()
 
 
 def load_skeleton(folder: ModelFolder, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -179,22 +193,47 @@ def resolve_device(device: str) -> str:
     Raises:
         GradvarError: No such device here.
     """
+    if device == BALANCED:
+        return device
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise GradvarError(f"--device {device}: expected auto, cpu, cuda or cuda:1") from error
+        raise GradvarError(f"--device {device}: expected auto, cpu, cuda, cuda:1 or balanced") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise GradvarError(f"--device {device}: no CUDA device here; use --device cpu")
     return device
+
+
+def token_device(model: PreTrainedModel) -> torch.device:
+    """Return the device that token ids go to, and that logits come from."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)  # accelerate's, of a spread model
+    place = getattr(hook, "execution_device", None)
+    return torch.device(place) if place is not None else next(embedding.parameters()).device
 
 
 def resolve_dtype(dtype: str, device: str) -> str:
     """Return the model dtype for a setting, auto being bfloat16 on a GPU and float32 on a CPU."""
     if dtype != "auto":
         return dtype
-    return "bfloat16" if device.startswith("cuda") else "float32"
+    on_gpu = torch.cuda.is_available() if device == BALANCED else device.startswith("cuda")
+    return "bfloat16" if on_gpu else "float32"
+
+
+def _spread(max_memory: Mapping[int | str, int | str] | None) -> dict[str, Any]:
+    """Return transformers' options for a model on all devices."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise GradvarError(f"--device {BALANCED} needs accelerate: pip install accelerate")
+    options: dict[str, Any] = {"device_map": "auto"}
+    if max_memory is not None:
+        options["max_memory"] = dict(max_memory)
+    elif torch.cuda.is_available():
+        gpus = range(torch.cuda.device_count())
+        options["max_memory"] = {i: int(_WEIGHTS_SHARE * torch.cuda.mem_get_info(i)[0]) for i in gpus}
+        options["max_memory"]["cpu"] = int(_WEIGHTS_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return options
 
 
 @functools.lru_cache(maxsize=8)

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradvar.errors import GradvarError
-from gradvar.gradients.devices import input_device
 from gradvar.gradients.fit import default_budget
 from gradvar.gradients.gram import GradientStore
 from gradvar.gradients.job import Job, TokenValues
@@ -97,7 +96,7 @@ def check_precision(
     """
     trusted = float32_reference(model) if reference is None else reference
     # both keep their gradients at one time, the reference perhaps in twice as many bytes
-    third = (default_budget(input_device(model)) if memory_budget is None else memory_budget) // 3
+    third = (default_budget(model) if memory_budget is None else memory_budget) // 3
     options = {"loss_masks": loss_masks, "temperature": temperature, "memory_budget": third, "rollout_ids": rollout_ids}
     n = len(responses)
     sums: dict[str, list[Tensor]] = {}

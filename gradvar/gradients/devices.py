@@ -39,6 +39,12 @@ def execution_device(module: nn.Module) -> torch.device:
     raise GradvarError(f"{type(module).__name__} has weights on the meta device (no values): load its weights first")
 
 
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """Return every device that a part of the model runs on."""
+    parts = (module for module in model.modules() if next(module.parameters(recurse=False), None) is not None)
+    return {execution_device(module) for module in parts} or {input_device(model)}
+
+
 def input_device(model: nn.Module) -> torch.device:
     """Return the device that token ids go to."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]

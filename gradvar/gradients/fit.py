@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
+from torch import nn
 
 from gradvar.errors import GradvarError
 from gradvar.gradients.cost import fixed_bytes, sketch_bytes, tile_casts, work_bytes
+from gradvar.gradients.devices import devices_of
 from gradvar.gradients.job import Job
 from gradvar.gradients.logprobs import chunk_bytes
 from gradvar.gradients.plan import DEFAULT_TOKEN_BUDGET, Plan, free_memory, least_bytes, smallest_tile, split_work
@@ -22,9 +23,9 @@ _CHUNK_SHARE = 1 / 32
 """A chunk of logits is at most this part of the budget."""
 
 
-def default_budget(device: torch.device) -> int:
-    """Return what is free on the device, less a margin, in bytes."""
-    return int(_FREE_SHARE * free_memory(device))
+def default_budget(model: nn.Module) -> int:
+    """Return what is free on the model's device (of several, on the fullest), less a margin, in bytes."""
+    return int(_FREE_SHARE * min(free_memory(device) for device in devices_of(model)))
 
 
 def usable(budget: int) -> int:
@@ -62,7 +63,7 @@ def choose_plan(
         raise GradvarError(f"memory budget: expected a positive number of bytes, received {memory_budget}")
     if any(target.direct is not None for target in job.targets):
         token_budget = 1  # each response alone
-    given = default_budget(job.device) if memory_budget is None else memory_budget
+    given = default_budget(job.model) if memory_budget is None else memory_budget
     sketches = sketch_bytes(job, sketch)
     total = max(0, usable(given) - sketches)
     plans, least = [], []

@@ -77,7 +77,7 @@ class SampleConfig:
     dtype: str = "auto"
     """Model dtype for sampling and measuring; auto is bfloat16 on a GPU, float32 on a CPU."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    """auto, cpu, cuda, cuda:1, ..., or balanced: spread over all GPUs, then the host's memory, by accelerate."""
     seed: int = 0
     """Seed of the choice of prompts and of every rollout."""
     batch_size: int = 128

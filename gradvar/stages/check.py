@@ -16,7 +16,7 @@ import pandas as pd
 from gradvar.errors import GradvarError
 from gradvar.estimators.identity_tables import identity_table
 from gradvar.gradients import PrecisionCheck, check_precision, float32_reference
-from gradvar.models import ModelFolder, find_model, load_model, load_tokenizer
+from gradvar.models import BALANCED, ModelFolder, find_model, load_model, load_tokenizer
 from gradvar.runs import (
     Estimate,
     EstimateConfig,
@@ -94,7 +94,16 @@ def _precision_rows(
     folder = find_model(made.model, made.revision)
     agree_on_model(run, made.model, folder.weights_hash())
     model = load_model(folder, dtype=made.dtype, device=made.device, trust_remote_code=made.trust_remote_code)
-    reference = float32_reference(model)
+    if made.device == BALANCED:  # an offloaded model cannot be copied
+        reference = load_model(
+            folder,
+            dtype=made.dtype if made.dtype == "float64" else "float32",
+            device=made.device,
+            trust_remote_code=made.trust_remote_code,
+            attn_implementation="eager",
+        )
+    else:
+        reference = float32_reference(model)
     known, kept = {p.prompt_id: p for p in run.prompts()}, {s.prompt_id: s for s in run.scores()}
     rows: list[TableRow] = []
     with listener.task("check", 2 * len(chosen)) as advance:

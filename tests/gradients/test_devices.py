@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from gradvar.errors import GradvarError
-from gradvar.gradients import check_precision, measure_scores, resolve_targets
+from gradvar.gradients import check_precision, cross_grams, measure_scores, resolve_targets
+from gradvar.gradients.devices import devices_of
+from gradvar.models import find_model, load_model, resolve_device, token_device
 from tests.gradients import references
 from tests.gradients.models import make_model, make_prompt_and_responses, state
 
@@ -57,6 +59,32 @@ def test_offloaded_models_give_the_same_grams(name, specs, place, tmp_path):
         again = measure_scores(model, prompt, responses, specs, checkpointing=kind, **options)
         for key, gram in whole.grams.items():
             assert references.error(again.grams[key].gram(), gram.gram()) < 1e-12
+
+
+@pytest.mark.parametrize("room", [{"cpu": "10GB"}, {"cpu": 20_000}])
+def test_a_folder_spread_over_what_there_is_gives_the_same_grams(room, tmp_path):
+    """`--device balanced`, with room for all weights and with so little that most stay on the disk."""
+    make_model("qwen2", torch.float32).save_pretrained(tmp_path)
+    folder = find_model(str(tmp_path))
+    plain = load_model(folder, dtype="float32", device="cpu")
+    spread = load_model(folder, dtype="float32", device=resolve_device("balanced"), max_memory=room)
+    assert any(parameter.is_meta for parameter in spread.parameters()) == (room["cpu"] == 20_000)
+    assert token_device(spread) == torch.device("cpu")
+    assert devices_of(spread) == {torch.device("cpu")}
+    prompt, responses = make_prompt_and_responses()
+    expected = measure_scores(plain, prompt, responses, "all:qkv,mlp").grams
+    found = measure_scores(spread, prompt, responses, "all:qkv,mlp").grams
+    assert found.keys() == expected.keys()
+    for key, gram in expected.items():
+        assert references.error(found[key].gram(), gram.gram()) < 1e-5
+    assert next(iter(cross_grams(spread, [prompt], [responses], "last:q").values())).shape == (len(responses),) * 2
+
+
+def test_balanced_without_accelerate_is_refused(monkeypatch, tmp_path):
+    make_model("qwen2", torch.float32).save_pretrained(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(GradvarError, match="--device balanced needs accelerate"):
+        load_model(find_model(str(tmp_path)), dtype="float32", device="balanced")
 
 
 def test_offloaded_experts_are_refused_by_name_and_their_attention_is_measured():

@@ -49,6 +49,12 @@ def sampled(folder, requests, **options):
     return found, sum(progress)
 
 
+def test_a_spread_model_samples_the_same(tiny_folder):
+    plain, _ = sampled(tiny_folder, [request()])
+    spread, _ = sampled(tiny_folder, [request()], device="balanced")
+    assert [r.token_ids for r in plain["0"]] == [r.token_ids for r in spread["0"]]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_distribution_is_the_policys_whatever_generation_config_says(tiny_folder, model, temperature):
     found, _ = sampled(tiny_folder, [request(count=20000)], temperature=temperature, max_tokens=2, batch_size=5000)

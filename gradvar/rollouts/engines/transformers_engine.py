@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from gradvar.errors import GradvarError
-from gradvar.models import load_model, load_tokenizer
+from gradvar.models import load_model, load_tokenizer, token_device
 from gradvar.rollouts.engines.requests import (
     OnProgress,
     OnPrompt,
@@ -40,7 +40,7 @@ def sample_requests(
         attn_implementation=settings.attn_implementation,
     )
     for request in requests:
-        generator = torch.Generator(settings.device).manual_seed(request.seed)
+        generator = torch.Generator(token_device(model)).manual_seed(request.seed)
         responses: list[tuple[list[int], list[float]]] = []
         while len(responses) < request.count:
             try:
@@ -132,7 +132,7 @@ def decode_batch(
             if len(running) == 0:
                 break
             if step + 1 < max_tokens:
-                cache.batch_select_indices(going_on.nonzero()[:, 0])
+                cache.batch_select_indices(going_on.nonzero()[:, 0].cpu())  # layers may be on other devices
         if step + 1 < max_tokens:
             logits = model(input_ids=chosen, past_key_values=cache, use_cache=True).logits[:, -1]
     if len(running):

@@ -139,6 +139,8 @@ def _environment(settings: SamplingSettings) -> dict[str, str]:
     """The worker's environment; what the user has set himself stays."""
     import torch
 
+    from gradvar.models import BALANCED
+
     environment = dict(os.environ)
     # The worker finds gradvar where this process did, whatever its working directory.
     environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -146,7 +148,7 @@ def _environment(settings: SamplingSettings) -> dict[str, str]:
     if torch.cuda.is_available():
         if settings.device == "cpu":
             raise GradvarError("--engine vllm --device cpu: a GPU is used here; use --engine transformers for the CPU")
-        index = torch.device(settings.device).index
+        index = None if settings.device == BALANCED else torch.device(settings.device).index
         if index is not None:
             visible = environment.get("CUDA_VISIBLE_DEVICES")
             environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
