@@ -146,8 +146,8 @@ def load_model(
             leaves room for measuring.
 
     Raises:
-        GradvarError: The weights do not load, accelerate is missing for "balanced", or some of the model's weights are missing from
-            the files.
+        GradvarError: The weights do not load, accelerate is missing for "balanced", or some of the model's weights are
+            missing from the files.
     """
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
