@@ -8,6 +8,7 @@ Shape letters: N responses of one prompt, K prompts, R different replicates.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -59,6 +60,22 @@ class Pair:
             moved_y=self.moved_y[:, held],
         )
 
+    @functools.cached_property
+    def known(self) -> Pair:
+        """Without responses that lack proxy or truth."""
+        return self.among(np.isfinite(self.x) & np.isfinite(self.y))
+
+    @functools.cached_property
+    def sums(self) -> Sums:
+        """Centred sums of the values, once for the prompt's own rows and the pooled ones."""
+        return _sums(self, _values)
+
+    @functools.cached_property
+    def rank_sums(self) -> Sums:
+        """Centred sums of the ranks likewise."""
+        return _sums(self, _ranks)
+
+    @functools.cached_property
     def logs(self) -> Pair:
         """Logs of both, where both are positive in every replicate."""
         positive = (self.x > 0) & (self.y > 0) & (self.moved_x > 0).all(axis=0) & (self.moved_y > 0).all(axis=0)
@@ -85,8 +102,8 @@ def predictions(
     Returns:
         [(quantity, estimate, verdict or None)].
     """
-    kept = [p.among(np.isfinite(p.x) & np.isfinite(p.y)) for p in pairs]
-    logs = [p.logs() for p in kept]
+    kept = [p.known for p in pairs]
+    logs = [p.logs for p in kept]
     return [
         ("rank_correlation", *_judge(kept, _rank, level=level, between=between)),
         ("explained_variance", *_judge(kept, _explained, level=level, between=between)),
@@ -116,13 +133,13 @@ def _judge(
 
 
 def _rank(pairs: list[Pair], level: float) -> Estimate:
-    sums = [_sums(p, _ranks) for p in pairs]
+    sums = [p.rank_sums for p in pairs]
     z = of_these_prompts(sums, _fisher, level=level, method=f"Spearman inside prompts, {_METHOD}", curved=True)
     return replace(z, value=math.tanh(z.value), low=math.tanh(z.low), high=math.tanh(z.high))
 
 
 def _explained(pairs: list[Pair], level: float) -> Estimate:
-    sums = [_sums(p, _values) for p in pairs]
+    sums = [p.sums for p in pairs]
     return _squared(of_these_prompts(sums, _fisher, level=level, method=f"R^2 of a line, {_METHOD}", curved=True))
 
 

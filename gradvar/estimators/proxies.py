@@ -7,6 +7,7 @@ prompts p (1 - p), the variance of the rewards. Shape letters: N responses of on
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -49,14 +50,22 @@ class PromptPairs:
     moved_proxies: dict[str, Array]
 
     def pair(self, name: str, truth: str) -> Pair:
-        """Proxy and truth with their replicates."""
-        return Pair(
-            x=self.proxies[name],
-            y=self.truths[truth],
-            codes=self.codes,
-            moved_x=self.moved_proxies[name],
-            moved_y=self.moved_truths[truth],
-        )
+        """Proxy and truth with their replicates; one object, which keeps its sums."""
+        return self._pairs[name, truth]
+
+    @functools.cached_property
+    def _pairs(self) -> dict[tuple[str, str], Pair]:
+        return {
+            (name, truth): Pair(
+                x=self.proxies[name],
+                y=self.truths[truth],
+                codes=self.codes,
+                moved_x=self.moved_proxies[name],
+                moved_y=self.moved_truths[truth],
+            )
+            for name in self.proxies
+            for truth in self.truths
+        }
 
 
 def proxy_table(

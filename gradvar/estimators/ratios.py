@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from gradvar.estimators.advantages import advantages
 from gradvar.estimators.aggregation import Rule
@@ -66,7 +66,7 @@ class ShortResponses:
         """Influence of a response as short as one expected among 4 N; 0 where the sample holds one as short."""
         x = np.log(self.lengths)
         count = len(x)
-        edge = float(x.mean() - x.std(ddof=1) * stats.norm.ppf(1.0 - 1.0 / (4.0 * count)))
+        edge = float(x.mean() - x.std(ddof=1) * special.ndtri(1.0 - 1.0 / (4.0 * count)))
         if self.side == 0 or edge >= float(x.min()) or np.ptp(x) == 0.0:
             return 0.0
         shortest = np.argsort(x, kind="stable")[:SHORTEST]
