@@ -142,5 +142,18 @@ def _print_planning(table: pd.DataFrame) -> None:
     if needed is not None and pd.notna(needed["value"]):
         low, high = count(needed["low"]), count(needed["high"])
         console.result.print(
-            f"CV <= 1 takes {count(needed['value'])} responses a prompt [{low}, {high}].", markup=False
+            f"CV <= 1 takes {count(needed['value'])} responses a prompt [{low}, {high}]{_across(table)}.", markup=False
         )
+
+
+def _across(table: pd.DataFrame) -> str:
+    """Return the noise scale's interval for prompts like these, where enough prompts give one."""
+    from gradvar.estimators.intervals import PROMPTS_LIKE_THESE
+
+    if "estimand" not in table:
+        return ""
+    rows = table[table["prompt_id"].isna() & (table["estimand"] == PROMPTS_LIKE_THESE)]
+    row = one_row(rows, target=last_target(table), quantity="responses_for_cv_1")
+    if row is None or pd.isna(row["low"]):
+        return ""
+    return f"; prompts like these [{count(row['low'])}, {count(row['high'])}]"

@@ -1,8 +1,10 @@
 """audit and compare on simulated runs: what they print, write and refuse."""
 
 import json
+import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import gradvar
@@ -189,3 +191,14 @@ def test_extras_of_dapo_beside_the_plain_update(call, tmp_path):
     assert gradvar.open_run(tmp_path / "r").info["config"]["estimate"]["overlong_buffer"] == 900
     line = call("cv", tmp_path / "r", "--extras", "--overlong-buffer", "0", code=2)
     assert "--overlong-buffer: expected at least 1 token" in line
+
+
+def test_noise_scale_of_prompts_like_these_only_where_it_has_an_interval():
+    from cli.choices import _across
+
+    row = {"target": "sum", "prompt_id": None, "quantity": "responses_for_cv_1", "estimand": "prompts like these"}
+    table = pd.DataFrame([{**row, "low": 12.2, "high": 30.0}])
+    assert _across(table) == "; prompts like these [12, 30]"
+    assert _across(table.assign(low=math.nan)) == ""
+    assert _across(table.assign(prompt_id="p0")) == ""
+    assert _across(table.drop(columns="estimand")) == ""
