@@ -34,7 +34,7 @@ def work_bytes(job: Job, peak: Growth, token_budget: int, chunk_bytes: int) -> t
         token_budget: Padded tokens of a batch.
         chunk_bytes: A chunk of logits.
     """
-    own, wide = width(job.dtype), width(compute_dtype(job.dtype))
+    own, kept, wide = width(job.dtype), width(job.factor_dtype), width(compute_dtype(job.dtype))
     vocabulary, hidden = job.head.shape()
     direct = [t.in_features * t.out_features * (own + wide) for t in job.targets if t.direct is not None]
     runs, logits = [], []
@@ -42,10 +42,10 @@ def work_bytes(job: Job, peak: Growth, token_budget: int, chunk_bytes: int) -> t
         rows, length = batch.input_ids.shape
         fed = sum(job.lengths[i] for i in batch.members)
         predicted = sum(len(job.responses[i]) for i in batch.members)
-        copies = fed * own * max(_sides(target) for target in job.targets) if batch.real is not None else 0
+        copies = fed * kept * max(_sides(target) for target in job.targets) if batch.real is not None else 0
         copies += _casts(job, max(job.lengths[i] for i in batch.members)) + max(direct, default=0)
         if job.extra.count:  # the factors of the batch, whatever is kept of them otherwise
-            copies += fed * own * sum(_sides(target) for target in job.targets)
+            copies += fed * kept * sum(_sides(target) for target in job.targets)
         runs.append(peak.at(length, rows) + rows * length * hidden * own + copies)
         chunk = min(max(chunk_bytes, vocabulary * wide), predicted * vocabulary * wide)
         columns = predicted * hidden * (own + 3 * wide)

@@ -118,8 +118,8 @@ def _split(job: Job, tokens: int, total: int, chunk: int, work: int, kind: str, 
     wish = max(smallest, min(_TILE_LIMIT, max(work - tile_casts(job), int(_TILE_SHARE * spare))))
     for tile in (wish, smallest):
         room = spare - max(work, tile + tile_casts(job))
-        if room >= least_bytes(job.targets, job.lengths, job.dtype):
-            passes = split_work(job.targets, job.lengths, job.dtype, room)
+        if room >= least_bytes(job.targets, job.lengths, job.factor_dtype):
+            passes = split_work(job.targets, job.lengths, job.factor_dtype, room)
             return Plan(
                 token_budget=tokens,
                 memory_budget=given,
@@ -137,4 +137,4 @@ def _least(job: Job, kind: str) -> int:
     """Return a budget that does: every response alone, one token's logits, one row of a target."""
     work = sum(work_bytes(job, peak_bytes(job, None, kind, 1), 1, 1))
     tile = smallest_tile(job.targets, len(job.responses), job.dtype) + tile_casts(job)
-    return fixed_bytes(job) + least_bytes(job.targets, job.lengths, job.dtype) + max(work, tile)
+    return fixed_bytes(job) + least_bytes(job.targets, job.lengths, job.factor_dtype) + max(work, tile)

@@ -62,6 +62,13 @@ class Job:
     done: int = field(default=0)
 
     @property
+    def factor_dtype(self) -> torch.dtype:
+        """The widest dtype that the targets' factors come in: peft keeps adapters in float32 beside bfloat16."""
+        modules = (self.model.get_submodule(target.module) for target in self.targets)
+        kinds = [p.dtype for module in modules for p in module.parameters(recurse=False) if p.is_floating_point()]
+        return max([self.dtype, *kinds], key=lambda kind: kind.itemsize)
+
+    @property
     def lengths(self) -> list[int]:
         """Tokens fed for each response, the prompt's included."""
         return [len(self.prompt) + len(response) - 1 for response in self.responses]

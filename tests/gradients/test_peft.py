@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from gradvar.errors import GradvarError
-from gradvar.gradients import measure_scores, resolve_targets
+from gradvar.gradients import measure_scores, plan_measurement, resolve_targets
 from tests.gradients import references
 from tests.gradients.models import make_model, make_prompt_and_responses, state
 
@@ -113,3 +113,20 @@ def test_whole_copies_that_are_trained_beside_the_adapters():
     assert largest_gap(model, "last:all") < 1e-10
     with pytest.raises(GradvarError, match=r"no gradient reached .*o_proj\.original_module"):
         measure_scores(model, PROMPT, RESPONSES, "*.1.self_attn.o_proj.original_module")
+
+
+def test_factors_of_adapters_wider_than_the_model_are_planned_as_wide():
+    def planned(wide):
+        model = make_model("qwen2", torch.bfloat16, hidden_size=64)
+        config = LoraConfig(r=16, target_modules=["q_proj", "v_proj"])
+        model = get_peft_model(model, config, autocast_adapter_dtype=wide)  # float32 adapters, as peft has them
+        prompt, responses = make_prompt_and_responses((1, 2), prompt=2)
+        return [block for blocks in plan_measurement(model, prompt, responses, "all:qkv").passes for block in blocks]
+
+    narrow, wide = planned(False), planned(True)
+    assert {block.keep for block in narrow + wide} == {"factors"}
+    assert len(narrow) == len(wide) == 8
+    bookkeeping = 8 * 2  # bytes a row: each response's bias gradient
+    for one, other in zip(narrow, wide, strict=True):
+        rows = one.stop - one.start
+        assert other.bytes - rows * bookkeeping == 2 * (one.bytes - rows * bookkeeping)
