@@ -108,14 +108,16 @@ def _everywhere(run: Run) -> list[Row]:
 
 def _order(run: Run) -> list[Row]:
     statement = "CV(grpo) = CV(vl_norm 1) <= CV(vl_norm alpha) <= CV(dapo) = CV(dr_grpo), 0 <= alpha <= 1"
-    tables = (
-        (run.table("forms"), "cv_ratio_form_2", "CV over grpo's, lengths given, measured v(L)"),
-        (run.table("cv"), "cv_ratio", "total CV over grpo's"),
-    )
+    forms = {
+        "cv_ratio_form_2": "ratio of CVs, lengths given, measured v(L)",
+        "cv_ratio_form_3": "ratio of total CVs",
+    }
+    table = run.table("forms")
     found = []
-    for table, quantity, words in tables:
+    for quantity, words in forms.items():
         rows = overall(table[(table["target"] == whole_target(run)) & (table["quantity"] == quantity)])
-        for _, row in rows[rows["paper"].isin(["equal", "at least 1"])].iterrows():
+        twice = (rows["rule"] == "grpo") & (rows["against"] == "dapo")  # dapo against grpo is there
+        for _, row in rows[rows["paper"].isin(["equal", "at least 1", "at most 1"]) & ~twice].iterrows():
             verdict = {"holds": SUPPORTED, "by algebra": SUPPORTED, "violated": REJECTED}.get(
                 row["holds"], UNDETERMINED
             )
@@ -124,9 +126,9 @@ def _order(run: Run) -> list[Row]:
                     "claim": 3,
                     "statement": statement,
                     "tested_by": words,
-                    "where": _name(row),
+                    "where": f"{_name(row)} over {row['against']}",
                     **{end: row[end] for end in _NUMBERS},
-                    "expected": "1" if row["paper"] == "equal" else "at least 1",
+                    "expected": "1" if row["paper"] == "equal" else row["paper"],
                     "verdict": verdict,
                 }
             )
