@@ -24,6 +24,8 @@ COSINE_MARGIN = 0.05
 
 SUPPORTED, REJECTED, UNDETERMINED = "supported", "rejected", "undetermined"
 
+HOLDS = {"holds": SUPPORTED, "by algebra": SUPPORTED, "violated": REJECTED}
+
 Row = dict[str, Any]
 
 
@@ -129,7 +131,7 @@ def _order(run: Run) -> list[Row]:
                     "where": f"{_name(row)} over {row['against']}",
                     **{end: row[end] for end in _NUMBERS},
                     "expected": "1" if row["paper"] == "equal" else row["paper"],
-                    "verdict": verdict,
+                    "verdict": HOLDS.get(str(row["holds"]), UNDETERMINED),
                 }
             )
     return found
