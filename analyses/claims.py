@@ -120,9 +120,6 @@ def _order(run: Run) -> list[Row]:
         rows = overall(table[(table["target"] == whole_target(run)) & (table["quantity"] == quantity)])
         twice = (rows["rule"] == "grpo") & (rows["against"] == "dapo")  # dapo against grpo is there
         for _, row in rows[rows["paper"].isin(["equal", "at least 1", "at most 1"]) & ~twice].iterrows():
-            verdict = {"holds": SUPPORTED, "by algebra": SUPPORTED, "violated": REJECTED}.get(
-                row["holds"], UNDETERMINED
-            )
             found.append(
                 {
                     "claim": 3,
