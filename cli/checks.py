@@ -34,6 +34,8 @@ def show_check(run: Run, *, as_json: bool) -> None:
 
 
 def _print_precision(table: pd.DataFrame, how: str) -> None:
+    from gradvar.runs import target_label
+
     largest = table[table["quantity"] == "largest_gradient_error"]
     rows = []
     for _, row in largest.iterrows():
@@ -44,7 +46,7 @@ def _print_precision(table: pd.DataFrame, how: str) -> None:
         words = {str(row["verdict"]), str(deviation["verdict"])}
         rows.append(
             [
-                str(row["target"]),
+                target_label(str(row["target"])),
                 str(row["scope"]),
                 number(row["value"]),
                 f"{1 - cosine:.1e}",

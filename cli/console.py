@@ -88,11 +88,6 @@ def verdict(text: Any, *, short: bool = False) -> str:
 def table(title: str, columns: list[str], rows: list[list[str]], *, caption: str = "") -> None:
     """Print one table."""
     shown = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        caption=caption,
-        caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         show_edge=False,
@@ -102,7 +97,12 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, caption: str
         shown.add_column(column, justify="left" if column in _WORDS else "right", overflow="fold")
     for row in rows:
         shown.add_row(*row)
+    # Title and caption as lines of their own: inside the table they would wrap at its width.
+    if title:
+        result.print(title, style="bold")
     result.print(shown)
+    if caption:
+        result.print(caption, style="italic dim")
 
 
 def _jsonable(value: Any) -> Any:

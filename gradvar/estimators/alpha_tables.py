@@ -263,6 +263,7 @@ def recommendation(table: pd.DataFrame, law: pd.DataFrame, *, target: str) -> st
     all_alphas = mine[(mine["quantity"] == "eta") & (mine["rule"] == "vl_norm")]["alpha"]
     if best["low"] <= all_alphas.min() and best["high"] >= all_alphas.max():
         return f"The data cannot tell one alpha from another for {target_label(target)} ({span} all fit){fitted}."
-    resting = f"efficiency on {int(best['clusters'])} prompt(s), {int(best['n'])} responses"
+    prompts = int(best["clusters"])
+    resting = f"efficiency on {prompts} prompt{'' if prompts == 1 else 's'}, {int(best['n'])} responses"
     advice = f"Use vl_norm with alpha = {best['value']:g} ({span} fit as well) for {target_label(target)}"
     return f"{advice}: {paper}; rests on {resting}{fitted}."

@@ -109,9 +109,11 @@ def _noise(material: Material) -> Finding | None:
     best = rows.iloc[int(np.nanargmin(rows["value"]))]
     text = f"{rule_name(best)}: total CV {estimate(best)} in a group of {material.group_size}"
     ratio = row_of(overall(cv, target=material.target), quantity="cv_ratio", rule=best["rule"], alpha=best["alpha"])
+    beaten = False
     if ratio is not None and best["rule"] != "grpo":
-        text += f", {estimate(ratio)} times grpo's (paired)"
-    return Finding(head=head, text=f"{text}. {_near(rows, best, lower=True)}")
+        beaten = bool(ratio["high"] < 1)
+        text += f", {estimate(ratio)} times grpo's (paired{'' if beaten else ': the two cannot be told apart'})"
+    return Finding(head=head, text=f"{text}. {_near(rows, best, lower=True, beaten=beaten)}")
 
 
 def _efficiency(material: Material) -> Finding | None:
@@ -143,21 +145,21 @@ def _assumptions(material: Material) -> Finding | None:
     return Finding(head="What the theory assumes", text=f"{text}.", tone="bad" if "rejected" in text.lower() else "")
 
 
-def _near(rows: pd.DataFrame, best: Any, *, lower: bool) -> str:
-    """Say which others' intervals reach the best one's value, and which do not."""
-    others = rows[rows.index != best.name]
+def _near(rows: pd.DataFrame, best: Any, *, lower: bool, beaten: bool = False) -> str:
+    """Say which others' intervals reach the best one's, and which do not; a grpo that pairing tells apart is left out."""
+    others = rows[(rows.index != best.name) & ~((rows["rule"] == "grpo") & beaten)]
     if others.empty:
         return ""
     reach = others["low"] <= best["high"] if lower else others["high"] >= best["low"]
     apart = [rule_name(row) for row in others[~reach & others["value"].notna()].to_dict("records")]
     if not apart:
-        return "No other's interval lies apart from its own."
+        return f"Of the {'others' if beaten else 'rest'} no interval lies apart from its own."
     return f"Apart from its interval lie {', '.join(apart)}; the others' reach it."
 
 
 def _rests_on(material: Material) -> Finding:
     text = (
-        f"{material.responses} responses to {material.prompts} prompt(s), {target_label(material.target)}, "
+        f"{material.responses} responses to {material.prompts} prompt{'' if material.prompts == 1 else 's'}, {target_label(material.target)}, "
         f"{material.advantage} advantages, groups of {material.group_size}. Intervals at {100 * material.level:g}% are "
         "for these prompts with responses drawn again"
     )

@@ -19,6 +19,8 @@ from gradvar.report.text import one_line, shown, whole
 
 TEXT_BUDGET = 1_200_000
 """Characters of rollouts in one report."""
+WIDE = 5.0
+"""Inches beyond which a panel takes a row of its own."""
 LONGEST = 4000
 SHORTEST = 300
 """Characters of one response: at most and at least."""
@@ -32,7 +34,8 @@ class _Figure:
     title: str
     why: str
     """Why it is not drawn; empty where it is."""
-    panels: tuple[Markup, ...]
+    panels: tuple[tuple[bool, Markup], ...]
+    """Whether a panel takes a row of its own, and its SVG."""
     table: Table | None
     text: str
     """The numbers as comma-separated text, where they are many."""
@@ -76,9 +79,10 @@ def _figures(section: Section) -> Iterator[_Figure]:
         )
 
 
-def _panels(drawing: Drawing, most: int | None) -> Iterator[Markup]:
+def _panels(drawing: Drawing, most: int | None) -> Iterator[tuple[bool, Markup]]:
     for place, panel in enumerate(drawing.panels[:most]):
         with style():
             figure = compose([panel])
         title = figure.axes[0].get_title()
-        yield inline_svg(figure, f"{drawing.stem}-{place}", f"{drawing.alt} Panel: {title}" if title else drawing.alt)
+        alt = f"{drawing.alt} Panel: {title}" if title else drawing.alt
+        yield panel.width > WIDE, inline_svg(figure, f"{drawing.stem}-{place}", alt)

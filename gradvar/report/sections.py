@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from gradvar.report.numbers import interval, number
+from gradvar.report.numbers import interval, number, tone
 from gradvar.report.records import Material, Section, Table, cell
 from gradvar.report.tables import aggregator_table, estimates_table, verdict_cell
 from gradvar.runs import target_label
@@ -258,10 +258,11 @@ def _checks(material: Material) -> Section:
     tables = []
     check, proxies = material.tables.get("check"), material.tables.get("proxies")
     if check is not None:
-        rows = check[check["verdict"].notna()]
+        rows = _worst(check[check["verdict"].notna() & ~check["quantity"].isin(["identity_signal", "entropy_surplus"])])
         if len(rows):
-            labels = [("quantity", "check"), ("target", "weights")]
-            tables.append(estimates_table(rows, "Checks of the measurement", labels))
+            labels = [("quantity", "check"), ("scope", "measured"), ("target", "weights"), ("prompt_id", "prompt")]
+            caption = "Checks of the measurement: the worst of each over weights and prompts"
+            tables.append(estimates_table(rows, caption, labels))
     if proxies is not None:
         rows = overall(proxies[proxies["value"].notna()], target=material.target)
         if len(rows):
@@ -271,6 +272,13 @@ def _checks(material: Material) -> Section:
     return Section(
         key="checks", title="Checks and proxies", tables=tables, missing=_lacking(material, "check", "proxies")
     )
+
+
+def _worst(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return of each check the row that fails or lies farthest from 0."""
+    rank = rows.assign(scope=rows["scope"].fillna(""), bad=rows["verdict"].map(tone) == "bad", far=rows["value"].abs())
+    rank = rank.sort_values(["bad", "far"], ascending=False, kind="stable")
+    return rank.drop_duplicates(["quantity", "scope"]).sort_index()
 
 
 def _limits(material: Material) -> Section:

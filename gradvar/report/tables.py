@@ -126,6 +126,13 @@ QUANTITIES = {
     "entropy_surplus": "E(log p + entropy), nats",
     "responses_for_cv_1": "responses for CV 1 (noise scale)",
     "silent_share": "share of silent groups",
+    "largest_gradient_error": "largest error of g, relative",
+    "largest_deviation_error": "largest error of D, relative",
+    "largest_logprob_error": "largest error of log p, nats a token",
+    "mean_share": "||mean s||² over E||s||²",
+    "condition": "times that rounding counts in D",
+    "sampler_mean_abs": "sampler against policy, mean, nats a token",
+    "sampler_max_abs": "sampler against policy, largest, nats a token",
 }
 """Quantity of a table to words."""
 

@@ -28,8 +28,8 @@ from gradvar.runs.rows import ALL_RESPONSES, THESE_PROMPTS, overall
 from gradvar.stages.held import Held
 
 _WHERE = "where the score's variance lies"
-MOST_TARGETS = 8
-"""Targets that get a panel; beyond, the last ones measured."""
+MOST_TARGETS = 12
+"""Panels of one figure: the targets first asked for, and their sum; the title says where some are left out."""
 EXPONENTS = ("deviation_exponent", "within_exponent")
 
 
@@ -158,7 +158,10 @@ def _length_law(held: Held, stem: str, kind: str, prompt_id: str | None) -> Draw
     if law is None:
         return NotDrawn(stem=stem, title=title, why=str(held.why_not("law")))
     panels, drawn = [], []
-    for target in held.targets[-MOST_TARGETS:]:
+    shown = [*held.targets[:-1][: MOST_TARGETS - 1], held.targets[-1]]
+    if len(shown) < len(held.targets):
+        title += f" ({len(shown) - 1} of {len(held.targets) - 1} targets and their sum)"
+    for target in shown:
         groups = [group for group in held.scores(target) if prompt_id in (None, group.prompt_id)]
         rows = law[(law["target"] == target) & (law["advantage"] == kind) & (law["scope"] == ALL_RESPONSES)]
         if len(groups) > 1:
