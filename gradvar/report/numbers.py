@@ -45,7 +45,16 @@ def rule_name(row: Any) -> str:
 def tone(verdict: Any) -> str:
     """Return what a verdict means for its colour: good, bad or open."""
     text = "" if verdict is None or pd.isna(verdict) else str(verdict)
-    if text in ("proportional to length", "supported", "resolved", "holds", "not rejected", "precise", "agree", "well conditioned"):
+    if text in (
+        "proportional to length",
+        "supported",
+        "resolved",
+        "holds",
+        "not rejected",
+        "precise",
+        "agree",
+        "well conditioned",
+    ):
         return "good"
     if text in ("not proportional", "rejected", "violated", "imprecise", "disagree", "D loses digits"):
         return "bad"
