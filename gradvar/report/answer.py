@@ -146,7 +146,7 @@ def _assumptions(material: Material) -> Finding | None:
 
 
 def _near(rows: pd.DataFrame, best: Any, *, lower: bool, beaten: bool = False) -> str:
-    """Say which others' intervals reach the best one's, and which do not; a grpo that pairing tells apart is left out."""
+    """Say which others' intervals reach the best one's; a grpo that pairing tells apart is left out."""
     others = rows[(rows.index != best.name) & ~((rows["rule"] == "grpo") & beaten)]
     if others.empty:
         return ""
@@ -159,7 +159,8 @@ def _near(rows: pd.DataFrame, best: Any, *, lower: bool, beaten: bool = False) -
 
 def _rests_on(material: Material) -> Finding:
     text = (
-        f"{material.responses} responses to {material.prompts} prompt{'' if material.prompts == 1 else 's'}, {target_label(material.target)}, "
+        f"{material.responses} responses to {material.prompts} prompt{'' if material.prompts == 1 else 's'}, "
+        f"{target_label(material.target)}, "
         f"{material.advantage} advantages, groups of {material.group_size}. Intervals at {100 * material.level:g}% are "
         "for these prompts with responses drawn again"
     )
