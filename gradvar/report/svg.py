@@ -35,7 +35,7 @@ def inline_svg(figure: Figure, name: str, alt: str) -> Markup:
                 collection.set_rasterized(True)
     buffer = io.BytesIO()
     with style():
-        figure.savefig(buffer, format="svg", transparent=True, dpi=160, metadata={"Date": None})
+        figure.savefig(buffer, format="svg", transparent=True, dpi=110, metadata={"Date": None})
     # Our own figure: matplotlib wrote it, and it escapes the text in it.
     root = ET.fromstring(buffer.getvalue())  # noqa: S314
     width = float(root.attrib["viewBox"].split()[2])
