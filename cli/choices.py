@@ -50,7 +50,9 @@ def _print_efficiency(table: pd.DataFrame) -> None:
             ]
         )
     if not shown:
-        console.result.print("[yellow]No efficiency: every reward is equal, or there are too few rollouts.[/yellow]")
+        console.result.print(
+            "[yellow]No efficiency: every reward is equal or unverified, or there are too few rollouts.[/yellow]"
+        )
         return
     console.table(
         "Efficiency eta = cos² rho of one update, and its direction's cosine with grad J",

@@ -24,6 +24,11 @@ def estimated_groups(run: Run, listener: Listener | None = None) -> list[PromptS
     ]
     if listener is not None and (line := left_out_line(run)) is not None:
         listener.warn(line)
+    if listener is not None and all(len(group.verified().lengths) == 0 for group in groups):
+        listener.warn(
+            "no response has a verified reward, so there are results of the score (A = 1) alone: "
+            f"run `gradvar reward {run.path}`"
+        )
     if waiting and listener is not None:
         listener.warn(
             f"{len(waiting)} prompts (first: {waiting[0]}) have rollouts that are missing or not measured and are not "
