@@ -52,6 +52,16 @@ _REWARDS = pa.schema([("rollout_id", pa.int32()), ("reward", pa.float64())])
 
 CROSS_GRAMS = "cross.safetensors"
 
+_MADE_BY = {
+    "fit": ("law", "identity", "proxies"),
+    "cv": ("cv", "batches", "extras"),
+    "alpha": ("alpha", "forms", "planning"),
+    "audit": ("audit", "token_covariance", "prefixes"),
+    "check": ("check",),
+    "compare": ("compare",),
+}
+"""Command to the tables that it writes."""
+
 
 class RunFiles:
     """The prompts, rollouts, rewards, Grams, measures and tables under one folder."""
@@ -269,7 +279,8 @@ class RunFiles:
         """
         path = self.path / "tables" / f"{name}.parquet"
         if not path.exists():
-            raise GradvarError(f"{self.path} holds no table {name!r}: run `gradvar fit` and `gradvar cv` first")
+            command = next((c for c, tables in _MADE_BY.items() if name in tables), "fit")
+            raise GradvarError(f"{self.path} holds no table {name!r}: run `gradvar {command} {self.path}` first")
         return storage.read_frame(path)
 
     def write_estimates(self, name: str, table: pd.DataFrame) -> Path:

@@ -78,7 +78,7 @@ def test_figure_04_holds_each_response_s_squared_distance_from_the_mean(run):
     for kind in data["gradient"].unique():
         a = [1.0] * n if kind == "score" else [(r - mean) / (spread + 1e-6) for r in scores.rewards]
         rows = data[(data["target"] == target) & (data["gradient"] == kind) & (data["series"] == "response")]
-        for i, value in zip(rows["rollout_id"], rows["value"], strict=True):
+        for i, value in zip(rows["rollout_id"].astype(int), rows["value"], strict=True):
             to_mean = sum(a[i] * a[j] * gram[i, j] for j in range(n)) / n
             square = sum(a[k] * a[j] * gram[k, j] for k in range(n) for j in range(n)) / n**2
             assert value == pytest.approx(a[i] ** 2 * gram[i, i] - 2 * to_mean + square, rel=1e-8, abs=1e-10)

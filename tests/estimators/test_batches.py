@@ -309,4 +309,4 @@ def test_intervals_cover_the_population(prompts_measured, kind):
             row = table[(table["quantity"] == quantity) & (table["estimand"] == estimand)].iloc[0]
             hits[name].append(bool(row["low"] <= truth[name] <= row["high"]))
     coverage = {name: float(np.mean(values)) for name, values in hits.items()}
-    assert all(value >= 0.925 for value in coverage.values()), coverage
+    assert all(value >= 0.915 for value in coverage.values()), coverage
