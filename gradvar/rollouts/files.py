@@ -79,12 +79,16 @@ def _listed(suffixes: tuple[str, ...]) -> str:
 def _read_text(file: Path) -> str:
     data = file.read_bytes()
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise GradvarError(
             f"{file}, line {line}: expected UTF-8, received the byte 0x{data[error.start]:02x}; save the file as UTF-8"
         ) from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise GradvarError(f"{file}, line {line}: expected text, received a NUL byte; save the file as UTF-8")
+    return text
 
 
 def _read_json(file: Path) -> list[Any]:
@@ -134,10 +138,14 @@ def _read_csv(file: Path) -> list[dict[str, Any]]:
     reader = csv.DictReader(io.StringIO(_read_text(file), newline=""), strict=True)
     rows: list[dict[str, Any]] = []
     try:
+        names = list(reader.fieldnames or ())
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise GradvarError(f"{file}, line 1: expected different names of columns, received {repeated!r} twice")
         for row in reader:
             if None in row or None in row.values():
                 raise GradvarError(
-                    f"{file}, line {reader.line_num}: expected {len(reader.fieldnames or ())} cells, "
+                    f"{file}, line {reader.line_num}: expected {len(names)} cells, "
                     f"received {'more' if None in row else 'fewer'}"
                 )
             rows.append({str(key): (value if value != "" else None) for key, value in row.items()})
