@@ -183,10 +183,10 @@ def _print_exponents(law: pd.DataFrame) -> None:
     sizes = f"{overall['clusters'].max()} prompts, {overall['n'].max()} responses"
     console.table(
         f"Exponent of variance against length: {sizes}",
-        ["target", "A", "quantity", "exponent", f"{level} interval", "verdict", "N needed"],
+        ["target", "A", "quantity", "exponent", f"{level} interval", "verdict", "needs N"],
         rows,
         caption="deviation: squared distance from the mean gradient; within: variance among responses of like length.\n"
-        "A: 1 is the score alone. N needed: responses of all prompts together that would decide. Intervals: "
+        "A: 1 is the score alone. needs N: responses of all prompts together that would decide. Intervals: "
         "these prompts, responses drawn again.\nPer target, Euclidean geometry, on policy, no clipping.",
     )
 

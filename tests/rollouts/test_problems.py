@@ -267,7 +267,7 @@ def test_not_utf8(tmp_path):
         ("p.csv", "prompt,answer\na,1\nb\n", "line 3: expected 2 cells, received fewer"),
         ("p.csv", "prompt,answer\na,1,2\n", "line 2: expected 2 cells, received more"),
         ("p.csv", 'prompt,answer\n"a"b,1\n', "line 2: broken csv"),
-        ("p.csv", "prompt,answer,prompt\na,1,b\n", "line 1: expected different names of columns, received 'prompt' twice"),
+        ("p.csv", "prompt,answer,prompt\na,1,b\n", "different names of columns, received 'prompt' twice"),
         ("p.csv", "prompt,answer\na\0b,1\n", "line 2: expected text, received a NUL byte"),
     ],
 )
