@@ -75,7 +75,8 @@ def planned(
         head = Head(model, list(prompt_ids)[-_PROBE_TOKENS:])
         tied, tied_scale = check_sharing(model, chosen, head)
         check_causal(head.base, list(prompt_ids)[-_PROBE_TOKENS:])
-        check_padding(head.base, list(prompt_ids)[-_PROBE_TOKENS:], padding_side)
+        if not check_padding(head.base, list(prompt_ids)[-_PROBE_TOKENS:], padding_side):
+            token_budget = min(1, token_budget or 1)
         n, device = len(responses), input_device(model)
         job = Job(
             model=model,

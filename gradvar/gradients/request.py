@@ -172,27 +172,32 @@ def check_causal(base: nn.Module, probe: list[int]) -> None:
         )
 
 
-def check_padding(base: nn.Module, probe: list[int], side: str) -> None:
-    """Refuse padding on the left where it moves the hidden states: a model that counts positions from the first column.
+def check_padding(base: nn.Module, probe: list[int], side: str) -> bool:
+    """Return whether responses may share a batch: whether a response's states are the same padded beside another.
 
     Raises:
-        GradvarError: Another side than "right" or "left", or the model's states depend on the padding.
+        GradvarError: Another side than "right" or "left", or the model's states depend on padding on the left: it
+            counts positions from the first column.
     """
     if side not in ("right", "left"):
         raise GradvarError(f'padding side: expected "right" or "left", received {side!r}')
-    if side == "right" or not probe:
-        return
+    if not probe:
+        return True
     device = input_device(base)
-    short, long = probe[-1:] * 2, probe[-1:] * 5  # what is fed: the probe and all of these but the last
+    short, long = probe[-1:] * 4, [int(probe[-1] == 0)] * 6  # what is fed: the probe and all of these but the last
     with torch.no_grad():
         (batch,) = make_batches(probe, [short, long], 10_000, device, side)
         (alone,) = make_batches(probe, [short], 10_000, device, side)
         row = batch.members.index(0)
-        behind = last_hidden(base, batch)[row, batch.firsts[row] :].double()
-        still = last_hidden(base, alone)[0].double()
-        moved = last_hidden(base, other_start(alone))[0].double()
-    if not same_states(behind, still, (moved - still)[1:], base):
+        still = last_hidden(base, alone)[0, len(probe) :].double()
+        start = batch.firsts[row] + len(probe)
+        beside = last_hidden(base, batch)[row, start : start + len(still)].double()
+        moved = last_hidden(base, other_start(alone))[0, len(probe) :].double()
+    if same_states(beside, still, moved - still, base) or not bool(still.isfinite().all()):
+        return True
+    if side == "left":
         raise GradvarError("padding on the left changes this model's hidden states: pad on the right")
+    return False
 
 
 def packs(model: nn.Module, base: nn.Module, probe: list[int], wish: bool | None) -> bool:

@@ -82,6 +82,17 @@ def test_padding_on_the_left_is_refused_where_it_moves_the_positions():
         grams(model, "last:qkv", padding_side="middle")
 
 
+def test_a_model_that_mixes_a_batch_is_given_each_response_alone():
+    """A layer or a user's hook that averages over the rows of a batch, which no test of causality sees."""
+    for dtype, most in ((torch.float64, 1e-10), (torch.bfloat16, 1e-4)):
+        model = make_model("qwen2_tied", dtype)
+        layer = model.model.layers[0].mlp
+        with layer.register_forward_hook(lambda _, inputs, output: output + output.mean(0, keepdim=True)):
+            alone = grams(model, "last:qkv", token_budget=1)
+            assert largest_gap(grams(model, "last:qkv", token_budget=60), alone) < most
+        assert largest_gap(grams(model, "last:qkv", token_budget=60), alone) > 10 * most
+
+
 # -- tile height
 
 
