@@ -156,7 +156,7 @@ def _variances(gram: Array, norms: Array, groups: NDArray[np.intp], kinds: Array
 
 def _norms(gram: Array, norms: Array, groups: NDArray[np.intp], kinds: Array) -> list[Array]:
     values = (kinds**2 * norms[groups]).sum(axis=-1)
-    gone = sums_by_response(groups, len(norms), values)
+    gone = sums_by_response(groups, len(norms), np.moveaxis(values, 0, -1))
     left = values[0].size - np.bincount(groups.reshape(-1), minlength=len(norms))
     left = np.where(left > 0, left, np.nan)
     return [np.concatenate([[own.mean()], (own.sum() - lost) / left]) for own, lost in zip(values, gone.T, strict=True)]

@@ -15,6 +15,7 @@ Shape letters: N responses, n of a group, B groups, P permutations, R kinds of u
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradvar.estimators.advantages import advantages
-from gradvar.estimators.group_products import dot, reaches, sums_by_response
+from gradvar.estimators.group_products import dot, dots, reaches, sums_by_response
 from gradvar.estimators.intervals import effective_degrees, jackknife_variance, t_quantile
 from gradvar.runs.records import Estimate
 
@@ -67,16 +68,15 @@ def products(gram: Array, groups: NDArray[np.intp], updates: Array, directions: 
     n, count = gram.shape[0], groups.shape[1]
     r, h = len(updates), len(directions)
     # Values of every group: <u, u> inside it; over pairs of groups <u, u>, <u, d> both ways round, and <d, d>.
-    values = np.empty((2 * r + r * h + h, *groups.shape[:2]))
+    values = np.empty((*groups.shape[:2], 2 * r + r * h + h))
     for reach in reaches(gram, groups, np.concatenate([updates, directions])):
         c, beyond = reach.coefficients, reach.beyond
-        values[:r, reach.where] = dot(c[:r], reach.inside[:r])
-        values[r : 2 * r, reach.where] = 2.0 * dot(c[:r], beyond[:r])
-        for j in range(h):
-            mixed = dot(c[:r], beyond[r + j]) + dot(c[r + j], beyond[:r])
-            values[2 * r + j * r : 2 * r + (j + 1) * r, reach.where] = mixed
-        values[2 * r + r * h :, reach.where] = 2.0 * dot(c[r:], beyond[r:])
-    totals = values.reshape(len(values), -1).sum(axis=1)
+        values[reach.where, :, :r] = dot(c[..., :r], reach.inside[..., :r])
+        values[reach.where, :, r : 2 * r] = 2.0 * dot(c[..., :r], beyond[..., :r])
+        mixed = dots(c[..., :r], beyond[..., r:]) + dots(beyond[..., :r], c[..., r:])
+        values[reach.where, :, 2 * r : 2 * r + r * h] = mixed.reshape(*mixed.shape[:2], r * h)
+        values[reach.where, :, 2 * r + r * h :] = 2.0 * dot(c[..., r:], beyond[..., r:])
+    totals = values.sum(axis=(0, 1))
     gone = sums_by_response(groups, n, values)
     times = np.bincount(groups.reshape(-1), minlength=n).astype(np.float64)
     group_count = float(groups.shape[0] * count)
@@ -96,7 +96,7 @@ def products(gram: Array, groups: NDArray[np.intp], updates: Array, directions: 
     return Products(
         same=means(own, totals[own], group_count, times),
         cross=pairs(slice(r, 2 * r)),
-        mixed=np.moveaxis(pairs(slice(2 * r, 2 * r + r * h)).reshape(1 + n, h, r), 1, 2),
+        mixed=pairs(slice(2 * r, 2 * r + r * h)).reshape(1 + n, r, h),
         direction=pairs(slice(2 * r + r * h, None)),
     )
 
@@ -131,6 +131,10 @@ class Jackknifed:
 
     def error(self) -> Array:
         """(R,) standard errors, responses drawn again inside prompts."""
+        return self._error
+
+    @functools.cached_property
+    def _error(self) -> Array:
         return np.asarray(np.sqrt(sum(jackknife_variance(r) for r in self.replicates)))
 
     def bias(self, k: int) -> float:

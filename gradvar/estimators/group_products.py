@@ -14,22 +14,22 @@ from scipy import sparse
 
 Array = NDArray[np.float64]
 
-CHUNK = 32
+CHUNK = 16
 """Permutations worked on together: few enough for a processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reach:
-    """Some permutations' coefficients c, and what the Gram makes of them."""
+    """Some permutations' coefficients c, and what the Gram makes of them; kinds last, which is fastest."""
 
     where: slice
     """Which permutations."""
     coefficients: Array
-    """(K, p, B, n) c."""
+    """(p, B, n, K) c."""
     inside: Array
-    """(K, p, B, n) sum over the own group of S_ij c_j."""
+    """(p, B, n, K) sum over the own group of S_ij c_j."""
     beyond: Array
-    """(K, p, B, n) sum over the other groups of S_ij c_j."""
+    """(p, B, n, K) sum over the other groups of S_ij c_j."""
 
 
 def reaches(gram: Array, groups: NDArray[np.intp], kinds: Array) -> Iterator[Reach]:
@@ -37,27 +37,32 @@ def reaches(gram: Array, groups: NDArray[np.intp], kinds: Array) -> Iterator[Rea
     n = gram.shape[0]
     for start in range(0, len(groups), CHUNK):
         where = slice(start, start + CHUNK)
-        part, chosen = groups[where], kinds[:, where]
-        count, permutations = chosen.shape[:2]
+        part, chosen = groups[where], np.ascontiguousarray(np.moveaxis(kinds[:, where], 0, -1))
+        permutations, count = len(part), len(kinds)
         rows, each = part.reshape(permutations, -1), np.arange(permutations)[:, None]
-        spread = np.zeros((count, permutations, n))
-        spread[:, each, rows] = chosen.reshape(count, permutations, -1)
-        reached = (spread.reshape(-1, n) @ gram).reshape(spread.shape)
-        every = reached[:, each, rows].reshape(chosen.shape)
+        spread = np.zeros((n, permutations, count))
+        spread[rows, each] = chosen.reshape(permutations, -1, count)
+        reached = (gram @ spread.reshape(n, -1)).reshape(spread.shape)
+        every = reached[rows, each].reshape(chosen.shape)
         blocks = gram[part[..., :, None], part[..., None, :]]
-        inside = np.moveaxis(np.moveaxis(chosen, 0, 2) @ blocks, 2, 0)
+        inside = blocks @ chosen
         yield Reach(where=where, coefficients=chosen, inside=inside, beyond=every - inside)
 
 
 def dot(one: Array, two: Array) -> Array:
-    """Sum over the last axis of the product."""
-    return np.asarray(np.einsum("...i,...i->...", one, two))
+    """(p, B, K): sum over a group's responses of the product, kind by kind."""
+    return np.asarray(np.einsum("pbik,pbik->pbk", one, two))
+
+
+def dots(one: Array, two: Array) -> Array:
+    """(p, B, K, H): the same, every kind of the one with every kind of the other."""
+    return np.asarray(np.swapaxes(one, -1, -2) @ two)
 
 
 def sums_by_response(groups: NDArray[np.intp], n: int, values: Array) -> Array:
-    """(N, V): for every response the sum of the values (V, P, B) of the groups that hold it."""
+    """(N, V): for every response the sum of the values (P, B, V) of the groups that hold it."""
     size = groups.shape[2]
     members = groups.reshape(-1)
     ends = np.arange(0, members.size + 1, size)
     held = sparse.csc_array((np.ones(members.size), members, ends), shape=(n, members.size // size))
-    return np.asarray(held @ values.reshape(len(values), -1).T)
+    return np.asarray(held @ values.reshape(-1, values.shape[-1]))

@@ -131,12 +131,12 @@ def moments_of_kinds(
         kinds = kinds * held[..., None]
     count = len(kinds)
     # Values of every group: K_bb, then sum over the others of K_ab, then what counts groups and pairs.
-    values = np.empty((2 * count + 2, *groups.shape[:2]))
+    values = np.empty((*groups.shape[:2], 2 * count + 2))
     for reach in reaches(gram, groups, kinds):
-        values[:count, reach.where] = dot(reach.coefficients, reach.inside)
-        values[count : 2 * count, reach.where] = dot(reach.coefficients, reach.beyond)
-    values[-2], values[-1] = held, held * (held.sum(axis=1, keepdims=True) - 1.0)
-    totals = values.reshape(len(values), -1).sum(axis=1)
+        values[reach.where, :, :count] = dot(reach.coefficients, reach.inside)
+        values[reach.where, :, count : 2 * count] = dot(reach.coefficients, reach.beyond)
+    values[..., -2], values[..., -1] = held, held * (held.sum(axis=1, keepdims=True) - 1.0)
+    totals = values.sum(axis=(0, 1))
     gone = sums_by_response(groups, n, values)
     times, group_count, pair_count = gone[:, -2], float(totals[-2]), float(totals[-1])
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from gradvar.estimators.intervals import (
     decide_from_margin,
@@ -239,7 +239,7 @@ def heterogeneity(fits: Sequence[ExponentFit], level: float) -> tuple[Estimate, 
     centre = float(weight @ beta / weight.sum())
     q = float(weight @ (beta - centre) ** 2)
     excess = (q - (len(usable) - 1)) / (weight.sum() - (weight**2).sum() / weight.sum())
-    p = float(stats.chi2.sf(q, len(usable) - 1))
+    p = float(special.chdtrc(len(usable) - 1, q))
     return symmetric(math.sqrt(max(float(excess), 0.0)), math.nan, level, method, n, len(usable)), p
 
 

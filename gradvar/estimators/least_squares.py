@@ -61,7 +61,7 @@ def rank_correlation(x: Array, y: Array, codes: NDArray[np.intp], level: float) 
         scaled = np.empty_like(values)
         for k in range(clusters):
             inside = codes == k
-            ordered = _ranks(values[inside])
+            ordered = ranks_of(values[inside])
             scaled[inside] = (ordered - ordered.mean()) / len(ordered)
         ranks.append(scaled)
     length = float(np.linalg.norm(ranks[0]) * np.linalg.norm(ranks[1]))
@@ -86,7 +86,7 @@ def rank_correlation(x: Array, y: Array, codes: NDArray[np.intp], level: float) 
     )
 
 
-def _ranks(values: Array) -> Array:
+def ranks_of(values: Array) -> Array:
     """Ranks from 1, ties sharing their mean: scipy's rankdata without its checks, which cost ten times as much."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return np.asarray((np.cumsum(counts) - (counts - 1) / 2.0)[place])

@@ -12,16 +12,17 @@ Shape letters: N responses, n of a group, n0 of the largest estimated one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import check_advantage
-from gradvar.estimators.aggregation import expand_rules
+from gradvar.estimators.aggregation import Rule, expand_rules
 from gradvar.estimators.bias import (
     Array,
     Products,
@@ -90,7 +91,17 @@ def planning_table(
     if not ordered or ordered[0] < 2:
         raise GradvarError(f"sizes must be at least 2, received {list(sizes)}")
     rows: list[TableRow] = []
-    for target, prompts in arrange(groups).items():
+    targets = arrange(groups)
+    loud = {name: s.verified() for own in targets.values() for name, s in own.items() if not is_silent(s)}
+    drawn: Drawn = {target: {n: {} for n in ordered} for target in targets}
+    for name, scores in loud.items():
+        grams = {target: own[name].verified().gram for target, own in targets.items() if name in own}
+        for n in ordered:
+            if 3 * n <= len(scores.lengths):
+                chosen = draw_groups(len(scores.lengths), n, permutations, rng=generator(seed, name, "groups"))
+                for target, one in _products_of_targets(grams, scores, chosen, (found, a), advantage).items():
+                    drawn[target][n][name] = one
+    for target, prompts in targets.items():
         labels: dict[str, Any] = {"target": target, "rule": found.name, "alpha": a, "advantage": advantage}
         used = {name: s.verified() for name, s in prompts.items() if not is_silent(s)}
         for name, scores in prompts.items():
@@ -100,11 +111,10 @@ def planning_table(
                 rows.append(
                     TableRow(quantity="cv", estimate=none, prompt_id=name, verdict=SILENT, **labels, extra=told)
                 )
-        moments: dict[int, dict[str, GroupMoments]] = {n: {} for n in ordered}
-        aimed: dict[int, dict[str, Products]] = {n: {} for n in ordered}
+        moments = {n: {name: one[0] for name, one in own.items()} for n, own in drawn[target].items()}
+        aimed = {n: {name: one[1] for name, one in own.items()} for n, own in drawn[target].items()}
         for name, scores in used.items():
             count = len(scores.lengths)
-            limit = float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max())
             for n in ordered:
                 if n <= count:
                     share = _plain(
@@ -119,21 +129,6 @@ def planning_table(
                             **labels,
                             extra={"estimand": THESE_PROMPTS},
                         )
-                    )
-                if 3 * n <= count:
-                    drawn = draw_groups(count, n, permutations, rng=generator(seed, name, "groups"))
-                    c = group_coefficients(
-                        drawn, scores.rewards, scores.lengths, found, advantage=advantage, alpha=a, max_length=limit
-                    )
-                    own = products(scores.gram, drawn, c[None], reward_direction(scores.rewards, drawn)[None])
-                    aimed[n][name] = own
-                    times = np.bincount(drawn.reshape(-1), minlength=count).astype(np.float64)
-                    moments[n][name] = GroupMoments(
-                        same=float(own.same[0, 0]),
-                        cross=float(own.cross[0, 0]),
-                        same_without=own.same[1:, 0],
-                        cross_without=own.cross[1:, 0],
-                        second_order=second_order_variance(scores.gram, drawn, c, times),
                     )
         if used and not any(moments.values()):
             raise GradvarError(
@@ -153,6 +148,38 @@ def planning_table(
                 rows += _rows_of_pool(held, ordered, named, across=across, level=level, seed=seed)
                 rows += _efficiency_rows(pointed, ordered, named, across=across, level=level, seed=seed)
     return estimate_table(rows)
+
+
+Drawn = dict[str, dict[int, dict[str, tuple[GroupMoments, Products]]]]
+"""By target, group size and prompt."""
+
+
+def _products_of_targets(
+    grams: Mapping[str, Array],
+    scores: PromptScores,
+    groups: NDArray[np.intp],
+    variant: tuple[Rule, float | None],
+    advantage: str,
+) -> dict[str, tuple[GroupMoments, Products]]:
+    """One prompt's moments and products on the same groups for every target."""
+    limit = float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max())
+    c = group_coefficients(
+        groups, scores.rewards, scores.lengths, variant[0], advantage=advantage, alpha=variant[1], max_length=limit
+    )
+    aim = reward_direction(scores.rewards, groups)[None]
+    times = np.bincount(groups.reshape(-1), minlength=len(scores.lengths)).astype(np.float64)
+    made: dict[str, tuple[GroupMoments, Products]] = {}
+    for target, gram in grams.items():
+        own = products(gram, groups, c[None], aim)
+        moments = GroupMoments(
+            same=float(own.same[0, 0]),
+            cross=float(own.cross[0, 0]),
+            same_without=own.same[1:, 0],
+            cross_without=own.cross[1:, 0],
+            second_order=second_order_variance(gram, groups, c, times),
+        )
+        made[target] = moments, own
+    return made
 
 
 def _silent_rows(

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from gradvar.estimators.additive import Sums, of_these_prompts
 from gradvar.estimators.intervals import MINIMUM_PROMPTS
+from gradvar.estimators.least_squares import ranks_of
 from gradvar.runs.records import Estimate
 
 Array = NDArray[np.float64]
@@ -150,7 +150,7 @@ def _values(values: Array, left_out: NDArray[np.intp]) -> Array:
 
 def _ranks(values: Array, left_out: NDArray[np.intp]) -> Array:
     """Ranks among the others, over their number: a smaller one left out moves a rank by 1, an equal one by 1/2."""
-    ranks = stats.rankdata(values)
+    ranks = ranks_of(values)
     if len(left_out) == 0:
         return np.asarray(ranks / len(values))[None]
     out = values[left_out][:, None]

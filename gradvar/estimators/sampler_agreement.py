@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 from gradvar.runs.records import Estimate
 
@@ -102,7 +102,7 @@ def entropy_balance(log_probs: Sequence[ArrayLike], entropies: Sequence[ArrayLik
     value = float(np.concatenate(surpluses).mean())
     variance = sum(len(one) * np.var(one, ddof=1) for one in surpluses) / n**2
     degrees = n - len(surpluses)
-    half = float(stats.t.ppf(0.5 + level / 2, degrees) * np.sqrt(variance))
+    half = float(special.stdtrit(degrees, 0.5 + level / 2) * np.sqrt(variance))
     z = value / np.sqrt(variance) if variance > 0 else (0.0 if value == 0 else np.inf)
     return EntropyBalance(
         surplus=Estimate(
@@ -115,5 +115,5 @@ def entropy_balance(log_probs: Sequence[ArrayLike], entropies: Sequence[ArrayLik
             clusters=len(surpluses),
             seed=None,
         ),
-        p_value=float(2 * stats.t.sf(abs(z), degrees)),
+        p_value=float(2 * special.stdtr(degrees, -abs(z))),
     )
