@@ -11,7 +11,7 @@ import pandas as pd
 
 from gradvar.errors import GradvarError
 from gradvar.estimators import compare_table
-from gradvar.runs import SUM, EstimateConfig, PromptScores, Run
+from gradvar.runs import SUM, EstimateConfig, PromptScores, Run, rollouts_digest
 from gradvar.runs.provenance import utc_now
 from gradvar.stages.groups import estimated_groups
 from gradvar.stages.identity import agreed_config
@@ -70,6 +70,13 @@ def compare(
         {name: {g.prompt_id: texts[name][g.prompt_id] for g in groups} for name, groups in chosen.items()}, notes
     )
     groups = {name: [replace(g, prompt_id=matched[name][g.prompt_id]) for g in found] for name, found in chosen.items()}
+    for name, run in list(zip(names, runs, strict=True))[1:]:
+        again = same_rollouts(first, run, matched[name])
+        if again:
+            notes.append(
+                f"{name} holds the same rollouts as {names[0]} of {again} prompts: differences are exact for these "
+                "rollouts, and their intervals, which take the runs for independent, do not hold"
+            )
     with listener.task("compare", 1) as advance:
         table = compare_table(
             groups,
@@ -135,6 +142,20 @@ def matched_ids(texts: Mapping[str, Mapping[str, str]], notes: list[str]) -> dic
         if not taken & set(ids.values()):
             notes.append(f"{run} shares no prompt text with {reference}: no differences, each run has its own numbers")
     return found
+
+
+def same_rollouts(first: Run, second: Run, matched: Mapping[str, str]) -> int:
+    """Return how many prompts' rollouts are the same tokens in both runs.
+
+    Args:
+        first: The reference.
+        second: Another run.
+        matched: Ids of the second's prompts to ids of the first's, which holds some of them.
+    """
+    held = {p.prompt_id for p in first.prompts()}
+    pairs = [(own, name) for own, name in matched.items() if name in held]
+    digests = ((rollouts_digest(second.rollouts(own)), rollouts_digest(first.rollouts(name))) for own, name in pairs)
+    return sum(one == two for one, two in digests)
 
 
 def _common_targets(measured: Mapping[str, list[PromptScores]], notes: list[str]) -> dict[str, list[PromptScores]]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -128,6 +129,16 @@ def test_compare_refuses(call, tmp_path):
     assert "run 'one'" in line
     assert "group size 20" in line
     assert not (tmp_path / "one" / "tables").exists()
+
+
+def test_compare_says_when_the_rollouts_are_the_same(call, tmp_path):
+    simulated(tmp_path / "one", 1, 2, texts=["a", "b"])
+    simulated(tmp_path / "two", 2, 2, texts=["a", "b"])
+    shutil.copytree(tmp_path / "one", tmp_path / "again")
+    said = "again holds the same rollouts as one of 2 prompts"
+    out = " ".join(call("compare", tmp_path / "one", tmp_path / "again", tmp_path / "two").split())
+    assert said in out
+    assert "two holds" not in out
 
 
 def test_runs_in_folders_of_one_name_are_told_apart(call, tmp_path):
