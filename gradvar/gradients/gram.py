@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gradvar.gradients.curve import Curve
+
 _STRETCH = 1 << 16
 """Longest inner product taken without float64 in between, in entries."""
 PIECE = 1 << 20
@@ -148,7 +150,9 @@ class MatrixStore(GradientStore):
 
 
 class HeadStore(GradientStore):
-    """The output embedding: delta_t = (onehot(o_t) - p_t) / temperature is made again for the rows of each tile.
+    """The output embedding: delta_t = (onehot(o_t) - p_t) f'(z_t) / temperature, made again for the rows of each tile.
+
+    f is the curve between the matrix product z and the logits.
 
     Where the matrix is the input embedding too, the gradient that arrives there is added: it lands on the rows of the
     tokens fed.
@@ -161,10 +165,12 @@ class HeadStore(GradientStore):
         rows: int,
         weight: Tensor,
         bias: Tensor | None,
+        curve: Curve,
         temperature: float,
         dtype: torch.dtype,
     ) -> None:
         super().__init__(responses, rows, weight.shape[1], dtype, weight.device)
+        self._curve = curve
         self._span = slice(first_row, first_row + rows)
         self._weight = weight[self._span]
         self._shift = None if bias is None else bias[self._span]
@@ -200,10 +206,13 @@ class HeadStore(GradientStore):
         logits = hidden.to(self.dtype) @ self._weight[start:stop].to(self.dtype).T
         if self._shift is not None:
             logits += self._shift[start:stop]
+        self._curve.apply_(logits)
         delta = -torch.exp(logits / self._temperature - normaliser[:, None])
         here = (tokens >= start) & (tokens < stop)
         delta[here, tokens[here] - start] += 1
         delta *= (weights / self._temperature)[:, None]
+        if not self._curve.is_identity:
+            delta *= self._curve.slope_(logits)
         return delta
 
     def fill(self, response: int, start: int, stop: int, out: Tensor) -> None:

@@ -1,9 +1,10 @@
 """Log-probabilities of the responses' tokens and the gradient of their sum in the last hidden states, without logits.
 
-With z = (h W' + b) / temperature and p = softmax(z):  d log p(o) / dh = (W[o] - p W) / temperature, taken in chunks of
-tokens, so that no (tokens x vocabulary) tensor of a whole sequence exists. Where the model does more to its logits
-(soft-capping, scaling), its own code is run on chunks of hidden states and differentiated by autograd. Which of the two
-holds is found by running the model's own code on amplified hidden states.
+With z = h W' + b, logits y = f(z) and p = softmax(y / temperature):
+    d log p(o) / dh = (f'(z_o) W[o] - (p f'(z)) W) / temperature,
+taken in chunks of tokens, so that no (tokens x vocabulary) tensor of a whole sequence exists. f is nothing, a scale or
+a soft cap (`Curve`); where the model does something else to its logits, its own code is run on chunks of hidden states
+and differentiated by autograd. What holds is found by running the model's own code on amplified hidden states.
 
 Shape letters: C tokens of a chunk, D hidden width, V vocabulary, T all tokens asked for.
 """
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradvar.errors import GradvarError
+from gradvar.gradients.curve import Curve, fitted_curves
 from gradvar.gradients.devices import input_device, values
 from gradvar.gradients.states import Autocast
 from gradvar.gradients.targets import output_embeddings
@@ -27,7 +29,7 @@ from gradvar.gradients.targets import output_embeddings
 _CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 29}  # from 32 MiB up, glibc gives every chunk fresh pages to fault in
 VOCABULARY_TILE = 8192
 _AMPLITUDES = (1.0, 8.0, 64.0)
-"""Largest logits at which the head is probed: soft-capping is invisible at small ones."""
+"""Largest logits, before scaling, at which the head is probed: soft-capping is invisible at small ones."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,18 +79,23 @@ class Head:
             self.base, self._template = self._find_base(ids, expected)
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
+        self.curve = Curve()
         self._ids = ids[:, :1]
         self._read_linear(self._template["last_hidden_state"])
 
     @property
     def is_linear(self) -> bool:
-        """Whether logits are h W' + b with the weight and bias of one matrix, and nothing else."""
+        """Whether logits are h W' + b with the weight and bias of one matrix, each perhaps scaled or soft-capped."""
         return self.weight is not None
 
     @property
     def description(self) -> str:
         """How the log-probabilities are made, for the run's record."""
-        return "linear" if self.is_linear else "the model's own head"
+        if not self.is_linear:
+            return "the model's own head"
+        if self.curve.cap is not None:
+            return f"linear, soft-capped at {self.curve.cap:.6g}"
+        return "linear" if self.curve.is_identity else f"linear, scaled by {self.curve.scale:.6g}"
 
     def _find_base(self, ids: Tensor, expected: Tensor) -> tuple[nn.Module, Any]:
         """Return the module whose last hidden state, put back in its place, gives the model's logits."""
@@ -131,13 +138,16 @@ class Head:
             return
         with torch.no_grad():
             largest = functional.linear(flat, weight, bias).abs().amax().clamp_min(1e-6)
+            pairs = []
             for amplitude in _AMPLITUDES:
                 probe = (flat * (amplitude / largest)).to(hidden.dtype).to(weight.dtype)
                 own = self.own_logits(probe.to(hidden.device, hidden.dtype))
-                linear = functional.linear(probe, weight, bias)
-                if not _close(own, linear) or not _same_scale(own, linear):
+                pairs.append((functional.linear(probe, weight, bias), own.to(weight.device)))
+            for curve in fitted_curves(pairs):
+                bent = [(curve.apply_(z.to(compute_dtype(z.dtype), copy=True)).to(y.dtype), y) for z, y in pairs]
+                if all(_close(y, ours) and _same_scale(y, ours) for ours, y in bent):
+                    self.weight, self.bias, self.curve = weight.detach(), None if bias is None else bias.detach(), curve
                     return
-        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
 
     def token_scores(
         self, hidden: Tensor, tokens: Tensor, weights: Tensor, temperature: float, chunk_size: int
@@ -184,6 +194,7 @@ class Head:
         logits = _product(hidden, self.weight)
         if self.bias is not None:
             logits += self.bias
+        self.curve.apply_(logits)
         if temperature != 1:
             logits /= temperature
         largest = logits.amax(-1, keepdim=True)
@@ -197,10 +208,17 @@ class Head:
             below = torch.linalg.vecdot(exponentials, logits.clamp_min(-1e30))
         entropy = log_total - below / total
         collision = (torch.linalg.vector_norm(exponentials, dim=-1) / total).square()
-        gradient = _weighted_rows(exponentials, self.weight).div_(-total[:, None])
-        gradient += self.weight[tokens]
-        gradient *= (weights / temperature)[:, None]
         normaliser = largest[:, 0] + log_total
+        rows = self.weight[tokens]
+        if self.curve.cap is not None:
+            slope = self.curve.slope_(logits.add_(largest).mul_(temperature))
+            exponentials *= slope
+            rows = rows * slope.gather(1, tokens[:, None])
+        else:
+            weights = weights * self.curve.scale
+        gradient = _weighted_rows(exponentials, self.weight).div_(-total[:, None])
+        gradient += rows
+        gradient *= (weights / temperature)[:, None]
         return tuple(x.to(home) for x in (gradient, chosen - log_total, entropy, collision, normaliser))
 
     def _own_chunk(self, hidden: Tensor, tokens: Tensor, weights: Tensor, temperature: float) -> tuple[Tensor, ...]:
@@ -290,4 +308,5 @@ def _same_scale(a: Tensor, b: Tensor) -> bool:
     a, b = a.double(), b.to(a.device).double()
     finite = a.isfinite() & b.isfinite()
     a, b = a[finite], b[finite]
-    return bool(((a * b).sum() - (b * b).sum()).abs() <= epsilon / 2 * (b * b).sum())
+    roundings = 8.0 if epsilon < torch.finfo(torch.float16).eps else 0.5
+    return bool(((a * b).sum() - (b * b).sum()).abs() <= roundings * epsilon * (b * b).sum())

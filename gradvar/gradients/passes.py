@@ -169,12 +169,13 @@ def _new_store(job: Job, block: Block, count: int, keep: str | None = None) -> G
     rows = block.stop - block.start
     kind = compute_dtype(job.dtype)
     if block.target.kind == "head":
-        if job.head.weight is None:
+        head = job.head
+        if head.weight is None:
             raise GradvarError(
-                f"{block.target.key}: this model does more to its logits than this matrix product (soft-capping, "
-                "scaling), so the head cannot be measured; choose other targets"
+                f"{block.target.key}: this model does more to its logits than a matrix product, a scale or a soft cap, "
+                "so the head cannot be measured; choose other targets"
             )
-        return HeadStore(count, block.start, rows, job.head.weight, job.head.bias, job.temperature, kind)
+        return HeadStore(count, block.start, rows, head.weight, head.bias, head.curve, job.temperature, kind)
     device = execution_device(job.model.get_submodule(block.target.module))
     store = FactorStore if (keep or block.keep) == "factors" and block.target.direct is None else MatrixStore
     return store(count, rows, block.target.in_features, kind, device)

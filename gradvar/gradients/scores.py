@@ -44,7 +44,7 @@ class ScoreMeasurement:
     attention: str
     """Attention implementation of the model."""
     head: str
-    """How logits were made: "linear" or "the model's own head"."""
+    """How logits were made: "linear", with the scale or soft cap found, or "the model's own head"."""
     plan: Plan
     """How the work was split; no result depends on it."""
     taus: dict[str, TauEstimate] = field(default_factory=dict)

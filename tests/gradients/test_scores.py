@@ -298,23 +298,39 @@ def test_a_module_that_computes_something_else_is_refused_in_half_precision(dtyp
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"),
+    ("name", "changes", "found"),
     [
-        ("cohere", {"logit_scale": 0.8333}),  # that of Command R+
-        ("granite", {"logits_scaling": 0.95}),
-        ("gemma2", {"final_logit_softcapping": 100.0}),
+        ("cohere", {"logit_scale": 0.8333}, "linear, scaled by"),  # that of Command R+
+        ("granite", {"logits_scaling": 0.95}, "linear, scaled by"),
+        ("gemma2", {"final_logit_softcapping": 100.0}, "linear, soft-capped at"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_what_is_done_to_logits_is_seen_in_any_precision(name, changes, dtype):
+def test_what_is_done_to_logits_is_seen_in_any_precision(name, changes, found, dtype):
     prompt, responses = make_prompt_and_responses()
     model = make_model(name, dtype, **changes)
     measured = measure_scores(model, prompt, responses, "last:qkv")
-    assert measured.head == "the model's own head"
+    assert measured.head.startswith(found)
+    number, given = float(measured.head.split()[-1]), next(iter(changes.values()))
+    assert number == pytest.approx(1 / given if name == "granite" else given, rel=max(1e-5, torch.finfo(dtype).eps))
     model.eval()
     for response, logprobs in zip(responses, measured.logprobs, strict=True):
         expected = references.token_log_probs(model, prompt, response).detach().numpy()
         np.testing.assert_allclose(logprobs, expected, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_what_no_curve_says_is_left_to_the_models_own_code():
+    """A head that adds to its logits: its own code is run, and the head itself cannot be measured."""
+    prompt, responses = make_prompt_and_responses()
+    model = make_model("llama")
+    model.lm_head.register_forward_hook(lambda module, args, output: output + 0.3 * output.square())
+    measured = measure_scores(model, prompt, responses, "last:qkv")
+    assert measured.head == "the model's own head"
+    for response, logprobs in zip(responses, measured.logprobs, strict=True):
+        expected = references.token_log_probs(model, prompt, response).detach().numpy()
+        np.testing.assert_allclose(logprobs, expected, atol=1e-12)
+    with pytest.raises(GradvarError, match="more to its logits than a matrix product, a scale or a soft cap"):
+        measure_scores(model, prompt, responses, "lm_head")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
