@@ -40,3 +40,10 @@ def finished_run(tmp_path_factory) -> Path:
     done = gradvar("demo", path, *SMALL)
     assert done.returncode == 0, done.stderr
     return path
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`pytest -m gpu` loads the tests for a GPU alone: a machine with one need not have what the others use."""
+    if config.option.markexpr != "gpu" or not collection_path.name.startswith("test_"):
+        return None
+    return True if collection_path.is_file() and "mark.gpu" not in collection_path.read_text("utf-8") else None

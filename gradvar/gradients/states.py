@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Self
 
@@ -74,6 +74,13 @@ class Autocast:
         return nullcontext() if self.dtype is None else torch.autocast(self.device, enabled=False)
 
 
+_HALVES = (
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_fp16_accumulation",
+)
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Make products as precise as their dtype allows, and keep off what has given NaN; as before on leaving.
@@ -82,18 +89,42 @@ def full_precision() -> Iterator[None]:
     attention does not run in cuDNN, whose backward has given NaN with a mask (TRL issue 7181).
     """
     matmul = torch.backends.cuda.matmul
-    halves = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    precision = torch.get_float32_matmul_precision()
-    reduced = {name: getattr(matmul, name) for name in halves}
+    before = {name: getattr(matmul, name) for name in _HALVES if hasattr(matmul, name)}
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     try:
-        torch.set_float32_matmul_precision("highest")
-        for name in halves:
-            setattr(matmul, name, False)
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        yield
+        with _float32_products():
+            for name in before:
+                setattr(matmul, name, _with_split(name, False))
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        for name, was in reduced.items():
-            setattr(matmul, name, was)
-        torch.set_float32_matmul_precision(precision)
+        for name, was in before.items():
+            setattr(matmul, name, _with_split(name, was))
+
+
+def _with_split(name: str, value: bool) -> bool | tuple[bool, bool]:
+    """Return the setting as torch takes it: without its second part torch switches split-K sums on again."""
+    split = getattr(torch.backends.cuda.matmul, f"{name}_split_k", None)  # newer than torch 2.9
+    return value if split is None else (value, split)
+
+
+@contextmanager
+def _float32_products() -> Iterator[None]:
+    """Keep TF32 and bfloat16 out of float32 products, under torch's older name of the setting and its newer ones."""
+    holders = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    newer = [(one, one.fp32_precision) for one in holders if hasattr(one, "fp32_precision")]
+    older = None
+    with suppress(RuntimeError):  # torch does not tell it by the older name once it was set by a newer one
+        older = torch.get_float32_matmul_precision()
+    try:
+        if older is not None:
+            torch.set_float32_matmul_precision("highest")
+        for one, _ in newer:
+            one.fp32_precision = "ieee"
+        yield
+    finally:
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        for one, was in newer:  # the older name sets these too
+            one.fp32_precision = was

@@ -148,3 +148,35 @@ def test_backends_are_exact_inside_and_as_before_outside(monkeypatch, before, er
             setattr(matmul, name, value)
         cuda.enable_cudnn_sdp(usual[1])
         torch.set_float32_matmul_precision(usual[2])
+
+
+def _newer_names():
+    backends = torch.backends
+    halves = [getattr(backends.cuda.matmul, f"{name}{part}") for name in FLAGS for part in ("", "_split_k")]
+    accumulation = backends.cuda.matmul.allow_fp16_accumulation
+    return [backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision, *halves, accumulation]
+
+
+@pytest.mark.parametrize(("cuda", "mkldnn"), [("tf32", "ieee"), ("tf32", "bf16"), ("ieee", "tf32"), ("none", "none")])
+def test_precision_set_by_torch_s_newer_names(cuda, mkldnn):
+    """torch refuses to tell the precision by its older name once the newer ones disagree with it."""
+    matmul, other = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    usual = _newer_names()
+    try:
+        matmul.fp32_precision, other.fp32_precision = cuda, mkldnn
+        matmul.allow_bf16_reduced_precision_reduction = (False, False)
+        matmul.allow_fp16_accumulation = True
+        before, seen = _newer_names(), []
+        measure_scores(
+            make_model("llama"),
+            *make_prompt_and_responses(),
+            "last:q",
+            on_progress=lambda _: seen.append(_newer_names()),
+        )
+        assert seen[0] == ["ieee", "ieee", False, False, False, True, False]
+        assert _newer_names() == before
+    finally:
+        matmul.fp32_precision, other.fp32_precision = usual[:2]
+        for name, allow, split in zip(FLAGS, usual[2:6:2], usual[3:6:2], strict=True):
+            setattr(matmul, name, (allow, split))
+        matmul.allow_fp16_accumulation = usual[6]

@@ -1,10 +1,10 @@
 """What only a CUDA device can show: half precision against float32, packing, TF32 kept out, memory, several devices."""
 
-import accelerate
+import numpy as np
 import pytest
 import torch
 
-from gradvar.gradients import measure_scores
+from gradvar.gradients import SketchPlan, check_precision, cross_grams, measure_scores
 from gradvar.gradients.gram import FactorStore
 from gradvar.gradients.states import full_precision
 from tests.gradients import references
@@ -73,6 +73,58 @@ def test_cuda_memory_stays_within_the_budget():
 
 
 def test_a_model_that_is_offloaded_to_the_cpu():
+    accelerate = pytest.importorskip("accelerate")
     expected = grams(make_model("qwen2", torch.float32))
     model = accelerate.cpu_offload(make_model("qwen2", torch.float32), execution_device="cuda:0")
     assert gap(grams(model), expected) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probes_prefixes_and_sketches_on_cuda(dtype):
+    prompt, responses = make_prompt_and_responses()
+    options = {"probes": 2, "prefixes": 3, "seed": 0, "sketch": SketchPlan(dimension=256)}
+    expected = measure_scores(make_model("qwen2", dtype).float(), prompt, responses, SPECS, **options)
+    found = measure_scores(make_model("qwen2", dtype).cuda(), prompt, responses, SPECS, **options)
+    limit = 1e-4 if dtype == torch.float32 else 0.1
+    for key in expected.grams:
+        np.testing.assert_allclose(found.taus[key].value, expected.taus[key].value, rtol=limit)
+        np.testing.assert_allclose(found.prefixes[key].value, expected.prefixes[key].value, rtol=limit)
+        size = np.abs(expected.sketches[key].matrix).max()
+        np.testing.assert_allclose(found.sketches[key].matrix, expected.sketches[key].matrix, atol=limit * size)
+
+
+def test_the_head_and_its_tied_embedding_on_cuda():
+    prompt, responses = make_prompt_and_responses()
+    for name in ("qwen2", "qwen2_tied"):
+        expected = measure_scores(make_model(name, torch.float32), prompt, responses, "lm_head").grams
+        found = measure_scores(make_model(name, torch.float32).cuda(), prompt, responses, "lm_head").grams
+        for key, gram in expected.items():
+            assert references.error(found[key].gram(), gram.gram()) < 1e-4
+
+
+def test_autocast_on_cuda_reaches_the_model():
+    prompt, responses = make_prompt_and_responses()
+    model = make_model("qwen2", torch.float32).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        measured = measure_scores(model, prompt, responses, "last:q")
+    (gram,) = measured.grams.values()
+    (expected,) = measure_scores(model, prompt, responses, "last:q").grams.values()
+    assert measured.dtype == "float32 autocast bfloat16"
+    assert 1e-6 < references.error(gram.gram(), expected.gram()) < 0.1
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "non_reentrant"])
+def test_checkpointing_and_the_float32_check_on_cuda(kind):
+    model = make_model("qwen2", torch.float32).cuda()
+    assert gap(grams(model, checkpointing=kind), grams(model)) < 1e-5
+    prompt, responses = make_prompt_and_responses()
+    assert max(row.gradient_error for row in check_precision(model, prompt, responses, SPECS).rows) < 1e-4
+
+
+def test_several_prompts_together_on_cuda():
+    prompt, responses = make_prompt_and_responses()
+    model = make_model("qwen2", torch.float32)
+    prompts, everything = [prompt, prompt[::-1]], [responses, responses[:3]]
+    expected = cross_grams(model, prompts, everything, SPECS)
+    for key, gram in cross_grams(model.cuda(), prompts, everything, SPECS).items():
+        assert references.error(gram, expected[key]) < 1e-4
