@@ -18,7 +18,8 @@ _FREE_SHARE = 0.8
 _SLACK = 20
 """One part in so many of a budget is left to the allocator."""
 _TILE_SHARE = 0.15
-_TILE_LIMIT = 256 << 20
+_TILE_LIMIT = {"cpu": 256 << 20, "cuda": 2 << 30}
+"""Bytes of a tile, at most: on a GPU products of few rows leave most of it idle."""
 _CHUNK_SHARE = 1 / 32
 """A chunk of logits is at most this part of the budget."""
 
@@ -115,7 +116,8 @@ def _split(job: Job, tokens: int, total: int, chunk: int, work: int, kind: str, 
     """
     spare = total - fixed_bytes(job)
     smallest = smallest_tile(job.targets, len(job.responses), job.dtype)
-    wish = max(smallest, min(_TILE_LIMIT, max(work - tile_casts(job), int(_TILE_SHARE * spare))))
+    limit = _TILE_LIMIT.get(job.device.type, _TILE_LIMIT["cpu"])
+    wish = max(smallest, min(limit, max(work - tile_casts(job), int(_TILE_SHARE * spare))))
     for tile in (wish, smallest):
         room = spare - max(work, tile + tile_casts(job))
         if room >= least_bytes(job.targets, job.lengths, job.factor_dtype):

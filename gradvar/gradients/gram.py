@@ -10,7 +10,7 @@ Shape letters: N responses, T tokens, I inputs, O outputs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -56,9 +56,12 @@ class GradientStore(ABC):
         """Return a response's (O,) float64 sum_t delta_t."""
         return self._bias[response]
 
-    def is_finite(self, response: int) -> bool:
-        """Return whether the response's output gradients, as far as they were added, are finite."""
-        return bool(self._bias[response].isfinite().all())
+    def finite(self, responses: Sequence[int]) -> list[bool]:
+        """Return of each response whether its gradient, as far as it was added, is finite: a GPU is waited for once."""
+        return torch.stack([self._is_finite(response) for response in responses]).tolist()
+
+    def _is_finite(self, response: int) -> Tensor:
+        return self._bias[response].isfinite().all()
 
     def gram(self, include_bias: bool, tile_bytes: int, on_tile: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Return the (N, N) float64 Gram, on the CPU.
@@ -79,8 +82,8 @@ class GradientStore(ABC):
                 self.fill(response, start, stop, tile[response].view(stop - start, self.columns))
             if on_tile is not None:
                 on_tile(start, tile)
-            for piece in torch.split(tile, _STRETCH, dim=1):
-                total += (piece @ piece.T).to(self._wide, torch.float64)
+            for part in _stretches(tile):
+                total += torch.bmm(part, part.transpose(1, 2)).to(self._wide).sum(0, dtype=torch.float64)
         if include_bias:
             total += self._bias @ self._bias.T
         return ((total + total.T) / 2).cpu()
@@ -139,10 +142,9 @@ class MatrixStore(GradientStore):
         if bias is not None:
             self._bias[response] += bias.to(self._wide, torch.float64)
 
-    def is_finite(self, response: int) -> bool:
-        """Return whether the response's gradient, as far as it was added, is finite."""
+    def _is_finite(self, response: int) -> Tensor:
         low, high = torch.aminmax(self._gradients[response])  # makes no copy
-        return super().is_finite(response) and bool(low.isfinite() & high.isfinite())
+        return super()._is_finite(response) & (low.isfinite() & high.isfinite()).to(self._wide)
 
     def fill(self, response: int, start: int, stop: int, out: Tensor) -> None:
         """Write rows [start, stop) of a response's gradient to `out`."""
@@ -224,6 +226,15 @@ class HeadStore(GradientStore):
             ids, gradient = self._inputs[response]
             here = (ids >= start) & (ids < stop)
             out.index_add_(0, ids[here] - start, gradient[here])
+
+
+def _stretches(tile: Tensor) -> Iterator[Tensor]:
+    """Yield a tile (N, K) as views (stretches, N, length): all whole stretches, then what is left."""
+    whole = tile.shape[1] // _STRETCH
+    if whole:
+        yield tile[:, : whole * _STRETCH].view(len(tile), whole, _STRETCH).transpose(0, 1)
+    if whole * _STRETCH < tile.shape[1]:
+        yield tile[:, whole * _STRETCH :][None]
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:

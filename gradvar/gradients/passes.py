@@ -68,9 +68,8 @@ def _run_batches(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, Gradien
                 _keep_tokens(job, batch, seen)
             _backward(seen, taps, batch.members, stores, keep_graph=job.extra.count > 0)
             for block, store in stores:
-                finite = [store.is_finite(i) for i in batch.members]
                 names = [job.ids[i] for i in batch.members]
-                require_finite(names, finite, f"the gradient over {block.target.key}")
+                require_finite(names, store.finite(batch.members), f"the gradient over {block.target.key}")
             _add_reweighted(job, batch, blocks, taps, direct, seen, norms)
             job.done += len(batch.members)
             job.report(job.done // len(job.plan.passes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -112,8 +112,8 @@ def _with_split(name: str, value: bool) -> bool | tuple[bool, bool]:
 @contextmanager
 def _float32_products() -> Iterator[None]:
     """Keep TF32 and bfloat16 out of float32 products, under torch's older name of the setting and its newer ones."""
-    holders = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
-    newer = [(one, one.fp32_precision) for one in holders if hasattr(one, "fp32_precision")]
+    holders: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    newer: list[tuple[Any, str]] = [(one, one.fp32_precision) for one in holders if hasattr(one, "fp32_precision")]
     older = None
     with suppress(RuntimeError):  # torch does not tell it by the older name once it was set by a newer one
         older = torch.get_float32_matmul_precision()

@@ -103,7 +103,7 @@ def test_the_tile_height_does_not_matter(monkeypatch, limit):
     specs = ["lm_head", *SPECS]
     options = {"probes": 2, "seed": 0, "prefixes": 2}
     usual = measure_scores(model, prompt, responses, specs, **options)
-    monkeypatch.setattr("gradvar.gradients.fit._TILE_LIMIT", limit)
+    monkeypatch.setattr("gradvar.gradients.fit._TILE_LIMIT", {"cpu": limit})
     other = measure_scores(model, prompt, responses, specs, **options)
     smallest = 6 * 24 * 8  # one row of the widest target for every response
     assert other.plan.tile_bytes == min(max(limit, smallest), other.plan.tile_bytes) != usual.plan.tile_bytes
@@ -115,7 +115,9 @@ def test_the_tile_height_does_not_matter(monkeypatch, limit):
 
 @pytest.mark.parametrize("store", [FactorStore, MatrixStore])
 @pytest.mark.parametrize("height", [1, 2, 5, 7, 100])
-def test_tiles_of_any_height_add_up_to_the_whole(store, height):
+@pytest.mark.parametrize("stretch", [1, 4, 1 << 16])
+def test_tiles_of_any_height_add_up_to_the_whole(store, height, stretch, monkeypatch):
+    monkeypatch.setattr("gradvar.gradients.gram._STRETCH", stretch)
     generator = torch.Generator().manual_seed(0)
     kept, expected = store(4, 7, 3, torch.float64, torch.device("cpu")), []
     for i, tokens in enumerate((1, 5, 2, 9)):
@@ -126,6 +128,17 @@ def test_tiles_of_any_height_add_up_to_the_whole(store, height):
     assert references.error(gram, references.gram_of(expected)) < 1e-13
     norms = kept.squared_norms(True, height * 3 * 8).numpy()
     np.testing.assert_allclose(norms, gram.diagonal(), rtol=1e-13)
+
+
+@pytest.mark.parametrize("store", [FactorStore, MatrixStore])
+def test_what_is_not_finite_is_seen_by_response(store):
+    kept = store(5, 7, 3, torch.float32, torch.device("cpu"))
+    for i, value in enumerate((1.0, float("nan"), float("inf"), -float("inf"), 2.0)):
+        delta = torch.ones(4, 7)
+        delta[2, 5] = value
+        kept.add(i, torch.ones(4, 3), delta)
+    assert kept.finite([4, 1, 0, 3]) == [True, False, True, False]
+    assert kept.finite(range(5)) == [True, False, False, False, True]
 
 
 # -- packing
