@@ -132,7 +132,8 @@ def split_work(
                 continue
             passes[-1].append(block)
             left -= block.bytes
-            inputs.add(_input_of(target))
+            if block.keep == "factors":  # matrices hold no input
+                inputs.add(_input_of(target))
             start = block.stop
     return tuple(tuple(blocks) for blocks in passes)
 

@@ -19,7 +19,7 @@ from gradvar.gradients.logprobs import Head
 from gradvar.gradients.plan import Plan
 from gradvar.gradients.positions import must_go_alone
 from gradvar.gradients.request import check_causal, check_padding, check_request, check_sharing, packs, whole_numbers
-from gradvar.gradients.resident import Resident, resident_bytes
+from gradvar.gradients.resident import Resident, settled_bytes
 from gradvar.gradients.reweighted import check_counts, reweightings
 from gradvar.gradients.sketch import SketchPlan
 from gradvar.gradients.specs import resolve_targets
@@ -104,7 +104,7 @@ def planned(
                 token_budget=1, memory_budget=0, tile_bytes=0, chunk_bytes=0, work_bytes=0, spare_bytes=0, passes=()
             ),
         )  # fmt: skip
-        before = resident_bytes()
+        before = settled_bytes() if device.type == "cpu" else None
         job.plan = choose_plan(
             job,
             token_budget=token_budget,

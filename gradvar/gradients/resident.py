@@ -24,11 +24,22 @@ def resident_bytes() -> int | None:
     return None
 
 
+def settled_bytes() -> int | None:
+    """Return `resident_bytes` once freed blocks are given back.
+
+    A measurement that counted the last one's as there before would grow by so much more, prompt after prompt.
+    """
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+    return resident_bytes()
+
+
 class Resident:
     """Keeps what the process grows by within a budget as far as freed blocks are at fault.
 
     Args:
-        start: What `resident_bytes` said before.
+        start: What `settled_bytes` said before.
         budget: What it may grow by.
     """
 
