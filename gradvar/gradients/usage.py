@@ -24,7 +24,8 @@ from gradvar.gradients.checkpointing import checkpointed
 from gradvar.gradients.job import Job
 from gradvar.gradients.plan import Block
 
-_PROBE_LENGTH = 32
+_PROBE_LENGTH = {"cpu": 32, "cuda": 256}
+"""Tokens of the longest probe, at most: in short ones attention's squares, where they are kept, do not make the peak."""
 _known: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Any]] = weakref.WeakKeyDictionary()
 
 
@@ -153,7 +154,7 @@ def _probe(
     watch: Callable[[_Run], tuple[float, ...]],
 ) -> list[Growth]:
     """Return how each number that `watch` reads off a run grows with the tokens."""
-    long = max(6, min(_PROBE_LENGTH, max(job.lengths)))
+    long = max(6, min(_PROBE_LENGTH.get(job.device.type, _PROBE_LENGTH["cpu"]), max(job.lengths)))
     batches = job.batches(token_budget)
     packed = any(batch.packed for batch in batches)
     rows = 2 if any(batch.attention_mask is not None for batch in batches) else 1
