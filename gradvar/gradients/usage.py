@@ -25,7 +25,7 @@ from gradvar.gradients.job import Job
 from gradvar.gradients.plan import Block
 
 _PROBE_LENGTH = {"cpu": 32, "cuda": 256}
-"""Tokens of the longest probe, at most: in short ones attention's squares, where they are kept, do not make the peak."""
+"""Tokens of the longest probe, at most: in short ones the squares that some attention keeps do not make the peak."""
 _known: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Any]] = weakref.WeakKeyDictionary()
 
 
