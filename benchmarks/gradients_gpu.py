@@ -276,6 +276,8 @@ def main(arguments: Sequence[str]) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("error: no CUDA device here: run this on a machine with one, or try --device cpu --tiny", file=sys.stderr)
         return 2
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # the stopwatch marks the current device's stream
     shape = choose_shape(device, options.tiny)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if shape is not SHAPES[0] and not options.tiny:
