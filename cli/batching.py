@@ -56,7 +56,7 @@ def print_batches(run: Run) -> None:
             ]
         )
     first = cv.iloc[0]
-    extrapolated = "\n* sums in a batch's weights put at their mean: more prompts than a third of those measured."
+    extrapolated = "\n* linear in the weights' sums over the batch: more prompts than a third of those measured."
     console.table(
         f"Batches of several prompts: {target_label(last)}, {first['group_size']} responses a prompt, "
         f"{first['advantage']} advantages, {first['clusters']} prompts measured",

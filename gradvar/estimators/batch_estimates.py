@@ -2,7 +2,8 @@
 
 Intervals are for prompts like these: a delete-one-prompt jackknife, t over K - 1, none below 4 prompts. A sketch's own
 error is told by the spread of its R parts (delete-one-part jackknife) and its variance is added, so that the interval
-covers both; degrees of freedom by Satterthwaite. rho and CV are on the scale of log(1 - rho), ratios on the log.
+covers both; degrees of freedom by Satterthwaite. rho and CV are on the scale of log(1 - rho), ratios on the log; there
+what a linearisation leaves out of the variance is added too.
 Shape letters: K prompts, R repeats of a sketch.
 """
 
@@ -48,6 +49,8 @@ class Spread:
     """The part of it that the sketch makes; 0 for exact products."""
     degrees: float
     """Degrees of freedom of the error."""
+    remainder: float = 0.0
+    """Relative size of what linearisations leave out of the variances."""
 
     def half_width(self, level: float) -> float:
         """Return the half-width of the t interval; NaN where there is no error."""
@@ -100,6 +103,7 @@ def log_cv_ratio(m: Moments, reference: Moments) -> Array:
 def spread(statistic: Statistic, *batches: BatchMoments) -> Spread:
     """Evaluate a statistic of one or more kinds of batch, paired by prompt and part of the sketch."""
     repeats, prompts = batches[0].power_without.shape
+    remainder = sum(b.remainder for b in batches)
     with np.errstate(all="ignore"):
         value = float(statistic(*[Moments(b.power.mean(), b.given.mean(), b.signal.mean()) for b in batches]))
         without_prompt = statistic(
@@ -117,10 +121,12 @@ def spread(statistic: Statistic, *batches: BatchMoments) -> Spread:
             by_sketch = float(jackknife_variance(without_part))
     total = by_prompts + by_sketch
     if not math.isfinite(total):
-        return Spread(value=value, error=math.nan, sketch=math.sqrt(by_sketch), degrees=math.nan)
+        return Spread(value=value, error=math.nan, sketch=math.sqrt(by_sketch), degrees=math.nan, remainder=remainder)
     parts = by_prompts**2 / (prompts - 1) + (by_sketch**2 / (repeats - 1) if repeats > 1 else 0.0)
     degrees = total**2 / parts if parts > 0 else float(prompts - 1)
-    return Spread(value=value, error=math.sqrt(total), sketch=math.sqrt(by_sketch), degrees=degrees)
+    return Spread(
+        value=value, error=math.sqrt(total), sketch=math.sqrt(by_sketch), degrees=degrees, remainder=remainder
+    )
 
 
 def _without(parts: Array) -> Array:
@@ -141,7 +147,7 @@ def rho_interval(found: Spread, none: Estimate) -> Estimate:
     noise = 1.0 - value
     if noise <= 0.0:
         return replace(none, value=value, low=value - half, high=value + half)
-    stretch = math.exp(min(half / noise, 700.0))
+    stretch = math.exp(min(half / noise + found.remainder, 700.0))
     return replace(none, value=value, low=1.0 - noise * stretch, high=1.0 - noise / stretch)
 
 
@@ -152,6 +158,7 @@ def ratio_estimate(found: Spread, none: Estimate) -> Estimate:
         return replace(none, value=math.nan, low=0.0, high=math.inf, method=f"{none.method}; unresolved")
     if not math.isfinite(half):
         return replace(none, value=math.exp(found.value))
+    half += found.remainder / 2  # of log CV, half of that of log variance
     return replace(
         none,
         value=math.exp(found.value),

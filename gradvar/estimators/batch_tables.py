@@ -45,10 +45,13 @@ from gradvar.estimators.batch_estimates import (
 )
 from gradvar.estimators.batches import (
     BatchMoments,
+    ScopedParts,
     depends_on_scope,
     formed_moments,
+    group_scales,
     mean_weights,
     prompt_parts,
+    scoped_parts,
 )
 from gradvar.estimators.cross_products import CrossProducts
 from gradvar.estimators.cv import SILENT, UNRESOLVED, cv_from_rho, n_to_resolve, resolution
@@ -111,15 +114,17 @@ class _Study:
             for p in self.prompts
         }
 
-    def mean_coefficients(self, rule: Rule, alpha: float | None) -> dict[str, Array]:
-        """Return (P, M, n) coefficients by prompt, weights of a large batch."""
-        weights = mean_weights(self.prompts, rule, self.group_size, alpha=alpha, max_length=self.max_length)
-        found = {}
+    def large(self, rule: Rule, alpha: float | None) -> ScopedParts:
+        """Return the parts of batches too large to form."""
+        options: dict[str, Any] = {"alpha": alpha, "max_length": self.max_length}
+        weights = mean_weights(self.prompts, rule, self.group_size, **options)
+        scales = group_scales(self.prompts, self.drawn, weights, rule, **options)
+        coefficients = {}
         for p in self.prompts:
             rows = self.drawn[p.prompt_id]
             factors = advantages(_rewards(p, self.advantage)[rows], self.advantage, lengths=p.lengths[rows])
-            found[p.prompt_id] = weights[p.prompt_id][rows] * factors
-        return found
+            coefficients[p.prompt_id] = weights[p.prompt_id][rows] * factors
+        return scoped_parts(self.prompts, self.products, self.drawn, coefficients, scales)
 
 
 _Batches = dict[tuple[str, int], tuple[BatchMoments, bool]]
@@ -254,7 +259,7 @@ def _batches(study: _Study, rule: Rule, alpha: float | None) -> _Batches:
     if 1 in study.sizes:
         found[BATCH, 1] = found[GROUP, 1]
     if larger:
-        whole = prompt_parts(study.prompts, study.products, study.drawn, study.mean_coefficients(rule, alpha))
+        whole = study.large(rule, alpha)
         found.update({(BATCH, size): (whole.batch(size), True) for size in larger if size > 1})
     return found
 
@@ -308,9 +313,7 @@ class _Adder:
     extrapolated: bool
 
     def none(self) -> Estimate:
-        return self.study.none(
-            f"{METHOD}; sums in the weights at their mean over all responses" if self.extrapolated else METHOD
-        )
+        return self.study.none(f"{METHOD}; linear in the weights' sums over the batch" if self.extrapolated else METHOD)
 
     def ratio(self, name: str, moments: BatchMoments, reference: BatchMoments) -> TableRow:
         found = spread(log_cv_ratio, moments, reference)

@@ -15,8 +15,14 @@ Where a rule weights inside prompt groups, ghat is the mean of B independent gro
     power_B = power_1 / B + (1 - 1/B) signal,   given_B = given_1 / B + (1 - 1/B) signal,   signal_B = signal
 hold for every B. Where a rule weights over the whole batch (dapo and vl_norm there depend on all its lengths), batches
 are formed: `formed_moments` cuts the prompts into disjoint batches. Beyond K / 3 prompts, too few batches could be
-formed, and the sums in the weights are put at their mean over all measured responses (`mean_weights`): what is left out
-is their own fluctuation, of relative order 1 / (B n).
+formed; there ghat = N / S, divided by a sum S over the batch, is linearised around the mean of S (delta method):
+    ghat  =  N / E S  -  E ghat (S / E S - 1)  +  O(1 / (B n)).
+With u a group's update under weights whose sum is at its mean (`mean_weights`), and v its own sum over that mean, ghat
+is the mean over prompts of u - E ghat (v - 1), and the formulas above hold with (u', v' of another group of the prompt)
+    power_1 = E||u||^2 - 2 E<v u, E u> / E v + signal (1 + E v^2 / (E v)^2),
+    given_1 = E<u, u'> - 2 E<v' u, E u> / E v + signal (1 + E v v' / (E v)^2)
+(`ScopedParts`). The second term is not small: where S follows ghat it is of the variance's own order for every B.
+What is left out is of the relative order (E v^2 / (E v)^2 - 1) / B (`BatchMoments.remainder`) and widens the intervals.
 Shape letters: K prompts, N responses, n of a group, B prompts of a batch, M groups of a prompt, R repeats of a sketch
 (1 for exact products), P permutations.
 """
@@ -56,6 +62,8 @@ class BatchMoments:
     """(R, K) delete-one-prompt replicates; NaN where too few prompts are left."""
     given_without: Array
     signal_without: Array
+    remainder: float = 0.0
+    """Relative size of what a linearisation leaves out of the variance."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,30 +79,73 @@ class PromptParts:
 
     def batch(self, prompts: int) -> BatchMoments:
         """Return the moments of the mean of B = `prompts` independent groups' updates."""
-        off = self.pairs * (1.0 - np.eye(len(self.power)))
-        count = len(self.power)
-        total, rows = off.sum(axis=(1, 2)), off.sum(axis=2)
-        signal = total / (count * (count - 1))
-        left = (count - 1) * (count - 2)
-        signal_without = (total[:, None] - 2.0 * rows) / (left if left else math.nan)
-
-        def mixed(single: Array) -> tuple[Array, Array]:
-            without = (single.sum() - single) / (count - 1)
-            return (
-                single.mean() / prompts + (1.0 - 1.0 / prompts) * signal,
-                without / prompts + (1.0 - 1.0 / prompts) * signal_without,
-            )
-
-        power, power_without = mixed(self.power)
-        given, given_without = mixed(self.given)
+        signal, signal_without = mean_of_pairs(self.pairs)
+        (power, power_without), (given, given_without) = mean_of_each(self.power), mean_of_each(self.given)
         return BatchMoments(
-            power=power,
-            given=given,
+            power=power / prompts + (1.0 - 1.0 / prompts) * signal,
+            given=given / prompts + (1.0 - 1.0 / prompts) * signal,
             signal=signal,
-            power_without=power_without,
-            given_without=given_without,
+            power_without=power_without / prompts + (1.0 - 1.0 / prompts) * signal_without,
+            given_without=given_without / prompts + (1.0 - 1.0 / prompts) * signal_without,
             signal_without=signal_without,
         )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScopedParts:
+    """Of a rule that weights over a whole batch, for batches too large to form; v is a group's sum over its mean."""
+
+    groups: PromptParts
+    """Of updates whose sums are at their mean."""
+    same: Array
+    """(R, K, K) <E[v u]_q, E u_q'> of different prompts."""
+    apart: Array
+    """(R, K, K) <E[v' u]_q, E u_q'>, v' of another group of q."""
+    sums: Array
+    """(K,) E v."""
+    squares: Array
+    """(K,) E v^2."""
+    products: Array
+    """(K,) E v v'."""
+
+    def batch(self, prompts: int) -> BatchMoments:
+        """Return the moments of a batch of B = `prompts`."""
+        plain = self.groups.batch(prompts)
+        mean, mean_without = mean_of_each(self.sums)
+
+        def added(pairs: Array, squares: Array) -> tuple[Array, Array]:
+            (along, along_without), (square, square_without) = mean_of_pairs(pairs), mean_of_each(squares)
+            return (
+                -2.0 * along / mean + plain.signal * (1.0 + square / mean**2),
+                -2.0 * along_without / mean_without + plain.signal_without * (1.0 + square_without / mean_without**2),
+            )
+
+        power, power_without = added(self.same, self.squares)
+        given, given_without = added(self.apart, self.products)
+        return BatchMoments(
+            power=plain.power + power / prompts,
+            given=plain.given + given / prompts,
+            signal=plain.signal,
+            power_without=plain.power_without + power_without / prompts,
+            given_without=plain.given_without + given_without / prompts,
+            signal_without=plain.signal_without,
+            remainder=float(self.squares.mean() / mean**2 - 1.0) / prompts,
+        )
+
+
+def mean_of_each(values: Array) -> tuple[Array, Array]:
+    """Mean of (K,) values, and (K,) means without each."""
+    return values.mean(), (values.sum() - values) / (len(values) - 1)
+
+
+def mean_of_pairs(values: Array) -> tuple[Array, Array]:
+    """Mean (R,) of (R, K, K) values over pairs of different prompts, and (R, K) means without each prompt."""
+    count = values.shape[-1]
+    off = values * (1.0 - np.eye(count))
+    total = off.sum(axis=(1, 2))
+    left = (count - 1) * (count - 2)
+    without = (total[:, None] - off.sum(axis=1) - off.sum(axis=2)) / (left if left else math.nan)
+    return total / (count * (count - 1)), without
 
 
 def depends_on_scope(rule: Rule, alpha: float | None) -> bool:
@@ -133,6 +184,46 @@ def prompt_parts(
     )
 
 
+def scoped_parts(
+    prompts: Sequence[PromptScores],
+    products: CrossProducts,
+    groups: Mapping[str, NDArray[np.intp]],
+    coefficients: Mapping[str, Array],
+    scales: Mapping[str, Array],
+) -> ScopedParts:
+    """Compute what large batches of a rule that weights over the whole batch need.
+
+    Args:
+        prompts: K prompts of one target.
+        products: Between their responses.
+        groups: (P, M, n) disjoint groups of each prompt, M at least 2.
+        coefficients: (P, M, n) of the groups' updates, weights by `mean_weights`.
+        scales: (P, M) v by `group_scales`.
+    """
+    updates: dict[str, Array] = {}
+    sums, squares, others = [], [], []
+    for p in prompts:
+        drawn, c = groups[p.prompt_id], coefficients[p.prompt_id]
+        rounds, count, _ = drawn.shape
+        v = scales[p.prompt_id]
+        moved = v[..., None] * c
+        apart = (v.sum(axis=1, keepdims=True)[..., None] * c - moved) / (count - 1)
+        weights = [np.bincount(drawn.reshape(-1), x.reshape(-1), len(p.lengths)) for x in (c, moved, apart)]
+        updates[p.prompt_id] = np.stack(weights) / (rounds * count)
+        sums.append(v.mean())
+        squares.append((v**2).mean())
+        others.append((v.sum(axis=1) ** 2 - (v**2).sum(axis=1)).mean() / (count * (count - 1)))
+    inner = products.of_updates(updates)
+    return ScopedParts(
+        groups=prompt_parts(prompts, products, groups, coefficients),
+        same=inner[:, 1::3, ::3],
+        apart=inner[:, 2::3, ::3],
+        sums=np.array(sums),
+        squares=np.array(squares),
+        products=np.array(others),
+    )
+
+
 def mean_weights(
     prompts: Sequence[PromptScores],
     rule: Rule,
@@ -150,6 +241,35 @@ def mean_weights(
     weights = np.asarray(weights * (len(lengths) / group_size))
     ends = np.cumsum([len(p.lengths) for p in prompts])[:-1]
     return {p.prompt_id: part for p, part in zip(prompts, np.split(weights, ends), strict=True)}
+
+
+def group_scales(
+    prompts: Sequence[PromptScores],
+    groups: Mapping[str, NDArray[np.intp]],
+    weights: Mapping[str, Array],
+    rule: Rule,
+    *,
+    alpha: float | None,
+    max_length: float,
+) -> dict[str, Array]:
+    """Return v (P, M) by prompt: the sum in a group's own weights over its mean, up to one constant.
+
+    Args:
+        prompts: K prompts of one target.
+        groups: (P, M, n) disjoint groups of each prompt.
+        weights: (N,) by prompt, of `mean_weights`.
+        rule: The rule; the scope enters its weights as one factor.
+        alpha: Exponent of vl_norm.
+        max_length: M in tokens.
+    """
+    found = {}
+    for p in prompts:
+        rows = groups[p.prompt_id]
+        inside = scope_weights(
+            rule, p.lengths[rows], lambda x: x.sum(axis=-1, keepdims=True), alpha=alpha, max_length=max_length
+        )
+        found[p.prompt_id] = np.asarray((weights[p.prompt_id][rows] / inside)[..., 0])
+    return found
 
 
 @dataclass(kw_only=True, eq=False)

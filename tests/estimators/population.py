@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gradvar.estimators.cross_products import ExactProducts, SketchProducts
 from gradvar.runs.records import PromptScores
+
+Array = NDArray[np.float64]
 
 
 @dataclass(kw_only=True)
@@ -25,13 +30,13 @@ class Population:
         direction = self.rng.normal(size=self.dimensions)
         self.common = self.signal * direction / np.linalg.norm(direction)
 
-    def draw(self, prompts, responses):
+    def draw(self, prompts: int, responses: int) -> tuple[list[PromptScores], list[Array]]:
         """Return PromptScores p0, p1, ... and their gradients (N, d)."""
         found = [self._prompt(responses, self.rng) for _ in range(prompts)]
         scores = [prompt_scores(f"p{k}", s, r, lengths) for k, (s, r, lengths) in enumerate(found)]
         return scores, [s for s, _, _ in found]
 
-    def truth(self, *, group_size, batches, rng):
+    def truth(self, *, group_size: int, batches: int, rng: np.random.Generator) -> Array:
         """(power, given, signal) of one grpo group with advantages r - mean, two independent groups a prompt."""
         power, given, total = 0.0, 0.0, np.zeros(self.dimensions)
         for _ in range(batches):
@@ -48,7 +53,7 @@ class Population:
         one = 0.5 * (power + given)
         return np.array([power, given, (batches * (mean @ mean) - one) / (batches - 1)])
 
-    def _prompt(self, responses, rng):
+    def _prompt(self, responses: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
         own = rng.normal(size=self.dimensions) * self.between / np.sqrt(self.dimensions)
         p = rng.uniform(0.25, 0.75)
         typical = rng.uniform(3.0, 12.0)
@@ -58,7 +63,7 @@ class Population:
         return s + (rewards - p)[:, None] * lengths[:, None] * (self.common + own), rewards, lengths
 
 
-def prompt_scores(name, gradients, rewards, lengths, target="layer"):
+def prompt_scores(name: str, gradients: Array, rewards: Any, lengths: Any, target: str = "layer") -> PromptScores:
     """PromptScores of given gradients."""
     return PromptScores(
         prompt_id=name,
@@ -71,7 +76,7 @@ def prompt_scores(name, gradients, rewards, lengths, target="layer"):
     )
 
 
-def exact_products(prompts, gradients):
+def exact_products(prompts: Sequence[PromptScores], gradients: Sequence[Array]) -> ExactProducts:
     """Exact products of all responses."""
     flat = np.concatenate(gradients)
     ends = np.cumsum([0, *(len(g) for g in gradients)])
@@ -79,7 +84,9 @@ def exact_products(prompts, gradients):
     return ExactProducts(matrix=flat @ flat.T, rows=rows)
 
 
-def signed_sketch(prompts, gradients, *, seed, width=64, parts=8):
+def signed_sketch(
+    prompts: Sequence[PromptScores], gradients: Sequence[Array], *, seed: int, width: int = 64, parts: int = 8
+) -> SketchProducts:
     """A dense random-sign projection, `parts` independent ones of `width`."""
     rng = np.random.default_rng(seed)
     signs = rng.choice([-1.0, 1.0], size=(parts, width, gradients[0].shape[1])).reshape(parts * width, -1)

@@ -9,12 +9,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks import calibration_batches
 from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import advantages
 from gradvar.estimators.aggregation import aggregation_weights, find_rule
 from gradvar.estimators.batch_estimates import spread, total_rho
 from gradvar.estimators.batch_tables import batch_table
-from gradvar.estimators.batches import depends_on_scope, formed_moments, mean_weights, prompt_parts
+from gradvar.estimators.batches import (
+    depends_on_scope,
+    formed_moments,
+    group_scales,
+    mean_weights,
+    prompt_parts,
+    scoped_parts,
+)
 from gradvar.estimators.cross_products import SummedProducts, sketch_error
 from gradvar.estimators.groups import draw_groups, group_coefficients
 from tests.estimators.population import Population, exact_products, prompt_scores, signed_sketch
@@ -161,6 +169,94 @@ def test_a_large_batch_has_its_weights_at_the_mean():
     assert mean_weights(prompts, find_rule("dapo"), 8, alpha=None, max_length=40.0)["p0"][0] / 64 == pytest.approx(
         batch[0] * lengths[:16].sum() / (lengths.mean() * 8 * 64), rel=1e-9
     )
+
+
+def _large(prompts, gradients, rule, alpha, *, seed):
+    groups, _ = _drawn(prompts, rule, alpha, size=2, permutations=3, seed=seed)
+    options = {"alpha": alpha, "max_length": 40.0}
+    weights = mean_weights(prompts, find_rule(rule), 2, **options)
+    scales = group_scales(prompts, groups, weights, find_rule(rule), **options)
+    coefficients = {
+        p.prompt_id: weights[p.prompt_id][groups[p.prompt_id]] * advantages(p.rewards[groups[p.prompt_id]], "mean")
+        for p in prompts
+    }
+    parts = scoped_parts(prompts, exact_products(prompts, gradients), groups, coefficients, scales)
+    return parts, groups, coefficients, scales
+
+
+@pytest.mark.parametrize(("rule", "alpha"), [("dapo", None), ("vl_norm", 1.0), ("vl_norm", 0.0)])
+def test_large_batches_are_linear_in_the_sums_of_their_weights(rule, alpha):
+    """Against loops over u - E ghat (v / E v - 1), its products split as the formulas in the module say."""
+    prompts, gradients = _small(np.random.default_rng(7))
+    parts, groups, coefficients, scales = _large(prompts, gradients, rule, alpha, seed=3)
+    names = [p.prompt_id for p in prompts]
+    total = {name: length.sum() if rule == "dapo" else (length ** -float(alpha)).sum()
+             for name, length in ((p.prompt_id, p.lengths) for p in prompts)}  # fmt: skip
+    overall = sum(total.values()) / sum(len(p.lengths) for p in prompts)
+    u, v = {}, {}
+    for p, g in zip(prompts, gradients, strict=True):
+        rows = groups[p.prompt_id]
+        u[p.prompt_id] = np.array([[c @ g[r] for c, r in zip(*pair, strict=True)]
+                                   for pair in zip(coefficients[p.prompt_id], rows, strict=True)])  # fmt: skip
+        own = p.lengths[rows] if rule == "dapo" else p.lengths[rows] ** -float(alpha)
+        v[p.prompt_id] = own.sum(axis=-1) / (2 * overall)
+    for name in names:
+        np.testing.assert_allclose(scales[name], v[name])
+    mean = np.mean([v[name].mean() for name in names])
+    rounds, count = v["p0"].shape
+
+    def over_pairs(first, second):
+        return np.mean([first[a] @ second[b] for a, b in itertools.permutations(names, 2)])
+
+    center = {name: u[name].mean(axis=(0, 1)) for name in names}
+    same = {name: (v[name][..., None] * u[name]).mean(axis=(0, 1)) for name in names}
+    apart, products, given = {}, [], []
+    for name in names:
+        pairs = [(r, m, k) for r in range(rounds) for m, k in itertools.permutations(range(count), 2)]
+        apart[name] = np.mean([v[name][r, k] * u[name][r, m] for r, m, k in pairs], axis=0)
+        products.append(np.mean([v[name][r, k] * v[name][r, m] for r, m, k in pairs]))
+        given.append(np.mean([u[name][r, k] @ u[name][r, m] for r, m, k in pairs]))
+    signal = over_pairs(center, center)
+    power_1 = np.mean([(u[name] ** 2).sum(axis=-1).mean() for name in names])
+    power_1 += -2 * over_pairs(same, center) / mean
+    power_1 += signal * (1 + np.mean([(v[name] ** 2).mean() for name in names]) / mean**2)
+    given_1 = np.mean(given) - 2 * over_pairs(apart, center) / mean + signal * (1 + np.mean(products) / mean**2)
+    moments = parts.batch(5)
+    np.testing.assert_allclose(moments.signal, signal)
+    np.testing.assert_allclose(moments.power, power_1 / 5 + 0.8 * signal)
+    np.testing.assert_allclose(moments.given, given_1 / 5 + 0.8 * signal)
+    if alpha == 0.0:  # equal weights: their sum does not move
+        np.testing.assert_allclose(moments.power, parts.groups.batch(5).power)
+        np.testing.assert_allclose(moments.given, parts.groups.batch(5).given)
+        assert moments.remainder == pytest.approx(0.0, abs=1e-12)
+    for left in range(len(prompts)):  # delete-one replicates keep the mean weights of all
+        kept = [k for k in range(len(prompts)) if k != left]
+        pairs = np.ix_([0], kept, kept)
+        again = replace(
+            parts,
+            groups=replace(parts.groups, power=parts.groups.power[kept], given=parts.groups.given[kept],
+                           pairs=parts.groups.pairs[pairs]),
+            same=parts.same[pairs], apart=parts.apart[pairs], sums=parts.sums[kept], squares=parts.squares[kept],
+            products=parts.products[kept],
+        ).batch(5)  # fmt: skip
+        for part in ("power", "given", "signal"):
+            np.testing.assert_allclose(getattr(moments, f"{part}_without")[:, left], getattr(again, part))
+
+
+@pytest.mark.slow
+def test_large_batches_have_the_populations_moments():
+    """CV of vl_norm(1) over grpo's at B = 64 from 16 prompts, in the mean: without the sums' own part it is 1."""
+    name = "batches, prompts alike"
+    quantity = "cv ratio vl_norm 1, batch of 64 weighted by batch"
+    truth = calibration_batches.batch_truths(name)[f"{quantity}|prompts like these"]
+    found = []
+    for draw in range(40):
+        rows = calibration_batches.batch_intervals(name, 16, 32, [5, draw], sketched=False)
+        found += [row.value for row in rows if row.quantity == f"{quantity}, extrapolated"]
+    logs = np.log(found)
+    assert len(logs) == 40
+    assert abs(truth - 1.0) > 0.008
+    assert logs.mean() == pytest.approx(math.log(truth), abs=3 * logs.std(ddof=1) / math.sqrt(40) + 0.001)
 
 
 @pytest.mark.parametrize("kind", ["exact", "sketch"])
