@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import nn
 
 from gradvar.errors import GradvarError
@@ -11,6 +14,7 @@ from gradvar.gradients.job import Job
 from gradvar.gradients.logprobs import chunk_bytes
 from gradvar.gradients.plan import DEFAULT_TOKEN_BUDGET, Plan, free_memory, least_bytes, smallest_tile, split_work
 from gradvar.gradients.sketch import SketchPlan
+from gradvar.gradients.trunk import trunk_bytes
 from gradvar.gradients.usage import peak_bytes
 
 _FREE_SHARE = 0.8
@@ -20,6 +24,11 @@ _SLACK = 20
 _TILE_SHARE = 0.15
 _TILE_LIMIT = {"cpu": 256 << 20, "cuda": 2 << 30}
 """Bytes of a tile, at most: on a GPU products of few rows leave most of it idle."""
+_SHRINK = 0.7
+"""Batches of so many times the tokens are tried next, for the passes that they save."""
+_A_BATCH = {"cpu": 16, "cuda": 1000}
+"""What a batch costs beside its tokens, in tokens: on the CPU as measured (27 M parameters, one thread: 0.02 s); on
+CUDA a guess at the time it takes to launch some thousand kernels."""
 _CHUNK_SHARE = 1 / 32
 """A chunk of logits is at most this part of the budget."""
 
@@ -45,7 +54,8 @@ def choose_plan(
 ) -> Plan:
     """Return a plan whose estimated peak is within the memory budget; only short probes are run.
 
-    Batches take at most half of the budget where they can, gradients and tiles the rest.
+    Batches take at most half of the budget where they can, gradients and tiles the rest; less, where gradients then
+    need so many fewer passes that it is worth it.
 
     Args:
         job: The request; its plan is not looked at.
@@ -67,18 +77,20 @@ def choose_plan(
     given = default_budget(job.model) if memory_budget is None else memory_budget
     sketches = sketch_bytes(job, sketch)
     total = max(0, usable(given) - sketches)
-    plans, least = [], []
+    search = _Search(job=job, given=given, total=total, trunk=_trunk(job))
+    plans: list[Plan] = []
+    least = []
     for kind in [checkpointing, *(["non_reentrant"] if may_checkpoint and checkpointing == "off" else [])]:
-        tokens, chunk, work = _batching(job, token_budget, total, kind)
-        plan = _split(job, tokens, total, chunk, work, kind, given)
+        tokens, chunk, work = search.batching(token_budget, kind)
+        plan = search.split(tokens, chunk, work, kind)
         if plan is None:
             least.append(_least(job, kind))
         else:
-            plans.append(plan)
+            plans += [plan, *search.smaller(plan)]
             if 2 * work <= total:
                 break
-    if plans:  # layers made again cost about a third of a pass
-        return min(plans, key=lambda plan: len(plan.passes) * (3 if plan.checkpointing == "off" else 4))
+    if plans:
+        return min(plans, key=lambda plan: _work(job, plan))
     needed = min(least) + sketches
     enough = needed + (needed - 1) // (_SLACK - 1)  # the least of which so much is usable
     raise GradvarError(
@@ -88,51 +100,106 @@ def choose_plan(
     )
 
 
-def _batching(job: Job, token_budget: int | None, total: int, kind: str) -> tuple[int, int, int]:
-    """Return (token budget, chunk of logits, bytes of the largest batch), at most half of the total if it can be."""
-    tokens = token_budget or DEFAULT_TOKEN_BUDGET.get(job.device.type, DEFAULT_TOKEN_BUDGET["cpu"])
-    chunk = min(chunk_bytes(job.device), int(_CHUNK_SHARE * total))
-    while True:
-        peak = peak_bytes(job, None, kind, tokens)
-        work = sum(work_bytes(job, peak, tokens, chunk))
-        if 2 * work <= total:
-            return tokens, chunk, work
-        if len(job.batches(tokens)) == len(job.responses):  # each alone already: one token's logits at a time
-            return tokens, 1, sum(work_bytes(job, peak, tokens, 1))
-        tokens = max(1, min(tokens - 1, int(tokens * total / (2 * work))))
+@dataclass(frozen=True, kw_only=True)
+class _Search:
+    """Plans of one job within one budget."""
+
+    job: Job
+    given: int
+    """The budget."""
+    total: int
+    """Bytes of it that are planned with."""
+    trunk: tuple[int, int]
+    """What the trunk takes: fixed, and for a token of the largest batch."""
+
+    def batching(self, token_budget: int | None, kind: str) -> tuple[int, int, int]:
+        """Return (token budget, chunk of logits, bytes of the largest batch), at most half of the total if it can be.
+
+        Args:
+            token_budget: The limit, None for the usual one.
+            kind: Activation checkpointing.
+        """
+        tokens = token_budget or DEFAULT_TOKEN_BUDGET.get(self.job.device.type, DEFAULT_TOKEN_BUDGET["cpu"])
+        chunk = min(chunk_bytes(self.job.device), int(_CHUNK_SHARE * self.total))
+        while True:
+            work = self._work(tokens, chunk, kind)
+            if 2 * work <= self.total:
+                return tokens, chunk, work
+            if len(self.job.batches(tokens)) == len(self.job.responses):  # each alone: one token's logits at a time
+                return tokens, 1, self._work(tokens, 1, kind)
+            tokens = max(1, min(tokens - 1, int(tokens * self.total / (2 * work))))
+
+    def smaller(self, plan: Plan) -> list[Plan]:
+        """Return plans with smaller batches, which leave more room for gradients, down to each response alone.
+
+        None where one pass does: larger batches are faster.
+        """
+        plans: list[Plan] = []
+        tokens, last = plan.token_budget, len(self.job.batches(plan.token_budget))
+        while len((plans or [plan])[-1].passes) > 1 and last < len(self.job.responses):
+            tokens = int(_SHRINK * tokens)
+            count = len(self.job.batches(tokens))
+            if count == last:
+                continue
+            last = count
+            work = self._work(tokens, plan.chunk_bytes, plan.checkpointing)
+            found = self.split(tokens, plan.chunk_bytes, work, plan.checkpointing)
+            if found is not None:
+                plans.append(found)
+        return plans
+
+    def split(self, tokens: int, chunk: int, work: int, kind: str) -> Plan | None:
+        """Return the plan with batches of `work` bytes, None where too little is left for gradients and tiles.
+
+        Args:
+            tokens: Padded tokens of a batch.
+            chunk: A chunk of logits.
+            work: Bytes of the largest batch.
+            kind: Activation checkpointing.
+        """
+        job = self.job
+        spare = self.total - fixed_bytes(job)
+        smallest = smallest_tile(job.targets, len(job.responses), job.dtype)
+        limit = _TILE_LIMIT.get(job.device.type, _TILE_LIMIT["cpu"])
+        wish = max(smallest, min(limit, max(work - tile_casts(job), int(_TILE_SHARE * spare))))
+        fixed, a_token = self.trunk
+        trunk = fixed + a_token * max(batch.input_ids.numel() for batch in job.batches(tokens)) if a_token else 0
+        for tile, held in ((wish, trunk), (smallest, trunk), (wish, 0), (smallest, 0)):
+            room = spare - max(work + held, tile + tile_casts(job))
+            if room >= least_bytes(job.targets, job.lengths, job.factor_dtype):
+                passes = split_work(job.targets, job.lengths, job.factor_dtype, room)
+                return Plan(
+                    token_budget=tokens,
+                    memory_budget=self.given,
+                    tile_bytes=tile,
+                    chunk_bytes=chunk,
+                    work_bytes=work,
+                    spare_bytes=spare - work - max(sum(block.bytes for block in blocks) for blocks in passes),
+                    trunk_bytes=held,
+                    passes=passes,
+                    checkpointing=kind,
+                )
+        return None
+
+    def _work(self, tokens: int, chunk: int, kind: str) -> int:
+        """Return the bytes of the largest batch."""
+        return sum(work_bytes(self.job, peak_bytes(self.job, None, kind, tokens), tokens, chunk))
 
 
-def _split(job: Job, tokens: int, total: int, chunk: int, work: int, kind: str, given: int) -> Plan | None:
-    """Return the plan with batches of `work` bytes, None where too little is left for gradients and tiles.
+def _trunk(job: Job) -> tuple[int, int]:
+    """Return what sharing the prompt takes below the highest target, at most: fixed, and a token of a batch."""
+    layers = [target.layer for target in job.targets if target.kind != "head" and target.layer is not None]
+    if job.tied is not None:  # the head's passes end at the embedding
+        return 0, 0
+    with job.autocast.on(), torch.no_grad():
+        return trunk_bytes(job.model, job.head.base, job.prompt, job.responses, max(layers, default=None))
 
-    Args:
-        job: The request.
-        tokens: Padded tokens of a batch.
-        total: Bytes that are planned with.
-        chunk: A chunk of logits.
-        work: Bytes of the largest batch.
-        kind: Activation checkpointing.
-        given: The budget, of which `total` is usable.
-    """
-    spare = total - fixed_bytes(job)
-    smallest = smallest_tile(job.targets, len(job.responses), job.dtype)
-    limit = _TILE_LIMIT.get(job.device.type, _TILE_LIMIT["cpu"])
-    wish = max(smallest, min(limit, max(work - tile_casts(job), int(_TILE_SHARE * spare))))
-    for tile in (wish, smallest):
-        room = spare - max(work, tile + tile_casts(job))
-        if room >= least_bytes(job.targets, job.lengths, job.factor_dtype):
-            passes = split_work(job.targets, job.lengths, job.factor_dtype, room)
-            return Plan(
-                token_budget=tokens,
-                memory_budget=given,
-                tile_bytes=tile,
-                chunk_bytes=chunk,
-                work_bytes=work,
-                spare_bytes=spare - work - max(sum(block.bytes for block in blocks) for blocks in passes),
-                passes=passes,
-                checkpointing=kind,
-            )
-    return None
+
+def _work(job: Job, plan: Plan) -> float:
+    """Return about how long a plan takes, in tokens: layers made again cost about a third of a pass."""
+    batches = job.batches(plan.token_budget)
+    fed = sum(batch.input_ids.numel() for batch in batches) + len(batches) * _A_BATCH.get(job.device.type, 0)
+    return len(plan.passes) * fed * (1 if plan.checkpointing == "off" else 4 / 3)
 
 
 def _least(job: Job, kind: str) -> int:

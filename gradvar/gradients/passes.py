@@ -48,6 +48,7 @@ def _run_batches(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, Gradien
     norms = job.extra.empty(block.target.key for block in blocks)
     first_pass = job.tokens.logprobs[0] is None
     batches = job.batches(job.plan.token_budget)
+    needed = job.plan.work_bytes + job.plan.trunk_bytes
     with job.autocast.on(), torch.no_grad():
         forward = choose_forward(
             job.model, job.head.base, job.prompt, job.responses, _lowest_layer(job, blocks),
@@ -58,12 +59,12 @@ def _run_batches(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, Gradien
         for batch in batches:
             taps.listen(_collector(job, batch, batch.members, stores))
             direct.listen(_direct_collector(batch.members, stores))
-            job.resident.make_room(job.plan.work_bytes)
+            job.resident.make_room(needed)
             with job.autocast.on():
                 hidden = forward(batch)
-            job.resident.make_room(job.plan.work_bytes)
+            job.resident.make_room(needed)
             seen = _predictions(job, batch, hidden)
-            job.resident.make_room(job.plan.work_bytes)
+            job.resident.make_room(needed)
             if first_pass:
                 _keep_tokens(job, batch, seen)
             _backward(seen, taps, batch.members, stores, keep_graph=job.extra.count > 0)

@@ -86,6 +86,8 @@ class Plan:
     """The largest batch: its forward, backward and log-probabilities."""
     spare_bytes: int
     """What of the budget is left while a batch runs."""
+    trunk_bytes: int
+    """Of them, for the prompt's keys and values, where the layers below the lowest target see it once."""
     passes: tuple[tuple[Block, ...], ...]
     checkpointing: str = "off"
     """Activation checkpointing above the lowest target: "off", "reentrant" or "non_reentrant"."""

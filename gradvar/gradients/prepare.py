@@ -101,7 +101,8 @@ def planned(
             ),
             report=on_progress or (lambda done: None),
             plan=Plan(
-                token_budget=1, memory_budget=0, tile_bytes=0, chunk_bytes=0, work_bytes=0, spare_bytes=0, passes=()
+                token_budget=1, memory_budget=0, tile_bytes=0, chunk_bytes=0, work_bytes=0, spare_bytes=0,
+                trunk_bytes=0, passes=(),
             ),
         )  # fmt: skip
         before = settled_bytes() if device.type == "cpu" else None

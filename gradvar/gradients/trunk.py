@@ -54,28 +54,46 @@ def choose_forward(
         tokens: Padded tokens of the largest batch.
         spare_bytes: What the trunk may take beside a whole sequence's run.
     """
+    if _probed(model, base, prompt, responses, lowest) is None or lowest is None:
+        return lambda batch: last_hidden(base, batch)
+    trunk = Trunk(base, [layer for _, layer in decoder_layers(model)], lowest, prompt)
+    return trunk if trunk.extra_bytes(tokens) <= spare_bytes else lambda batch: last_hidden(base, batch)
 
-    def whole(batch: Batch) -> Tensor:
-        return last_hidden(base, batch)
 
+def trunk_bytes(
+    model: nn.Module, base: nn.Module, prompt: Sequence[int], responses: Sequence[Sequence[int]], lowest: int | None
+) -> tuple[int, int]:
+    """Return the bytes that sharing the prompt would take: (fixed, a padded token of the largest batch).
+
+    Both are 0 where it would not be shared; arguments as in `choose_forward`.
+    """
+    trunk = _probed(model, base, prompt, responses, lowest)
+    if trunk is None:
+        return 0, 0
+    a_token = trunk.extra_bytes(1) - trunk.extra_bytes(0)
+    return len(prompt) * a_token // 2, a_token
+
+
+def _probed(
+    model: nn.Module, base: nn.Module, prompt: Sequence[int], responses: Sequence[Sequence[int]], lowest: int | None
+) -> Trunk | None:
+    """Return a trunk of the prompt's end, None where sharing would save little or change the last hidden states."""
     device = input_device(model)
     fed = sum(len(prompt) + len(response) - 1 for response in responses)
     saving = len(prompt) * (len(responses) - 1) / fed
     if not lowest or saving < LEAST_SAVING or device.type != "cpu" or turns_with_length(base):
-        return whole
+        return None
     layers = [layer for _, layer in decoder_layers(model)]
     short, other = list(prompt[-_PROBE_PROMPT:]), list(responses[0][:5])
     (batch,) = make_batches(short, [other[-1:] * 5, other[:1] * 2], 10_000, device)
     try:
-        shared, plain = (forward(batch).double() for forward in (Trunk(base, layers, lowest, short), whole))
-        reach = (whole(other_start(batch)).double() - plain)[0, 1:]
+        trunk = Trunk(base, layers, lowest, short)
+        shared, plain = trunk(batch).double(), last_hidden(base, batch).double()
+        reach = (last_hidden(base, other_start(batch)).double() - plain)[0, 1:]
         same = same_states(shared.flatten(0, 1)[batch.real], plain.flatten(0, 1)[batch.real], reach, base)
     except (AttributeError, GradvarError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        return whole  # a model whose layers cannot be run apart
-    if not same:
-        return whole
-    trunk = Trunk(base, layers, lowest, prompt)
-    return trunk if trunk.extra_bytes(tokens) <= spare_bytes else whole
+        return None  # a model whose layers cannot be run apart
+    return trunk if same else None
 
 
 class Trunk:

@@ -60,6 +60,25 @@ def test_a_token_budget_is_a_limit(model):
     assert plan_measurement(model, prompt, responses, "0:q", token_budget=200).token_budget == 200
 
 
+def test_batches_are_made_smaller_where_that_saves_passes(monkeypatch):
+    model = make_model("qwen2", hidden_size=64, intermediate_size=192, max_position_embeddings=512)
+    prompt, responses = make_prompt_and_responses([40] * 24)
+    options = {"memory_budget": 8_000_000, "checkpointing": "off"}
+    plan = plan_measurement(model, prompt, responses, "all:mlp", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("gradvar.gradients.fit._Search.smaller", lambda self, plan: [])
+        usual = plan_measurement(model, prompt, responses, "all:mlp", **options)
+    assert plan.token_budget < usual.token_budget
+    assert 1 < len(plan.passes) < len(usual.passes)
+    assert plan.cost.peak_bytes <= 8_000_000
+    assert plan.cost.flop < usual.cost.flop
+    fitted = measure_scores(model, prompt, responses, "all:mlp", **options)
+    whole = measure_scores(model, prompt, responses, "all:mlp")
+    assert fitted.plan.passes == plan.passes
+    for key, gram in whole.grams.items():
+        assert references.error(fitted.grams[key].gram(), gram.gram()) < 1e-12
+
+
 def test_a_containers_limit_is_what_is_free(monkeypatch, tmp_path):
     import torch
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from gradvar.errors import GradvarError
-from gradvar.gradients import measure_scores, resolve_targets, trunk
+from gradvar.gradients import measure_scores, plan_measurement, resolve_targets, trunk
+from gradvar.gradients.usage import LiveBytes
 from tests.gradients import references
-from tests.gradients.models import CONFIGS, FLOAT32_INSIDE, make_model, make_prompt_and_responses, state
+from tests.gradients.models import CONFIGS, FLOAT32_INSIDE, least_budget, make_model, make_prompt_and_responses, state
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
@@ -91,6 +92,21 @@ def test_whole_sequences_where_sharing_would_be_wrong_or_useless(specs, response
     prompt, drawn = make_prompt_and_responses(LENGTHS[:responses], prompt=20)
     measure_scores(model, prompt, drawn, specs)
     assert not calls
+
+
+def test_a_budget_that_asks_for_passes_leaves_room_for_the_trunk(calls):
+    model = make_model("qwen2", num_hidden_layers=4)
+    prompt, responses = make_prompt_and_responses(LENGTHS * 4, prompt=20)
+    least = least_budget(model, prompt, responses, "last:mlp", checkpointing="off")
+    options = {"memory_budget": int(1.5 * least), "checkpointing": "off"}
+    plan = plan_measurement(model, prompt, responses, "last:mlp", **options)
+    assert len(plan.passes) > 1
+    assert plan.trunk_bytes > 0
+    calls.clear()
+    with LiveBytes() as live:
+        measure_scores(model, prompt, responses, "last:mlp", **options)
+    assert calls.count(20) == len(plan.passes) * plan.cost.batches
+    assert live.peak <= plan.cost.peak_bytes <= options["memory_budget"]
 
 
 def test_a_model_whose_layers_hand_on_more_than_states_runs_whole(calls):
