@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.calibration --workers 2
 
-About 400 seconds of CPU. Each setting is written when it is done; with --only or --sizes the other rows of the table
-are kept as they are.
+About 400 seconds of CPU. Each setting is written when it is done; with --only, --sizes or --kinds the other rows of the
+table are kept as they are.
 
 Gradients are drawn with a known law, mean, rank, token covariance and reward structure (tests/estimators/simulator.py),
 the truth of every quantity is known (calibration_truths.py), and every draw counts, resolved or not. One row a setting
@@ -23,7 +23,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -287,16 +287,22 @@ def run(chosen: Sequence[Setting], workers: int) -> Iterator[list[dict[str, Any]
             yield rows
 
 
-def merged(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
-    """Put new rows in the place of the table's old ones, in the settings' order."""
+def merged(rows: list[dict[str, Any]], path: Path, *, whole: bool = True) -> list[dict[str, Any]]:
+    """Put new rows in the place of the table's old ones, in the settings' order.
+
+    `whole`: they are all there is of their setting, so nothing old of it stays.
+    """
 
     def key(row: dict[str, Any]) -> tuple[str, int, int]:
         return row["setting"], int(row["n"]), int(row["prompts"])
 
-    done = {key(row) for row in rows}
+    def name(row: dict[str, Any]) -> tuple[Any, ...]:
+        return key(row) if whole else (*key(row), row["quantity"], row["estimand"])
+
+    done = {name(row) for row in rows}
     if path.exists():
         with path.open(newline="") as file:
-            rows = rows + [old for row in csv.DictReader(file) if key(old := parsed(row)) not in done]
+            rows = rows + [old for row in csv.DictReader(file) if name(old := parsed(row)) not in done]
     order = [(s.name, s.n, s.prompts) for s in settings(1.0)]
     return sorted((row for row in rows if key(row) in order), key=lambda row: order.index(key(row)))
 
@@ -317,6 +323,7 @@ def main() -> None:
     parser.add_argument("--draws", type=float, default=1.0, help="multiplies every number of draws")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", help="settings whose name holds this text")
+    parser.add_argument("--kinds", nargs="+", choices=sorted(KINDS), help="only these kinds of quantities")
     parser.add_argument("--sizes", type=int, nargs="+", help="only these N")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     options = parser.parse_args()
@@ -325,14 +332,18 @@ def main() -> None:
         for s in settings(options.draws)
         if (options.only is None or options.only in s.name) and (not options.sizes or s.n in options.sizes)
     ]
+    if options.kinds:
+        wanted = frozenset(options.kinds)
+        chosen = [replace(s, kinds=s.kinds & wanted) for s in chosen if s.kinds & wanted]
     start = time.time()
     for new in run(chosen, options.workers):
-        rows = merged(new, options.out)
+        rows = merged(new, options.out, whole=not options.kinds)
         with options.out.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-    minutes = (time.time() - start) / 60 if len(chosen) == len(settings(1.0)) else math.nan
+    complete = len(chosen) == len(settings(1.0)) and not options.kinds
+    minutes = (time.time() - start) / 60 if complete else math.nan
     options.out.with_suffix(".md").write_text(calibration_report.summary(rows, minutes, options.workers))
 
 

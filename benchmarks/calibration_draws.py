@@ -18,8 +18,8 @@ from benchmarks.calibration_truths import ALPHAS, GRID, GROUP, LAW, LONGEST, RUL
 from gradvar.estimators import find_rule
 from gradvar.estimators.additive import of_prompts_like_these, of_these_prompts, ratio_of_signals
 from gradvar.estimators.baselines import baseline_sums, log_independence_ratio
+from gradvar.estimators.best_alpha import best_of_curve
 from gradvar.estimators.bias import (
-    best_of_grid,
     cosine,
     cosine_estimate,
     estimate_of,
@@ -41,6 +41,7 @@ from gradvar.estimators.inputs import is_silent
 from gradvar.estimators.law import fit_exponent
 from gradvar.estimators.law_samples import Sample, sample_of, spread_of
 from gradvar.estimators.length_bins import bin_products, length_bins
+from gradvar.estimators.pairs import mean_coefficients, of_log_efficiency, of_log_rho, pair_covariance
 from gradvar.estimators.prediction import Pair, predictions
 from gradvar.estimators.proxies import prompt_pairs
 from gradvar.estimators.ratios import pooled_cv_ratio, short_responses
@@ -205,10 +206,22 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
         yield f"cosine {name}", cosine_estimate(pool, angle, k, level=LEVEL, method=""), None
         yield f"scale {name}", estimate_of(along, k, level=LEVEL, method=""), None
         yield f"length pressure {name}", estimate_of(longer, k, level=LEVEL, method=""), None
-    for what, statistic in (("eta", log_efficiency), ("cv", log_rho)):
-        whole = jackknifed(pool, statistic)
-        curve = replace(whole, value=whole.value[3:], replicates=[r[:, 3:] for r in whole.replicates])
-        yield f"alpha* by {what}", best_of_grid(curve, GRID, level=LEVEL, method=""), None
+    pairs = np.sum([_pairs(*one) for one in zip(used, drawn, c, strict=True)], axis=0)
+    alone = [replace(p, same=p.same[:, 3:], cross=p.cross[:, 3:], mixed=p.mixed[:, 3:]) for p in pool]
+    for what, statistic, part in (("eta", log_efficiency, of_log_efficiency), ("cv", log_rho, of_log_rho)):
+        with np.errstate(all="ignore"):
+            twice = part(alone, pairs, GROUP)
+        yield (
+            f"alpha* by {what}",
+            best_of_curve(jackknifed(alone, statistic), GRID, level=LEVEL, method="", pairs=twice),
+            None,
+        )
+
+
+def _pairs(s: PromptScores, groups: NDArray[np.intp], updates: Array) -> Array:
+    made = np.concatenate([updates[3:], reward_direction(s.rewards, groups)[None]])
+    means = mean_coefficients(groups, made, len(s.lengths))
+    return pair_covariance(s.gram, means[:-1], means[-1])
 
 
 def _coefficients(s: PromptScores, groups: NDArray[np.intp]) -> Array:

@@ -16,6 +16,7 @@ from scipy import stats
 
 from gradvar.estimators.advantages import advantages
 from gradvar.estimators.aggregation import find_rule, scope_weights
+from gradvar.estimators.best_alpha import fine_alphas, spline
 from gradvar.estimators.law import fit_exponent
 from tests.estimators import simulator
 
@@ -123,8 +124,9 @@ def group_truths(prompts: list[Moments]) -> Truths:
             f"scale {name}": mixed[k] / direction,
             f"length pressure {name}": longer[k] / mixed[k],
         }
-    found["alpha* by eta"] = GRID[int(np.argmax(eta[3:]))]
-    found["alpha* by cv"] = GRID[int(np.argmax(rho[3:]))]
+    between, _ = spline(GRID)
+    for what, curve in (("eta", eta[3:]), ("cv", rho[3:])):
+        found[f"alpha* by {what}"] = float(fine_alphas(GRID)[int(np.argmax(np.log(curve) @ between))])
     group = np.sum([m.same[0] - float(m.mean[0] @ m.mean[0]) for m in prompts])
     everyone = np.sum([m.everyone for m in prompts], axis=0)
     norms = np.sum([m.norms[0] for m in prompts])

@@ -17,6 +17,7 @@ from gradvar.estimators.intervals import (
     MINIMUM_PROMPTS,
     PROMPTS_LIKE_THESE,
     THESE_PROMPTS,
+    degrees_of_squares,
     effective_degrees,
     jackknife_variance,
     t_quantile,
@@ -38,6 +39,10 @@ class Sums:
     """(P,)."""
     without: Array
     """(N, P) delete-one replicates; NaN where they do not exist."""
+    halves: tuple[Array, Array] | None = None
+    """Replicates (N, P) from either half of the random permutations, whose own noise is then taken out of the error."""
+    pairs: Array | None = None
+    """Covariances (P, P) of the error's part from pairs of responses (`pairs`), which a jackknife counts twice."""
 
 
 def of_these_prompts(
@@ -72,9 +77,35 @@ def of_these_prompts(
             bias = sum((len(r) - 1) * (float(r.mean()) - value) for r in replicates)
             error, degrees = math.hypot(error, bias), min(degrees, CURVED_DEGREES)
         half = t_quantile(level, degrees) * error
+        if any(p.halves is not None for p in prompts):
+            variance, degrees = _without_permutations(prompts, total, statistic, replicates)
+            # Both hold; few degrees of freedom are left where the permutations' noise is most of the error.
+            half = min(half, t_quantile(level, min(degrees, float(n - clusters))) * math.sqrt(variance))
     else:
         method += "; no interval, one response carries a part"
     return _record(back(value), back(value - half), back(value + half), level, method, n, clusters)
+
+
+def _without_permutations(
+    prompts: Sequence[Sums], total: Array, statistic: Statistic, replicates: Sequence[Array]
+) -> tuple[float, float]:
+    """Jackknife variance without the permutations' own noise, and its degrees of freedom.
+
+    A replicate leaves out the groups that hold a response, some of many, and which ones is chance: that part of its
+    influence differs between the halves of the permutations, whose product is free of it.
+    """
+    variance, squares = 0.0, []
+    for p, whole in zip(prompts, replicates, strict=True):
+        own = [whole.mean() - whole] * 2
+        if p.halves is not None:
+            with np.errstate(all="ignore"):
+                moved = [np.asarray(statistic(total - p.value + half)) for half in p.halves]
+            if all(np.isfinite(m).all() for m in moved):
+                own = [m.mean() - m for m in moved]
+        n, least = len(whole), 0.25 * float(jackknife_variance(whole))
+        variance += max((n - 1) / n * float(own[0] @ own[1]), least)
+        squares.append(own[0] * own[1])
+    return variance, degrees_of_squares(np.concatenate(squares), math.inf)
 
 
 def of_prompts_like_these(
@@ -137,7 +168,9 @@ def ratio_of_signals(
         if not all(len(p.without) > 1 and np.isfinite(p.without).all() for p in prompts):
             return _record(math.nan, math.nan, math.nan, level, method + "; no interval", n, clusters), 0, math.nan
         moved = [p.without.mean(axis=0) - p.without for p in prompts]
-        covariance = np.sum([(len(m) - 1) / len(m) * m.T @ m for m in moved], axis=0)
+        covariance = np.sum(
+            [_once((len(m) - 1) / len(m) * m.T @ m, p.pairs) for m, p in zip(moved, prompts, strict=True)], axis=0
+        )
         quantile = t_quantile(level, effective_degrees(np.concatenate(moved) @ aim, n - clusters))
     low, high = _fieller(a, b, covariance, quantile)
     inside = 1 if high <= margin else -1 if low > margin else 0
@@ -146,6 +179,14 @@ def ratio_of_signals(
     needed = float(n) if inside else float(math.ceil(n * max(1.0, (half / distance) ** 2))) if distance else math.inf
     note = "" if math.isfinite(value) else UNRESOLVED_NOTE
     return _record(value, low, high, level, method + note, n, clusters), inside, needed
+
+
+def _once(jackknife: Array, pairs: Array | None) -> Array:
+    """The jackknife's covariance with the pairs' part in it once; the part of single responses is at least 0."""
+    if pairs is None:
+        return jackknife
+    values, axes = np.linalg.eigh(jackknife - 2.0 * pairs)
+    return np.asarray((axes * np.maximum(values, 0.0)) @ axes.T + pairs)
 
 
 def _fieller(a: float, b: float, covariance: Array, quantile: float) -> tuple[float, float]:

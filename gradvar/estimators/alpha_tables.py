@@ -12,9 +12,10 @@ import pandas as pd
 from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import check_advantage
 from gradvar.estimators.aggregation import expand_rules, find_rule
+from gradvar.estimators.best_alpha import best_of_curve
 from gradvar.estimators.bias import (
+    Array,
     Products,
-    best_of_grid,
     cosine,
     cosine_estimate,
     entropy_direction,
@@ -34,6 +35,7 @@ from gradvar.estimators.cv import SILENT, UNRESOLVED
 from gradvar.estimators.groups import PERMUTATIONS, draw_groups, group_coefficients
 from gradvar.estimators.inputs import arrange, generator, is_silent
 from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
+from gradvar.estimators.pairs import mean_coefficients, of_log_efficiency, of_log_rho, pair_covariance
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, target_label
 
 ALPHA_GRID = tuple(np.arange(13) * 0.25)
@@ -62,7 +64,9 @@ def alpha_table(
         "cosine", "scale"      of E ghat against grad J (rloo, unbiased)
         "length_pressure"      tokens of E[L] gained for one unit of expected reward along E ghat; verdict "up", "down"
         "entropy_pressure"     nats of entropy likewise, where log-probabilities were measured
-        "alpha_star_eta"       argmax of eta over the grid, low and high the alphas not told apart from it
+        "alpha_star_eta"       argmax of eta over the grid's range, between its points too; low and high the alphas
+                               around it at which the curve's slope is not told apart from 0; an end on the grid's first
+                               or last alpha is open, which `method` says
         "alpha_star_cv"        argmin of the CV likewise
 
     Args:
@@ -90,7 +94,7 @@ def alpha_table(
     targets = arrange(groups)
     everyone = {name: scores for prompts in targets.values() for name, scores in prompts.items()}
     rows: list[TableRow] = []
-    made_of: dict[tuple[str, str], Products] = {}
+    made_of: dict[tuple[str, str], tuple[Products, Array]] = {}
     reasons: dict[str, str] = {}
     for name, raw in everyone.items():
         scores = raw.verified()
@@ -113,17 +117,20 @@ def alpha_table(
             aims = [reward_direction(scores.rewards, chosen), length_direction(scores.lengths, chosen)]
             if scores.log_probs is not None:
                 aims.append(entropy_direction(scores.log_probs, chosen))
+            means = mean_coefficients(chosen, np.concatenate([updates[-len(grid) :], aims[0][None]]), n)
             # All targets of a prompt at once, so that only one prompt's groups are held at a time.
             for target, prompts in targets.items():
                 if name in prompts:
-                    made_of[target, name] = products(prompts[name].verified().gram, chosen, updates, np.stack(aims))
+                    gram = prompts[name].verified().gram
+                    made = products(gram, chosen, updates, np.stack(aims))
+                    made_of[target, name] = made, pair_covariance(gram, means[:-1], means[-1])
     if not made_of and not any(reason == SILENT for reason in reasons.values()):
         raise GradvarError(
             f"group size {group_size} needs at least {3 * group_size} verified responses to a prompt: "
             "sample more, or ask for a smaller group"
         )
     for target, prompts in targets.items():
-        found: dict[str, Products] = {}
+        found: dict[str, tuple[Products, Array]] = {}
         for name, scores in prompts.items():
             if name in reasons:
                 estimate = Estimate(
@@ -150,14 +157,14 @@ def alpha_table(
                 )
                 continue
             found[name] = made_of[target, name]
-        pools = [(name, [own]) for name, own in found.items()]
+        ways: list[tuple[str | None, list[str], bool]] = [(name, [name], False) for name in found]
         if len(found) > 1:
-            pools.append((None, list(found.values())))  # type: ignore[arg-type]
-        ways = [(*one, False) for one in pools]
+            ways.append((None, list(found), False))
         if len(found) >= MINIMUM_PROMPTS:
-            ways.append((None, list(found.values()), True))  # type: ignore[arg-type]
-        for name_or_none, pool, across in ways:
-            made = _rows_of_pool(pool, variants, grid, level=level, across=across)
+            ways.append((None, list(found), True))
+        for name_or_none, names, across in ways:
+            pool, pairs = [found[name][0] for name in names], np.sum([found[name][1] for name in names], axis=0)
+            written = _rows_of_pool(pool, pairs, variants, grid, group_size=group_size, level=level, across=across)
             rows += [
                 replace(
                     row,
@@ -169,16 +176,18 @@ def alpha_table(
                     group_size=group_size,
                     extra={"estimand": PROMPTS_LIKE_THESE if across else THESE_PROMPTS},
                 )
-                for row in made
+                for row in written
             ]
     return estimate_table(rows)
 
 
 def _rows_of_pool(
     pool: Sequence[Products],
+    pairs: Array,
     variants: Sequence[tuple[object, float | None]],
     grid: Sequence[float],
     *,
+    group_size: int,
     level: float,
     across: bool,
 ) -> list[TableRow]:
@@ -206,13 +215,23 @@ def _rows_of_pool(
             side = "up" if estimate.low > 0 else "down" if estimate.high < 0 else "undetermined"
             rows.append(TableRow(quantity=name, estimate=estimate, verdict=side, **labels))
     columns = slice(len(variants) - len(grid), len(variants))
-    for name, statistic in (("alpha_star_eta", log_efficiency), ("alpha_star_cv", log_rho)):
-        whole = jackknifed(pool, statistic, across=across)
-        curve = replace(whole, value=whole.value[columns], replicates=[r[:, columns] for r in whole.replicates])
-        star = best_of_grid(curve, grid, level=level, method=f"grid argmax, paired; {way}")
+    alone = [_of_columns(p, columns) for p in pool]
+    for name, statistic, part in (
+        ("alpha_star_eta", log_efficiency, of_log_efficiency),
+        ("alpha_star_cv", log_rho, of_log_rho),
+    ):
+        curve = jackknifed(alone, statistic, across=across)
+        with np.errstate(all="ignore"):
+            twice = None if across else part(alone, pairs, group_size)
+        star = best_of_curve(curve, grid, level=level, method=f"argmax, slope 0; {way}", pairs=twice)
         verdict = UNRESOLVED if math.isnan(star.value) else "resolved"
         rows.append(TableRow(quantity=name, estimate=star, target="", rule=find_rule("vl_norm").name, verdict=verdict))
     return rows
+
+
+def _of_columns(p: Products, columns: slice) -> Products:
+    """Some of the updates."""
+    return replace(p, same=p.same[:, columns], cross=p.cross[:, columns], mixed=p.mixed[:, columns])
 
 
 def _without_entropy(p: Products) -> Products:

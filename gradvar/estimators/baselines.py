@@ -126,25 +126,35 @@ def baseline_sums(
         alpha: Exponent of vl_norm.
         max_length: M in tokens.
     """
-    options: dict[str, Any] = {"alpha": alpha, "max_length": max_length}
     # Rewards around their mean keep p r + q free of cancellation.
     centred = rewards - rewards.mean()
-    own = group_coefficients(
-        groups, centred if advantage != "raw" else rewards, lengths, rule, advantage=advantage, **options
-    )
-    weights = group_coefficients(groups, rewards, lengths, rule, advantage="score", **options)
-    weighted = weights * centred[groups]
     p, q = affine_advantage(rewards, advantage, lengths)
     q = q + p * rewards.mean()
+    options: dict[str, Any] = {"alpha": alpha, "max_length": max_length}
     norms = np.diagonal(gram)
-    parts = []
-    kinds = np.stack([own, weighted, weights, weighted + weights])
-    for measure in (_variances, _norms):
-        group, squares, ones, both = measure(gram, norms, groups, kinds)
-        mixed = (both - squares - ones) / 2.0
-        parts += [group, p**2 * squares + 2.0 * p * q * mixed + q**2 * ones]
-    table = np.stack([parts[0], parts[1], parts[2], parts[3]], axis=1)
-    return Sums(value=table[0], without=table[1:])
+
+    def table(chosen: NDArray[np.intp]) -> Array:
+        """(1 + N, 4)."""
+        own = group_coefficients(
+            chosen, centred if advantage != "raw" else rewards, lengths, rule, advantage=advantage, **options
+        )
+        weights = group_coefficients(chosen, rewards, lengths, rule, advantage="score", **options)
+        weighted = weights * centred[chosen]
+        kinds = np.stack([own, weighted, weights, weighted + weights])
+        parts = []
+        for measure in (_variances, _norms):
+            group, squares, ones, both = measure(gram, norms, chosen, kinds)
+            mixed = (both - squares - ones) / 2.0
+            parts += [group, p**2 * squares + 2.0 * p * q * mixed + q**2 * ones]
+        return np.stack(parts, axis=1)
+
+    if len(groups) < 2:
+        whole = table(groups)
+        return Sums(value=whole[0], without=whole[1:])
+    half = len(groups) // 2
+    first, second = table(groups[:half]), table(groups[half:])
+    whole = (half * first + (len(groups) - half) * second) / len(groups)
+    return Sums(value=whole[0], without=whole[1:], halves=(first[1:], second[1:]))
 
 
 def _variances(gram: Array, norms: Array, groups: NDArray[np.intp], kinds: Array) -> list[Array]:

@@ -148,14 +148,6 @@ class Jackknifed:
         influence = np.concatenate([r[:, k].mean() - r[:, k] for r in self.replicates])
         return t_quantile(level, effective_degrees(influence, self.n - self.clusters))
 
-    def against(self, k: int) -> Jackknifed:
-        """Statistic k minus every statistic."""
-        return replace(
-            self,
-            value=self.value[k] - self.value,
-            replicates=[r[:, [k]] - r for r in self.replicates],
-        )
-
 
 Statistic = Callable[[Array, Array, Array, Array], Array]
 """(same (..., R), cross (..., R), mixed (..., R, H), direction (..., H)) to (..., R)."""
@@ -297,30 +289,3 @@ def eta_estimate(
         low=1.0 - math.exp(min(noise.high, 700.0)),
         high=1.0 - math.exp(noise.low),
     )
-
-
-def best_of_grid(result: Jackknifed, grid: Sequence[float], *, level: float, method: str) -> Estimate:
-    """Argmax of a statistic over a grid, with the set of grid points that the data do not tell apart from it.
-
-    A point is in the set where the paired difference to the best is within t standard errors; low and high are the
-    set's ends. NaN where the statistic is undefined somewhere on the grid.
-    """
-    none = Estimate(
-        value=math.nan,
-        low=math.nan,
-        high=math.nan,
-        level=level,
-        method=method,
-        n=result.n,
-        clusters=result.clusters,
-        seed=None,
-    )
-    if not np.isfinite(result.value).all() or not all(np.isfinite(r).all() for r in result.replicates):
-        return replace(none, method=f"{method}; unresolved")
-    best = int(np.argmax(result.value))
-    behind = result.against(best)
-    error = behind.error()
-    inside = [
-        point for k, point in enumerate(grid) if k == best or behind.value[k] <= behind.quantile(k, level) * error[k]
-    ]
-    return replace(none, value=float(grid[best]), low=float(min(inside)), high=float(max(inside)))

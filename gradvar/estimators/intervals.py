@@ -52,7 +52,11 @@ def effective_degrees(influence: Array, most: float) -> float:
     A sum of squares estimates its expectation with variance about sum u^4 - (sum u^2)^2 / n; matched to a chi-square
     (Satterthwaite) that is 2 (sum u^2)^2 / variance degrees: n for normal u, few where some responses carry most.
     """
-    squares = influence**2
+    return degrees_of_squares(influence**2, most)
+
+
+def degrees_of_squares(squares: Array, most: float) -> float:
+    """`effective_degrees` from the u_i^2, or from estimates of them without bias, which only lowers it."""
     total = float(squares.sum())
     if total <= 0.0 or len(squares) < 2:
         return most

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from gradvar.estimators.additive import Sums
 from gradvar.estimators.baselines import affine_advantage
+from gradvar.estimators.pairs import covariance_of_kernels
 
 Array = NDArray[np.float64]
 
@@ -58,13 +59,15 @@ class BinProducts:
     """(B, 2) shortest and longest length of each bin, tokens."""
     products: Array
     """(1 + N, B, B) U, then its delete-one replicates."""
+    pairs: Array
+    """(2, 2) covariances of what pairs of responses add to the errors of between and ||m||^2."""
 
     def signals(self) -> Sums:
         """Two parts: between and ||m||^2."""
         whole = np.einsum("nb,nc,nbc->n", self.shares, self.shares, self.products)
         within = np.einsum("nb,nbb->n", self.shares, self.products)
         table = np.stack([within - whole, whole], axis=1)
-        return Sums(value=table[0], without=table[1:])
+        return Sums(value=table[0], without=table[1:], pairs=self.pairs)
 
     def pair(self, b: int, c: int) -> Sums:
         """Three parts: U_bb, U_cc, U_bc."""
@@ -112,7 +115,13 @@ def bin_products(gram: Array, rewards: Array, lengths: Array, bins: NDArray[np.i
         products = total / np.where(pairs > 0, pairs, np.nan)
     ends = np.array([[lengths[bins == b].min(), lengths[bins == b].max()] for b in range(count)])
     shares = left / left.sum(axis=1, keepdims=True)
-    return BinProducts(shares=shares, lengths=ends, products=products)
+    factors = p[0] * centred + q[0]
+    weighted = gram * np.outer(factors, factors)
+    # Around the bins' means: what a bin's mean shares with itself is no pair's error.
+    own = np.eye(n) - (member / sizes) @ member.T
+    together = (member / (sizes / n)) @ member.T
+    kernels = np.stack([(own @ weighted @ own) * (together - 1.0), weighted])
+    return BinProducts(shares=shares, lengths=ends, products=products, pairs=covariance_of_kernels(kernels))
 
 
 def cosine_of_pair(parts: Array) -> Array:

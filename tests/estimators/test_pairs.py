@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+
+from gradvar.estimators.additive import Sums, of_these_prompts, ratio_of_signals
+from gradvar.estimators.groups import draw_groups
+from gradvar.estimators.length_bins import bin_products
+from gradvar.estimators.pairs import covariance_of_kernels, mean_coefficients, pair_covariance
+
+
+def test_mean_coefficients_by_definition():
+    rng = np.random.default_rng(0)
+    groups = draw_groups(10, 3, 7, rng=rng)
+    updates = rng.normal(size=(2, *groups.shape))
+    got = mean_coefficients(groups, updates, 10)
+    for k in range(2):
+        for i in range(10):
+            own = updates[k][groups == i]
+            assert got[k, i] == pytest.approx(3 * own.mean() if own.size else 0.0)
+
+
+def test_variance_of_a_mean_over_pairs_of_noise():
+    """x of d dimensions without mean: Var of the mean of x_i . x_j is 2 d / (N (N - 1)), all of it pairs'."""
+    n, d, draws = 60, 5, 400
+    rng = np.random.default_rng(1)
+    found = [covariance_of_kernels((x @ x.T)[None])[0, 0] for x in rng.normal(size=(draws, n, d))]
+    # Centring takes a share of 2/N; each estimate has a relative error near 0.1.
+    assert np.mean(found) == pytest.approx(2 * d / (n * (n - 1)), rel=0.08)
+
+
+def test_kernels_of_squares_and_directions():
+    rng = np.random.default_rng(2)
+    scores = rng.normal(size=(9, 4))
+    z, w = rng.normal(size=(2, 9)), rng.normal(size=9)
+    got = pair_covariance(scores @ scores.T, z, w)
+
+    def kernel(a, b):
+        one, two = a[:, None] * scores, b[:, None] * scores
+        h = 0.5 * (one @ two.T + two @ one.T)
+        h = h - h.mean(0) - h.mean(1)[:, None] + h.mean()
+        return h - np.diag(np.diag(h))
+
+    kernels = [kernel(z[0], z[0]), kernel(z[1], z[1]), kernel(z[0], w), kernel(z[1], w)]
+    expected = [[2 * (a * b).sum() / (9 * 8) ** 2 for b in kernels] for a in kernels]
+    assert got == pytest.approx(np.array(expected))
+
+
+def test_between_lengths_error_counts_pairs_once():
+    """Equal means in every bin: the estimate's spread is pairs' alone, and the jackknife's variance twice that."""
+    n, values, once, jackknife = 64, [], [], []
+    bins = np.repeat(np.arange(4), 16)
+    for t in range(300):
+        g = np.random.default_rng([3, t]).normal(size=(n, 12)) + 0.6
+        sums = bin_products(g @ g.T, np.zeros(n), np.arange(1.0, n + 1), bins, advantage="score").signals()
+        values.append(sums.value[0])
+        once.append(sums.pairs[0, 0])
+        moved = sums.without[:, 0] - sums.without[:, 0].mean()
+        jackknife.append((n - 1) / n * float(moved @ moved))
+    true = np.var(values)
+    # 300 draws know a variance to 8%.
+    assert np.mean(once) == pytest.approx(true, rel=0.25)
+    assert 1.6 < np.mean(jackknife) / true < 2.6
+
+
+def test_pairs_narrow_fiellers_set_and_halves_an_interval():
+    rng = np.random.default_rng(4)
+    value, moved = np.array([0.4, 4.0]), rng.normal(0.0, 0.02, (40, 2))
+    plain = Sums(value=value, without=value + moved)
+    centred = moved - moved.mean(axis=0)
+    jackknife = 39 / 40 * centred.T @ centred
+    paired = Sums(value=value, without=value + moved, pairs=0.4 * jackknife)
+    widths = []
+    for one in (plain, paired):
+        ratio = ratio_of_signals([one], margin=0.25, level=0.95, method="m")[0]
+        widths.append(ratio.high - ratio.low)
+    assert widths[1] / widths[0] == pytest.approx(np.sqrt(0.6), rel=0.02)
+    # Influences that the halves do not share are noise of the permutations.
+    shared, noise = rng.normal(0.0, 0.01, 40), rng.normal(0.0, 0.01, 40)
+    halves = tuple((1.0 + shared + sign * noise)[:, None] for sign in (1, -1))
+    noisy = Sums(value=np.ones(1), without=(1.0 + shared)[:, None], halves=halves)
+
+    def half_width(sums):
+        e = of_these_prompts([sums], lambda p: p[..., 0], level=0.95, method="m")
+        return (e.high - e.low) / 2
+
+    one, two = (h[:, 0] - h[:, 0].mean() for h in halves)
+    variance = 39 / 40 * max(one @ two, 0.25 * shared.var() * 40)
+    assert half_width(noisy) > 1.96 * np.sqrt(variance)
+    assert half_width(noisy) < 3.5 * np.sqrt(variance)
