@@ -174,7 +174,10 @@ def audit_truths(prompts: list[dict[str, Any]], shares: list[float], bins: int, 
 
 
 def proxy_truths(law: dict[str, Any], count: int = 200_000) -> Truths:
-    """Rank correlation and explained variance of A^2 L and L for ||g||^2 in a large sample."""
+    """Rank correlation and explained variance of A^2 L and L for ||g||^2, in a large sample; R^2 exactly.
+
+    Fourth moments of lognormal lengths: a sample of 200 000 misses R^2 by up to 0.01.
+    """
     rng = np.random.default_rng(654)
     p_all, sd = _reward_mean(law)
     x: dict[str, list[Array]] = {"length": [], "advantage_square_length": [], "norm": []}
@@ -189,9 +192,32 @@ def proxy_truths(law: dict[str, Any], count: int = 200_000) -> Truths:
     found: Truths = {}
     for name, proxy in sample.items():
         found[f"proxy {name}: rank correlation"] = float(stats.spearmanr(proxy, norm).statistic)
-        found[f"proxy {name}: R^2"] = float(np.corrcoef(proxy, norm)[0, 1] ** 2)
+        found[f"proxy {name}: R^2"] = _explained(law, weighted=name != "length")
         found[f"proxy {name}: R^2 of logs"] = float(np.corrcoef(np.log(proxy), np.log(norm))[0, 1] ** 2)
     return found
+
+
+def _explained(law: dict[str, Any], *, weighted: bool) -> float:
+    """R^2 of L, or of A^2 L, for ||g||^2 by sums over lengths and rewards."""
+    spread, p = law.get("spread", 0.6), law.get("p", 0.4)
+    normal = np.linspace(-8.0, 8.0, 20_001)
+    density = stats.norm.pdf(normal) / stats.norm.pdf(normal).sum()
+    lengths = np.clip(np.round(simulator.TYPICAL_LENGTH * np.exp(spread * normal)), 2, LONGEST)
+    z = np.log(lengths / simulator.TYPICAL_LENGTH) / spread
+    chance = 1.0 / (1.0 + (1.0 / p - 1.0) * np.exp(-law.get("reward_slope", 0.0) * z))
+    v, c = (lengths / simulator.TYPICAL_LENGTH) ** law["beta"], simulator.spectrum(law["dimensions"], law["decay"]) ** 2
+    p_all = float(density @ chance)
+    moments = np.zeros(5)
+    for reward, share in ((1.0, density * chance), (0.0, density * (1.0 - chance))):
+        square = (reward - p_all) ** 2 / (p_all * (1.0 - p_all))
+        along = [(law["signal"] * (reward - chance)) ** 2, (law.get("drift", 0.0) * z) ** 2]
+        mean = v + along[0] + along[1]
+        fourth = mean**2 + 2.0 * v**2 * float(c @ c) + 4.0 * v * (c[-1] * along[0] + c[-2] * along[1])
+        x = square * lengths if weighted else lengths
+        for k, value in enumerate((x, x**2, square * mean, square**2 * fourth, x * square * mean)):
+            moments[k] += float(share @ value)
+    one, one_square, two, two_square, both = moments
+    return float((both - one * two) ** 2 / ((one_square - one**2) * (two_square - two**2)))
 
 
 def signal_for(cv: float, law: dict[str, Any]) -> float:
