@@ -16,7 +16,7 @@ from benchmarks.gradients.memory import COUNTS, TARGETS, Growth, measure_growth
 from benchmarks.gradients.process import RivalError
 from benchmarks.gradients.rivals import RIVALS
 from benchmarks.gradients.shapes import Cell
-from benchmarks.gradients.tables import machine, write_csv, write_page
+from benchmarks.gradients.tables import machine, made_by, replace_growth, write_csv, write_page
 from benchmarks.gradients.timing import Timing, measure_cell
 
 CELLS = {
@@ -43,6 +43,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--together", type=int, default=2, help="processes that work at a time (2)")
     parser.add_argument("--tiny", action="store_true", help="a model of a few thousand parameters")
     parser.add_argument("--no-memory", action="store_true", help="leave out memory as N P grows")
+    parser.add_argument(
+        "--only-memory", action="store_true", help="do that alone, and put it into the page that is there"
+    )
     parser.add_argument("--note", default="", help="a line for the page, for example that the machine was busy")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1], help="folder of the tables")
     options = parser.parse_args(arguments)
@@ -56,6 +59,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for name in ("repeats", "threads", "together"):
         if getattr(options, name) < 1:
             parser.error(f"argument --{name}: expected at least 1, received {getattr(options, name)}")
+    if options.only_memory and options.no_memory:
+        parser.error("argument --only-memory: not with --no-memory")
+    if options.only_memory and not (options.out / "gradients.md").is_file():
+        parser.error(f"argument --only-memory: {options.out / 'gradients.md'} is not there; make the whole page first")
     if not options.out.is_dir():
         parser.error(f"argument --out: expected a folder, received {str(options.out)!r}")
     return options
@@ -76,12 +83,15 @@ def main(arguments: Sequence[str]) -> int:
     def write() -> None:
         """Write what there is: what a long run has measured is kept when it is broken off."""
         spent = f"{(time.monotonic() - start) / 60:.0f} minutes in all"
-        where = f"{machine(options.threads, options.together)}; {spent}"
+        where = f"{machine(options.threads, 1 if options.only_memory else options.together)}; {spent}"
+        if options.only_memory:
+            replace_growth(options.out / "gradients.md", growth, made=made_by(command, where, options.note))
+            return
         write_csv(options.out / "gradients.csv", timings)
         write_page(options.out / "gradients.md", timings, growth, command=command, where=where, note=options.note)
 
     try:
-        for name in options.cells:
+        for name in [] if options.only_memory else options.cells:
             cell = (TINY if options.tiny else CELLS)[name]
             repeats = min(options.repeats, 2) if cell.model == "150M" else options.repeats
             timings += measure_cell(

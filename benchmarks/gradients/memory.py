@@ -1,6 +1,7 @@
-"""Memory against the loop of `autograd.grad` as N x P grows: peak resident bytes beyond those with the model built.
+"""Memory against the loop of `autograd.grad` as N x P grows: peak resident bytes beyond those before the first.
 
-One process a way and a choice of targets measures the first N responses, N growing.
+One process a way and a choice of targets measures one response, for what libraries load and keep at a first call, then
+the first N responses, N growing. Before each the C library gives freed blocks back.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class Growth:
     parameters: int
     """P, of all targets."""
     memory: int
-    """Bytes."""
+    """Bytes beyond the built model and `first_call`."""
+    first_call: int
+    """Bytes that stay after one response: libraries' code and workspaces."""
     cpu: float
     """Seconds, a first run."""
 
@@ -55,15 +58,19 @@ def measure_growth(
         for name in NAMES:
             with RivalProcess(name, cell, threads) as process:
                 process.wait_ready()
+                process.run([0])
+                before = None
                 for count in counts:
                     message, _ = process.run(range(count))
-                    memory = message["peak"] - process.baseline
+                    before = message["before"] if before is None else before
+                    memory = message["peak"] - before
                     found.append(
                         Growth(
                             cell=replace(cell, count=count),
                             rival=name,
                             parameters=parameters,
                             memory=memory,
+                            first_call=before - process.baseline,
                             cpu=message["cpu"],
                         )
                     )

@@ -36,10 +36,11 @@ difference of an entry from autograd.grad's, relative to the largest entry (more
 error: the largest relative difference of ||g_i - mean g||^2.
 """
 
+GROWTH_TITLE = "## Memory as N P grows"
 _GROWTH = """
-Peak resident memory beyond the built model, short responses, a first run. The loop keeps N gradients of P float32
-numbers; gradvar keeps the factors of each gradient, or the gradients where those are smaller, and tiles; within a
-budget it takes as many passes as that needs.
+Peak resident memory beyond that after one response, short responses, a first run at each N. The loop keeps N
+gradients of P float32 numbers; gradvar keeps the factors of each gradient, or the gradients where those are smaller,
+and tiles; within a budget it takes as many passes as that needs.
 """
 
 
@@ -164,6 +165,35 @@ def growth_table(growth: Sequence[Growth]) -> list[str]:
     return lines
 
 
+def growth_lines(growth: Sequence[Growth], *, made: str) -> list[str]:
+    """Return the page's section on memory."""
+    first = {each.rival: each.first_call for each in growth}
+    said = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in first.items())
+    return [
+        GROWTH_TITLE,
+        "",
+        made,
+        "",
+        *_GROWTH.strip().splitlines(),
+        "What one response left is not in the table (libraries' code and workspaces; MiB beyond the built model: "
+        f"{said}).",
+        "",
+        *growth_table(growth),
+    ]
+
+
+def replace_growth(path: Path, growth: Sequence[Growth], *, made: str) -> None:
+    """Put a new section on memory, the last one, into a page that is there."""
+    kept, _, _ = path.read_text().partition(GROWTH_TITLE)
+    path.write_text(kept + "\n".join(growth_lines(growth, made=made)) + "\n")
+
+
+def made_by(command: str, where: str, note: str = "") -> str:
+    """Return the line that says how, when and where."""
+    when = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"
+    return f"Made by `{command}` on {when}. {where}." + (f" **{note}**" if note else "")
+
+
 def write_page(
     path: Path, timings: Sequence[Timing], growth: Sequence[Growth], *, command: str, where: str, note: str
 ) -> None:
@@ -173,8 +203,7 @@ def write_page(
     lines = [
         "# Score Grams on the CPU, gradvar and others",
         "",
-        f"Made by `{command}` on {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC. {where}.",
-        *(["", f"**{note}**"] if note else []),
+        made_by(command, where, note),
         "",
         *_HOW.strip().splitlines(),
         "",
@@ -209,12 +238,5 @@ def write_page(
     missed = misses(timings)
     lines += ["", "## Aims", "", *(missed or ["None of the aims was missed."])]
     if growth:
-        lines += [
-            "",
-            "## Memory as N P grows",
-            "",
-            *_GROWTH.strip().splitlines(),
-            "",
-            *growth_table(growth),
-        ]
+        lines += ["", *growth_lines(growth, made="In the same run as the tables above.")]
     path.write_text("\n".join(lines) + "\n")

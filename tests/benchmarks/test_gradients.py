@@ -3,6 +3,7 @@
 import csv
 import re
 import warnings
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
@@ -110,7 +111,7 @@ def test_tables(tmp_path):
     assert rows["bergson"]["cpu_s"] == ""
     assert rows["bergson"]["failure"] == "not installed"
     growth = [
-        memory.Growth(cell=cell, rival=name, parameters=10**6, memory=size << 20, cpu=1.5)
+        memory.Growth(cell=cell, rival=name, parameters=10**6, memory=size << 20, first_call=9 << 20, cpu=1.5)
         for name, size in (("gradvar", 5), ("autograd.grad", 70))
     ]
     tables.write_page(
@@ -122,6 +123,13 @@ def test_tables(tmp_path):
     assert "full backward took" not in page
     assert "| last:qkv | 32 | 32.0 | 5 | 1.5 | 70 | 1.5 |" in page
     assert "**the machine was busy**" in page
+    tables.replace_growth(tmp_path / "t.md", [replace(growth[0], memory=6 << 20)], made="anew")
+    other = (tmp_path / "t.md").read_text()
+    assert other.partition(tables.GROWTH_TITLE)[0] == page.partition(tables.GROWTH_TITLE)[0]
+    assert "anew" in other
+    assert "model: gradvar 9)" in other
+    assert "| last:qkv | 32 | 32.0 | 6 | 1.5 |" in other
+    assert "| 5 |" not in other
 
 
 @pytest.mark.parametrize(
@@ -130,6 +138,8 @@ def test_tables(tmp_path):
         (["--cells", "99B"], "argument --cells: expected one of 27M-short, .*received '99B'"),
         (["--rivals", "jax"], "argument --rivals: expected one of gradvar, .*received 'jax'"),
         (["--repeats", "0"], "argument --repeats: expected at least 1, received 0"),
+        (["--only-memory", "--no-memory"], "argument --only-memory: not with --no-memory"),
+        (["--only-memory", "--out", "."], "gradients.md is not there; make the whole page first"),
         (["--out", "/no/such/folder"], "argument --out: expected a folder, received '/no/such/folder'"),
     ],
 )
