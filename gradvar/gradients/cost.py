@@ -83,7 +83,7 @@ def _casts(job: Job, longest: int) -> int:
 def sketch_bytes(job: Job, sketch: SketchPlan | None) -> int:
     """Return the bytes of the targets' sketches and of making them."""
     shapes = [(target.out_features, target.in_features) for target in job.targets]
-    return 0 if sketch is None else sketch.bytes(shapes, len(job.responses))
+    return 0 if sketch is None else sketch.bytes(shapes, len(job.responses), job.device)
 
 
 def cost_of(job: Job, plan: Plan, extra: int, sketches: int = 0) -> Cost:

@@ -19,8 +19,11 @@ this one adds R multiplications an entry.
 
 Entries are hashed in chunks of w columns of one row: a random shift of each chunk, so entries of one chunk never meet.
 Hash and signs depend on the seed, the target's key and its shape alone (Philox counters by row): neither prompts, runs,
-tiles nor threads matter, so sketches made at different times may be multiplied.
-Shape letters: N responses, O outputs, I inputs, C chunks of a row, R repeats, w width.
+tiles, threads nor devices matter, so sketches made at different times may be multiplied.
+A CPU adds one chunk after another, each in its cache. On a GPU every chunk would be a few launches, 670,000 for the
+237 million weights of last:qkv and 14:qkv,mlp at Qwen2.5-7B's shape: there the entries of many rows are put in the
+order of their buckets at one time, and a batched product with their signs sums each bucket.
+Shape letters: N responses, O outputs, I inputs, C chunks of a row, M chunks of some rows, R repeats, w width.
 """
 
 from __future__ import annotations
@@ -42,6 +45,8 @@ REPEATS = 8
 SMALLEST, LARGEST = 256, 1 << 16
 _PIECE = 1 << 20
 """Entries of all responses' gradients that are hashed at one time."""
+_AT_ONCE = 1 << 25
+"""The same on other devices than the CPU, their last chunks filled up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +70,17 @@ class SketchPlan:
         """Buckets w of each repeat."""
         return self.dimension // REPEATS
 
-    def bytes(self, shapes: Sequence[tuple[int, int]], responses: int) -> int:
+    def bytes(self, shapes: Sequence[tuple[int, int]], responses: int, device: torch.device) -> int:
         """Return the memory, at most, that sketching targets of these shapes takes beside the tiles."""
-        largest = max(rows * max(columns, self.width) for rows, columns in shapes)
-        piece = min(2 * _PIECE, max(responses, REPEATS) * largest)  # padded, with its signs
-        return 8 * responses * self.dimension * (len(shapes) + 2) + 16 * piece
+        count = max(responses, REPEATS)
+        if device.type == "cpu":
+            largest = max(rows * max(columns, self.width) for rows, columns in shapes)
+            making = 16 * min(2 * _PIECE, count * largest)  # padded, with its signs
+        else:
+            wide = [(rows, self.width * -(-columns // self.width)) for rows, columns in shapes]
+            entries = max(min(rows * row, max(_AT_ONCE // count, row)) for rows, row in wide)
+            making = entries * (8 * count + 16 * REPEATS)  # in the buckets' order; their signs and places
+        return 8 * responses * self.dimension * (len(shapes) + 2) + making
 
 
 class Sketch:
@@ -78,16 +89,21 @@ class Sketch:
     def __init__(self, plan: SketchPlan, target: str, shape: tuple[int, int], responses: int) -> None:
         self.plan = plan
         self.columns = shape[1]
+        self._chunks = -(-shape[1] // plan.width)
         self._name = f"gradvar sketch 1|{plan.seed}|{plan.dimension}|{target}|{shape[0]}x{shape[1]}"
         self._total = torch.zeros((responses, REPEATS, plan.width), dtype=torch.float64)
 
     def add_rows(self, first: int, tile: Tensor) -> None:
         """Add rows of all gradients, tile (N, rows I), the first of them row `first` of the target's module."""
-        count = tile.shape[0]
-        rows = tile.view(count, -1, self.columns)
-        height = max(1, _PIECE // (max(count, REPEATS) * self.columns))
+        count = max(tile.shape[0], REPEATS)
+        rows = tile.view(tile.shape[0], -1, self.columns)
+        if tile.device.type == "cpu":
+            add, height = self._add_by_chunks, _PIECE // (count * self.columns)
+        else:
+            add, height = self._add_at_once, _AT_ONCE // (count * self._chunks * self.plan.width)
+        height = max(1, height)
         for start in range(0, rows.shape[1], height):
-            self._add(first + start, rows[:, start : start + height])
+            add(first + start, rows[:, start : start + height])
 
     def add_bias(self, first: int, bias: Tensor) -> None:
         """Add the bias gradients of rows from `first` on, bias (N, rows)."""
@@ -96,29 +112,41 @@ class Sketch:
             self._add_bias(first + start, bias[:, start : start + height])
 
     def _add_bias(self, first: int, bias: Tensor) -> None:
-        rows = bias.shape[1]
+        rows, device = bias.shape[1], bias.device
         words = self._words("bias", first, rows, 4)[:, :2]
-        hashed = torch.zeros((rows, REPEATS, self.plan.width), dtype=torch.float64)
-        signs = _signs(words[:, :1])[:, :REPEATS]
-        bucket = torch.from_numpy((words[:, 1] % self.plan.width).astype(np.int64))
-        hashed[torch.arange(rows), :, bucket] = torch.from_numpy(signs).double()
-        self._total += (bias.double().cpu() @ hashed.view(rows, -1)).view_as(self._total)
+        hashed = torch.zeros((rows, REPEATS, self.plan.width), dtype=torch.float64, device=device)
+        signs = torch.from_numpy(_signs(words[:, :1].astype("<u8").view(np.uint8))[:, :REPEATS]).to(
+            device, torch.float64
+        )
+        bucket = torch.from_numpy((words[:, 1] % self.plan.width).astype(np.int64)).to(device)
+        hashed[torch.arange(rows, device=device), :, bucket] = signs
+        self._add((bias.double() @ hashed.view(rows, -1)).view_as(self._total))
+
+    def _add(self, sums: Tensor) -> None:
+        """Add sums (N, R, w) in float64, where they are if that device has it."""
+        self._total = self._total.to("cpu" if sums.device.type == "mps" else sums.device)
+        self._total += sums.to(self._total.device).double()
 
     def values(self) -> NDArray[np.float32]:
         """Return the (N, d) sketches; entry r w + k is bucket k of repeat r."""
-        whole = self._total.reshape(self._total.shape[0], -1) / math.sqrt(REPEATS)
+        whole = self._total.cpu().reshape(self._total.shape[0], -1) / math.sqrt(REPEATS)
         return whole.numpy().astype(np.float32)
 
-    def _add(self, first: int, rows: Tensor) -> None:
-        count, height, columns = rows.shape
-        width = self.plan.width
-        chunks = -(-columns // width)
+    def _hash(self, first: int, height: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """Return of each row's chunks the shifts (height, C) and the signs, eight a byte (height, C, R, w / 8)."""
+        chunks, width = self._chunks, self.plan.width
         shifts = self._words("shift", first, height, chunks)[:, :chunks] % width
         words = self._words("signs", first, height, chunks * width * REPEATS // 64)
-        signs = torch.from_numpy(_signs(words).reshape(height, chunks, REPEATS, 1, width)).to(rows.device, rows.dtype)
+        return shifts.astype(np.int64), words.astype("<u8").view(np.uint8).reshape(height, chunks, REPEATS, width // 8)
+
+    def _add_by_chunks(self, first: int, rows: Tensor) -> None:
+        count, height, _ = rows.shape
+        width = self.plan.width
+        shifts, bits = self._hash(first, height)
+        signs = torch.from_numpy(_signs(bits)[:, :, :, None]).to(rows.device, rows.dtype)
         sums = torch.zeros((REPEATS, count, width), dtype=rows.dtype, device=rows.device)
         for row in range(height):
-            for chunk in range(chunks):
+            for chunk in range(self._chunks):
                 piece = rows[:, row, chunk * width : (chunk + 1) * width]
                 there = signs[row, chunk, :, :, : piece.shape[1]]
                 shift = int(shifts[row, chunk])
@@ -126,7 +154,25 @@ class Sketch:
                 sums[:, :, shift : shift + split].addcmul_(piece[None, :, :split], there[:, :, :split])
                 if split < piece.shape[1]:
                     sums[:, :, : piece.shape[1] - split].addcmul_(piece[None, :, split:], there[:, :, split:])
-        self._total += sums.transpose(0, 1).cpu().double()
+        self._add(sums.transpose(0, 1))
+
+    def _add_at_once(self, first: int, rows: Tensor) -> None:
+        count, height, columns = rows.shape
+        width, device = self.plan.width, rows.device
+        hashed = self._hash(first, height)
+        shifts, packed = (torch.from_numpy(x.reshape(-1, *x.shape[2:])).to(device) for x in hashed)
+        source = (torch.arange(width, device=device)[:, None] - shifts) % width  # (w, M) what falls in a bucket
+        places = torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
+        bits = (packed[..., None] >> places & 1).flatten(2).gather(2, source.T[:, None].expand(-1, REPEATS, -1))
+        signs = bits.permute(2, 0, 1).to(rows.dtype).mul_(2).sub_(1)  # (w, M, R)
+        chunk = torch.arange(self._chunks, device=device).repeat(height)
+        source += chunk * width
+        if columns % width:  # beyond the row's end nothing is added
+            signs *= (source < columns)[..., None]
+            source.clamp_(max=columns - 1)
+        source += torch.arange(height, device=device).repeat_interleave(self._chunks) * columns
+        ordered = rows.flatten(1).index_select(1, source.flatten()).view(count, width, -1)
+        self._add(torch.bmm(ordered.transpose(0, 1), signs).permute(1, 2, 0))
 
     def _words(self, stream: str, first: int, rows: int, per_row: int) -> NDArray[np.uint64]:
         """Return random words (rows, >= per_row), a function of stream and row alone."""
@@ -136,7 +182,7 @@ class Sketch:
         return np.asarray(generator.random_raw(rows * per_row), dtype=np.uint64).reshape(rows, per_row)
 
 
-def _signs(words: NDArray[np.uint64]) -> NDArray[np.int8]:
-    """Return 64 random signs for every word, along the last axis."""
-    bits = np.unpackbits(words.astype("<u8").view(np.uint8), axis=-1).view(np.int8)
+def _signs(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """Return the 8 signs of every byte, along the last axis."""
+    bits = np.unpackbits(packed, axis=-1).view(np.int8)
     return bits * np.int8(2) - np.int8(1)

@@ -1,5 +1,6 @@
 """Sketches of gradients: the projection they are, that nothing but seed and target moves it, and their error."""
 
+import hashlib
 import re
 
 import numpy as np
@@ -164,3 +165,28 @@ def test_a_long_bias_in_chunks_is_that_in_one(monkeypatch):
         found.append(sketch.values())
     np.testing.assert_allclose(found[1], found[0], rtol=1e-6, atol=1e-7)
     assert np.abs(found[0]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("shape", "dimension", "digest"), [((40, 70), 256, "1273a63241fb9b27"), ((6, 1100), 4096, "d2eb1d304cc5ebb2")]
+)
+@pytest.mark.parametrize("way", ["_add_by_chunks", "_add_at_once"])
+def test_hash_and_signs_are_those_of_the_first_release(shape, dimension, digest, way):
+    """Whole numbers, whose sums are exact in any order: not a bit may change, or runs could not be compared."""
+    rows, columns = shape
+    sketch = Sketch(SketchPlan(dimension=dimension, seed=3), "model.layers.1.mlp.up_proj", shape, 3)
+    tile = (torch.arange(3 * rows * columns) * 37 % 11 - 5).float().view(3, rows, columns)
+    getattr(sketch, way)(0, tile[:, :4])
+    getattr(sketch, way)(4, tile[:, 4:])
+    sketch.add_bias(0, (torch.arange(3 * rows) * 29 % 13 - 6).double().view(3, rows))
+    assert hashlib.sha256(sketch.values().tobytes()).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize(("shape", "dimension"), [((40, 70), 256), ((6, 1100), 4096), ((5, 3), 256)])
+def test_many_rows_at_once_are_those_chunk_by_chunk(shape, dimension):
+    tile = torch.randn(11, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    one, other = (Sketch(SketchPlan(dimension=dimension), "layer", shape, 11) for _ in range(2))
+    one._add_by_chunks(0, tile)
+    other._add_at_once(0, tile)
+    assert other.values().any()
+    np.testing.assert_allclose(other._total.numpy(), one._total.numpy(), rtol=0, atol=1e-13)
