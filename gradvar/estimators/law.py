@@ -36,14 +36,18 @@ from gradvar.estimators.law_data import (
     constant_shape,
     curved_shape,
     power_shape,
-    responses_behind,
+    weights_behind,
+    without_response,
 )
 from gradvar.estimators.law_estimates import (
+    LARGEST_SHARE,
     FamilyFit,
     curvature_of,
     exponent_across_of,
     exponent_of,
     families_of,
+    following,
+    moved_by_one,
     resting_on,
     scales_of,
 )
@@ -72,6 +76,16 @@ class ExponentFit:
     """Responses that would settle the verdict; the n used where it is settled."""
     influence: Array = field(repr=False)
     """(n,) what each response adds to the exponent's error."""
+    outlier: int | None = None
+    """Row of the response with the most of the deviations, where it was suspect enough to be left out once."""
+    exponent_without: float = math.nan
+    """beta without it."""
+
+    @property
+    def rests_on(self) -> int | None:
+        """Row of a response without which beta lies more than a standard error away; None where there is none."""
+        error = float(np.linalg.norm(self.influence))
+        return self.outlier if abs(self.exponent.value - self.exponent_without) > error else None
 
     def verdict_across(self, margin: float = 0.25) -> tuple[str, float]:
         """Verdict for prompts like these, and the responses it would take if prompts came in the same proportion."""
@@ -146,8 +160,10 @@ def fit_variance_law(
 
     Returns:
         The law. Where the power law does not converge its numbers are NaN and the verdict "undetermined"; where fewer
-        than two responses carry the deviations beyond what length explains (one huge outlier) the exponent has no
-        interval, hence the same verdict, and its method says on how many it rests.
+        than two responses carry the deviations beyond what length explains (one huge outlier), or one that is left out
+        moves the exponent by more than its half-width, the exponent has no interval, hence the same verdict, and its
+        method says so; scale, level and curvature follow it. `rests_on` names a response that moves it by more than a
+        standard error.
 
     Raises:
         GradvarError: Shapes that differ, fewer than 4 responses (3 plus one a prompt), lengths that are not positive
@@ -165,16 +181,17 @@ def fit_variance_law(
         "power": power,
     }
     curved = data.fit(curved_shape(centred), power.shape[0] if power.converged else 1.0, 0.0, dependence=dependence)
+    exponents = _exponents(data, power, margin, level, dependence)
     scale, level_at, reference = scales_of(power, data.centre, level)
     slope, slope_r2, _ = least_squares(data.log_length, np.log(np.where(y > 0, y, 1.0)), codes, y > 0, level, "log-log")
     line, line_r2, intercept = least_squares(x, y, codes, np.ones_like(y, dtype=bool), level, "line")
     return VarianceLaw(
-        **_exponents(data, power, margin, level),
-        scale=scale,
-        level_at_reference=level_at,
+        **exponents,
+        scale=following(scale, exponents["exponent"]),
+        level_at_reference=following(level_at, exponents["exponent"]),
         reference_length=reference,
         families=families_of(fits, x, data.centre),
-        curvature=curvature_of(curved, level),
+        curvature=following(curvature_of(curved, level), exponents["exponent"]),
         loglog_slope=slope,
         loglog_r2=slope_r2,
         line_slope=line,
@@ -197,23 +214,38 @@ def fit_exponent(
 ) -> ExponentFit:
     """Fit the power law's exponent alone; arguments, numbers and errors as in `fit_variance_law`."""
     data = checked_data(lengths, deviations, clusters, n_centred, mean_deviation, margin, level)
-    return ExponentFit(**_exponents(data, _fit_power(data, dependence), margin, level))
+    return ExponentFit(**_exponents(data, _fit_power(data, dependence), margin, level, dependence))
 
 
 def _fit_power(data: LawData, dependence: Dependence | None) -> QuasiFit:
     return data.fit(power_shape(data.log_length - data.centre), 1.0, dependence=dependence)
 
 
-def _exponents(data: LawData, power: QuasiFit, margin: float, level: float) -> dict[str, Any]:
-    behind = responses_behind(data)
-    exponent = resting_on(exponent_of(power, level), behind)
+def _exponents(
+    data: LawData, power: QuasiFit, margin: float, level: float, dependence: Dependence | None
+) -> dict[str, Any]:
+    shares = weights_behind(data)
+    behind, largest = 1.0 / float((shares**2).sum()), int(shares.argmax())
+    outlier, without = None, math.nan
+    if shares[largest] > LARGEST_SHARE and power.converged:
+        outlier = largest
+        less = without_response(data, largest, dependence)
+        fitted = None if less is None else _fit_power(less, None)
+        without = float(fitted.shape[0]) if fitted is not None and fitted.converged else math.nan
+
+    def judged(estimate: Estimate) -> Estimate:
+        return moved_by_one(resting_on(estimate, behind), without)
+
+    exponent = judged(exponent_of(power, level))
     verdict, n_needed = _verdict(exponent, margin)
     return {
         "exponent": exponent,
-        "exponent_across": resting_on(exponent_across_of(power, level), behind),
+        "exponent_across": judged(exponent_across_of(power, level)),
         "verdict": verdict,
         "n_needed": n_needed,
         "influence": power.shape_influence[:, 0],
+        "outlier": outlier,
+        "exponent_without": without,
     }
 
 

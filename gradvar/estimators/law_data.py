@@ -5,7 +5,7 @@ Shape letters: n responses fitted, N responses averaged, K prompts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -95,8 +95,8 @@ def _correction(y: Array, codes: NDArray[np.intp], n_centred: Any | None, mean: 
     return 1.0 - 2.0 / n, vbar / n
 
 
-def responses_behind(data: LawData) -> float:
-    """Responses that carry the deviations once length is accounted for: (sum t)^2 / sum t^2.
+def weights_behind(data: LawData) -> Array:
+    """Share (n,) of each response in the deviations once length is accounted for: t_i / sum t, 0 where y = 0.
 
     t_i is the deviation over what the log-log line, a constant a prompt, expects at its length. The line hardly moves
     with one outlier, while the fitted law runs through it and leaves nothing to see in its residuals or influences.
@@ -112,7 +112,45 @@ def responses_behind(data: LawData) -> float:
     square = float(x @ x)
     residual = y - (float(x @ y) / square if square > 0 else 0.0) * x
     t = np.exp(residual - residual.max())
-    return float(t.sum() ** 2 / (t**2).sum())
+    shares = np.zeros_like(data.y)
+    shares[held] = t / t.sum()
+    return shares
+
+
+def responses_behind(data: LawData) -> float:
+    """Responses that carry the deviations once length is accounted for: (sum t)^2 / sum t^2 of `weights_behind`."""
+    return 1.0 / float((weights_behind(data) ** 2).sum())
+
+
+def without_response(data: LawData, left_out: int, dependence: Dependence | None) -> LawData | None:
+    """The observations without one response, what the others owe to it taken back; None where too little is left.
+
+    An outlier raises the within-length variances of its neighbours and the mean that deviations are taken from, so
+    leaving its own observation out is not enough.
+    """
+    y = data.y.copy()
+    mine = np.flatnonzero(data.codes == data.codes[left_out])
+    if dependence is not None:
+        # Only responses to the same prompt share anything: what each of them loses without this one.
+        units = np.zeros((len(y), len(mine)))
+        units[mine, np.arange(len(mine))] = 1.0
+        y[mine] = np.maximum(y[mine] - dependence(units)[left_out], 0.0)
+    kept = np.arange(len(y)) != left_out
+    others = mine[mine != left_out]
+    if len(others) < 3 or not y[others].sum() > 0 or np.ptp(data.x[others]) == 0:
+        return None
+    b = data.b.copy()
+    # The mean deviation of the set falls with it.
+    b[mine] *= float(y[others].mean()) / float(data.y[mine].mean())
+    return replace(
+        data,
+        x=data.x[kept],
+        y=y[kept],
+        codes=data.codes[kept],
+        a=data.a[kept],
+        b=b[kept],
+        log_length=data.log_length[kept],
+    )
 
 
 def constant_shape(log_shape: Array) -> Shape:

@@ -31,6 +31,10 @@ FEWEST_BEHIND = 2.0
 """An exponent that rests on fewer responses than this (`responses_behind`) gets no interval: one response sets it."""
 
 
+LARGEST_SHARE = 0.1
+"""A response with more than this share of the deviations (`weights_behind`) is left out once, to see what it does."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FamilyFit:
     """One family of the law."""
@@ -89,6 +93,25 @@ def resting_on(estimate: Estimate, behind: float) -> Estimate:
         return estimate
     note = f"; no interval, rests on {behind:.1f} responses"
     return replace(estimate, low=math.nan, high=math.nan, method=estimate.method + note)
+
+
+def moved_by_one(estimate: Estimate, without: float) -> Estimate:
+    """Return the estimate without interval where one response moves it by more than its half-width.
+
+    `without` is the estimate when that response is left out, NaN where it was not tried. Leaving it out approximately,
+    as the sandwich does, misses that the fit runs through it.
+    """
+    if not abs(estimate.value - without) > estimate.high - estimate.value:
+        return estimate
+    note = f"; no interval, one response moves it from {without:.2f}, by more than its half-width"
+    return replace(estimate, low=math.nan, high=math.nan, method=estimate.method + note)
+
+
+def following(estimate: Estimate, exponent: Estimate) -> Estimate:
+    """Return the estimate without interval where the exponent of the same fit has none."""
+    if math.isfinite(exponent.low) or math.isnan(estimate.low):
+        return estimate
+    return replace(estimate, low=math.nan, high=math.nan, method=f"{estimate.method}; no interval, as the exponent")
 
 
 def scales_of(fit: QuasiFit, centre: float, level: float) -> tuple[Estimate, Estimate, float]:

@@ -130,7 +130,7 @@ def rows_of_samples(
             continue
         if list(usable) == list(samples):
             laws[what] = law
-        rows += _law_rows(writer, what, law, common, pooled=pooled)
+        rows += _law_rows(writer, what, law, usable, common, pooled=pooled)
     if len(laws) == 2:
         names = list(samples)
         left_out = sum(s.left_out for s in samples.values())
@@ -171,15 +171,24 @@ def _fit(samples: list[Sample], what: str, writer: LawWriter, *, full: bool) -> 
 
 
 def _law_rows(
-    writer: LawWriter, what: str, law: ExponentFit, common: dict[str, Any], *, pooled: bool
+    writer: LawWriter,
+    what: str,
+    law: ExponentFit,
+    samples: dict[str, Sample],
+    common: dict[str, Any],
+    *,
+    pooled: bool,
 ) -> list[TableRow]:
     def row(name: str, estimate: Estimate, **more: Any) -> TableRow:
         return writer.row(f"{what}_{name}", estimate, **common, **more)
 
-    rows = [row("exponent", law.exponent, verdict=law.verdict, n_needed=law.n_needed)]
+    told = _told(law, samples)
+    rows = [row("exponent", told(law.exponent), verdict=law.verdict, n_needed=law.n_needed)]
     if pooled:
         verdict, needed = law.verdict_across(writer.margin)
-        rows.append(row("exponent", law.exponent_across, verdict=verdict, n_needed=needed, estimand=PROMPTS_LIKE_THESE))
+        rows.append(
+            row("exponent", told(law.exponent_across), verdict=verdict, n_needed=needed, estimand=PROMPTS_LIKE_THESE)
+        )
     if not isinstance(law, VarianceLaw):
         return rows
     rows += [
@@ -203,6 +212,17 @@ def _law_rows(
         )
         rows.append(row(f"explained_{name}", estimate))
     return rows
+
+
+def _told(law: ExponentFit, samples: dict[str, Sample]) -> Callable[[Estimate], Estimate]:
+    """Add to an estimate's method which response the exponent rests on, where there is one."""
+    if law.rests_on is None:
+        return lambda estimate: estimate
+    owners = [(name, one) for name, sample in samples.items() for one in sample.names]
+    prompt, response = owners[law.rests_on]
+    where = f"response {response}" + (f" of prompt {prompt}" if len(samples) > 1 else "")
+    note = f"; rests on {where}: {law.exponent_without:.2f} without it"
+    return lambda estimate: replace(estimate, method=estimate.method + note)
 
 
 def _difference(deviation: ExponentFit, within: ExponentFit, level: float) -> Estimate:

@@ -43,6 +43,8 @@ class Sample:
     deviation_dependence: Dependence
     within_dependence: Dependence
     left_out: int
+    names: tuple[int, ...]
+    """Of the responses: their ids where known, else their places among the responses studied."""
 
 
 def subsets_of(
@@ -120,6 +122,7 @@ def sample_of(
         deviation_dependence=between,
         within_dependence=shared,
         left_out=left_out,
+        names=part.rollout_ids or tuple(np.flatnonzero(chosen).tolist()),
     )
 
 
