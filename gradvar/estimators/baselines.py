@@ -8,10 +8,10 @@ update with the baseline of all N responses, on the same groups:
     ratio            variance ratio / norm ratio: what the ties add or take away; 1 where responses are independent
 
 The variance ratio alone would condemn independent responses: with grpo at n = 8 it is 0.86 by scale (simulated, ratio
-1.00). The ratio's interval covers 97 to 100% at N of 64 and 128 (the permutations' own noise is out of its error, the few
-degrees of freedom that this leaves are not); with one reward in ten it is often not given at 32. The two factors carry
-a bias of order 1/N, since the baseline of all holds the response itself, and cover less (54 to 97%); it cancels in the
-ratio.
+1.00). The ratio's interval covers 97 to 100% at N of 64 and 128 (the permutations' own noise is out of its error, the
+few degrees of freedom that this leaves are not); with one reward in ten it is often not given at 32. The two factors
+carry a bias of order 1/N, since the baseline of all holds the response itself, and cover less (54 to 97%); it cancels
+in the ratio.
 Every advantage is affine in the rewards, A = p r + q, and so is the replicate in which one response is left out of the
 baseline too. Shape letters: N responses, n of a group, B groups, P permutations.
 """
