@@ -10,7 +10,7 @@ import pytest
 from benchmarks import calibration, calibration_report
 from benchmarks.calibration import Setting
 from benchmarks.calibration_draws import Found
-from benchmarks.calibration_truths import LAW, audit_truths, group_moments_of, group_truths, law_truths
+from benchmarks.calibration_truths import LAW, audit_truths, group_moments_of, group_truths, law_truths, proxy_truths
 from gradvar.estimators import advantages
 from gradvar.estimators.law import fit_exponent
 from tests.estimators import references, simulator
@@ -31,6 +31,31 @@ def test_the_table_holds_every_setting_and_its_summary():
     for r in rows:
         if not r["quantity"].endswith("p value"):
             assert r["quantity"] in text
+
+
+def test_truths_of_proxies_by_drawing_vectors():
+    """R^2 by sums over lengths and rewards, against a large sample of a law whose tails are light."""
+    law = {"beta": 0.5, "signal": 1.0, "dimensions": 4, "decay": 0.7, "drift": 0.3, "reward_slope": -0.7}
+    s, rewards, lengths = simulator.draw(200_000, rng=np.random.default_rng(2), **law)
+    square = ((rewards - rewards.mean()) / rewards.std()) ** 2
+    norm = square * (s**2).sum(axis=1)
+    truth = proxy_truths(law, count=20_000)
+    for name, proxy in (("length", lengths), ("advantage_square_length", square * lengths)):
+        assert truth[f"proxy {name}: R^2"] == pytest.approx(np.corrcoef(proxy, norm)[0, 1] ** 2, abs=0.01)
+
+
+def test_new_rows_take_the_place_of_old_ones(tmp_path):
+    old = committed()
+    one = calibration.parsed(next(r for r in old if r["quantity"] == "eta grpo"))
+    new = [{**one, "draws": 7}]
+    same = [r for r in old if all(r[k] == str(one[k]) for k in ("setting", "n", "prompts"))]
+    # Some kinds of quantities: only these rows change.
+    part = calibration.merged(new, TABLE, whole=False)
+    assert len(part) == len(old)
+    assert sum(r["draws"] == 7 for r in part) == 1
+    # The whole setting: nothing old of it stays.
+    assert len(calibration.merged(new, TABLE)) == len(old) - len(same) + 1
+    assert calibration.merged(new, tmp_path / "none.csv") == new
 
 
 def test_truths_by_drawing_vectors():
