@@ -4,6 +4,8 @@
 
 About 400 seconds of CPU. Each setting is written when it is done; with --only, --sizes or --kinds the other rows of the
 table are kept as they are.
+    if options.each:
+        chosen = [replace(s, draws=options.each) for s in chosen]
 
 Gradients are drawn with a known law, mean, rank, token covariance and reward structure (tests/estimators/simulator.py),
 the truth of every quantity is known (calibration_truths.py), and every draw counts, resolved or not. One row a setting
@@ -325,6 +327,7 @@ def main() -> None:
     parser.add_argument("--only", help="settings whose name holds this text")
     parser.add_argument("--kinds", nargs="+", choices=sorted(KINDS), help="only these kinds of quantities")
     parser.add_argument("--sizes", type=int, nargs="+", help="only these N")
+    parser.add_argument("--each", type=int, help="draws of every setting, in place of its own number")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     options = parser.parse_args()
     chosen = [
@@ -335,6 +338,8 @@ def main() -> None:
     if options.kinds:
         wanted = frozenset(options.kinds)
         chosen = [replace(s, kinds=s.kinds & wanted) for s in chosen if s.kinds & wanted]
+    if options.each:
+        chosen = [replace(s, draws=options.each) for s in chosen]
     start = time.time()
     for new in run(chosen, options.workers):
         rows = merged(new, options.out, whole=not options.kinds)

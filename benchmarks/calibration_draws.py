@@ -175,7 +175,10 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
     }
     for k in REWARDED:
         name = label(*RULES[k])
-        here, like = pooled_rho(moments[k], group_size=GROUP, level=LEVEL)
+        short = [
+            short_responses(s.gram, s.rewards, s.lengths, find_rule(RULES[k][0]), None, advantage="grpo") for s in used
+        ]
+        here, like = pooled_rho(moments[k], group_size=GROUP, level=LEVEL, short=short)
         yield f"rho {name}", here, like
         yield f"cv {name}", cv_from_rho(here), cv_from_rho(like)
         if k == 0:
@@ -207,7 +210,7 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
         yield f"scale {name}", estimate_of(along, k, level=LEVEL, method=""), None
         yield f"length pressure {name}", estimate_of(longer, k, level=LEVEL, method=""), None
     pairs = np.sum([_pairs(*one) for one in zip(used, drawn, c, strict=True)], axis=0)
-    alone = [replace(p, same=p.same[:, 3:], cross=p.cross[:, 3:], mixed=p.mixed[:, 3:]) for p in pool]
+    alone = [p.of_updates(slice(3, None)) for p in pool]
     for what, statistic, part in (("eta", log_efficiency, of_log_efficiency), ("cv", log_rho, of_log_rho)):
         with np.errstate(all="ignore"):
             twice = part(alone, pairs, GROUP)
@@ -241,14 +244,15 @@ def _sizes(used: list[PromptScores], rng: np.random.Generator) -> Made:
     for size, far in ((4, None), (16, 32)):
         if n < 3 * size:
             continue
-        parts = []
+        parts, short = [], []
         for s in used:
+            short.append(short_responses(s.gram, s.rewards, s.lengths, find_rule("grpo"), None, advantage="grpo"))
             groups = draw_groups(n, size, PERMUTATIONS, rng=rng)
             made = group_coefficients(
                 groups, s.rewards, s.lengths, find_rule("grpo"), advantage="grpo", max_length=LONGEST
             )
             parts.append(group_moments(s.gram, groups, made))
-        here, like = pooled_rho(parts, group_size=size, level=LEVEL)
+        here, like = pooled_rho(parts, group_size=size, level=LEVEL, short=short)
         yield f"planning: cv at n = {size}", cv_from_rho(here), cv_from_rho(like)
         if far is not None:
             cv = cv_from_rho(here)

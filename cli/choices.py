@@ -144,7 +144,9 @@ def _print_planning(table: pd.DataFrame) -> None:
     if needed is not None and pd.notna(needed["value"]):
         low, high = count(needed["low"]), count(needed["high"])
         console.result.print(
-            f"CV <= 1 takes {count(needed['value'])} responses a prompt [{low}, {high}]{_across(table)}.", markup=False
+            f"CV <= 1 takes {'at most ' if needed['verdict'] == 'at most' else ''}{count(needed['value'])} responses a "
+            f"prompt [{low}, {high}]{_across(table)}.",
+            markup=False,
         )
 
 

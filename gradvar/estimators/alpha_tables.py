@@ -193,7 +193,7 @@ def _rows_of_pool(
 ) -> list[TableRow]:
     way = _ACROSS if across else _JACKKNIFE
     with_entropy = all(p.direction.shape[1] > 2 for p in pool)
-    pool = pool if with_entropy else [_without_entropy(p) for p in pool]
+    pool = pool if with_entropy else [p.of_directions(2) for p in pool]
     noise, angle = jackknifed(pool, log_noise, across=across), jackknifed(pool, cosine, across=across)
     along, longer = jackknifed(pool, scale, across=across), jackknifed(pool, pressure(1), across=across)
     wider = jackknifed(pool, pressure(2), across=across) if with_entropy else None
@@ -215,7 +215,7 @@ def _rows_of_pool(
             side = "up" if estimate.low > 0 else "down" if estimate.high < 0 else "undetermined"
             rows.append(TableRow(quantity=name, estimate=estimate, verdict=side, **labels))
     columns = slice(len(variants) - len(grid), len(variants))
-    alone = [_of_columns(p, columns) for p in pool]
+    alone = [p.of_updates(columns) for p in pool]
     for name, statistic, part in (
         ("alpha_star_eta", log_efficiency, of_log_efficiency),
         ("alpha_star_cv", log_rho, of_log_rho),
@@ -227,15 +227,6 @@ def _rows_of_pool(
         verdict = UNRESOLVED if math.isnan(star.value) else "resolved"
         rows.append(TableRow(quantity=name, estimate=star, target="", rule=find_rule("vl_norm").name, verdict=verdict))
     return rows
-
-
-def _of_columns(p: Products, columns: slice) -> Products:
-    """Some of the updates."""
-    return replace(p, same=p.same[:, columns], cross=p.cross[:, columns], mixed=p.mixed[:, columns])
-
-
-def _without_entropy(p: Products) -> Products:
-    return replace(p, mixed=p.mixed[..., :2], direction=p.direction[..., :2])
 
 
 def recommendation(table: pd.DataFrame, law: pd.DataFrame, *, target: str) -> str:

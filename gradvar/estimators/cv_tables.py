@@ -199,7 +199,8 @@ def _rows_of_target(
         for k, (name, own) in enumerate(zip(spoken, mine, strict=True)):
             if name not in loud:
                 continue
-            rho = rho_estimate(own, group_size=study.group_size, level=study.level)
+            alone = _short(study, variant, None, name)
+            rho = rho_estimate(own, group_size=study.group_size, level=study.level, short=alone)
             rows += rho_and_cv_rows(study, variant, rho, [name])
             for compared, theirs in references:
                 if variant != compared:
@@ -208,7 +209,8 @@ def _rows_of_target(
                     rows.append(ratio_row(study, variant, compared, ratio, [name]))
         if len(study.prompts) < 2 or not loud:
             continue
-        both = pooled_rho(mine, group_size=study.group_size, level=study.level)
+        shorter = [_short(study, variant, None, name) for name in spoken]
+        both = pooled_rho(mine, group_size=study.group_size, level=study.level, short=shorter)
         for rho, estimand in zip(both, (THESE_PROMPTS, PROMPTS_LIKE_THESE), strict=True):
             rows += rho_and_cv_rows(study, variant, rho, spoken, pooled=True, estimand=estimand)
         for compared, theirs in references:
@@ -227,9 +229,10 @@ def _rows_of_target(
 
 
 def _short(
-    study: CvStudy, variant: tuple[Rule, float | None], compared: tuple[Rule, float | None], name: str
+    study: CvStudy, variant: tuple[Rule, float | None], compared: tuple[Rule, float | None] | None, name: str
 ) -> ShortResponses:
     scores = study.prompts[name]
+    reference = None if compared is None else compared[0]
     return short_responses(
-        scores.gram, scores.rewards, scores.lengths, variant[0], compared[0], advantage=study.advantage
+        scores.gram, scores.rewards, scores.lengths, variant[0], reference, advantage=study.advantage
     )

@@ -18,7 +18,16 @@ from numpy.typing import NDArray
 
 from gradvar.estimators.advantages import check_advantage
 from gradvar.estimators.aggregation import Rule, expand_rules
-from gradvar.estimators.bias import Jackknifed, Products, cosine, estimate_of, jackknifed, products, reward_direction
+from gradvar.estimators.bias import (
+    Jackknifed,
+    Products,
+    cosine,
+    estimate_of,
+    jackknifed,
+    products,
+    reward_direction,
+    within_one,
+)
 from gradvar.estimators.cv import SILENT, cv_from_rho, pooled_rho, resolution
 from gradvar.estimators.groups import (
     PERMUTATIONS,
@@ -31,7 +40,7 @@ from gradvar.estimators.groups import (
 )
 from gradvar.estimators.inputs import arrange, generator, is_silent
 from gradvar.estimators.intervals import THESE_PROMPTS, check_level
-from gradvar.estimators.ratios import pooled_cv_ratio
+from gradvar.estimators.ratios import ShortResponses, pooled_cv_ratio, short_responses
 from gradvar.estimators.transforms import overlong_penalty
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
 
@@ -52,6 +61,7 @@ class _Prompt:
     moments: dict[str, GroupMoments]
     turned: Products
     """Of NONE, FILTERING and PUNISHMENT."""
+    short: dict[str, ShortResponses]
 
 
 def extras_table(
@@ -179,7 +189,12 @@ def _prompt(
     kinds = np.stack([plain, filtered, punished])
     three = moments_of_kinds(gram, drawn, kinds)
     given = moments_of_kinds(gram, drawn, plain[None], loud_groups(drawn, scores.rewards))
+    as_is, less = (
+        short_responses(gram, rewards, scores.lengths, rule, None, advantage=advantage)
+        for rewards in (scores.rewards, scores.rewards + penalty)
+    )
     return _Prompt(
+        short={NONE: as_is, FILTERING: as_is, PUNISHMENT: less, SAMPLING: as_is},
         moments=dict(zip((NONE, FILTERING, PUNISHMENT, SAMPLING), [*three, *given], strict=True)),
         turned=products(gram, drawn, kinds, reward_direction(scores.rewards, drawn)[None]),
     )
@@ -190,7 +205,8 @@ def _rows_of_pool(pool: Sequence[_Prompt], group_size: int, level: float) -> lis
     plain = [one.moments[NONE] for one in pool]
     for extra in (NONE, FILTERING, PUNISHMENT, SAMPLING):
         mine = [one.moments[extra] for one in pool]
-        rho = pooled_rho(mine, group_size=group_size, level=level)[0]
+        short = [one.short[extra] for one in pool]
+        rho = pooled_rho(mine, group_size=group_size, level=level, short=short)[0]
         rows.append(_row("cv", cv_from_rho(rho), extra, resolution(rho)))
         if extra != NONE:
             ratio = pooled_cv_ratio(mine, plain, group_size=group_size, level=level)
@@ -198,7 +214,7 @@ def _rows_of_pool(pool: Sequence[_Prompt], group_size: int, level: float) -> lis
     angles = jackknifed([one.turned for one in pool], cosine)
     method = "permutation groups, delete-one jackknife, t"
     for k, extra in enumerate((NONE, FILTERING, PUNISHMENT)):
-        rows.append(_row("cosine", estimate_of(angles, k, level=level, method=method), extra, None))
+        rows.append(_row("cosine", within_one(estimate_of(angles, k, level=level, method=method)), extra, None))
         if k:
             turned = estimate_of(_minus_first(angles), k, level=level, method=f"paired difference; {method}")
             rows.append(_row("cosine_difference", turned, extra, _side(turned, 0.0)))
@@ -210,6 +226,7 @@ def _minus_first(result: Jackknifed) -> Jackknifed:
         result,
         value=result.value - result.value[0],
         replicates=[replicate - replicate[:, :1] for replicate in result.replicates],
+        surplus=None,
     )
 
 

@@ -14,7 +14,6 @@ B = floor(N/n) groups, P permutations.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import advantages
 from gradvar.estimators.aggregation import Rule, scope_weights
-from gradvar.estimators.group_products import dot, reaches, sums_by_response
+from gradvar.estimators.group_products import dot, half_differences, reaches, sums_by_response
 
 Array = NDArray[np.float64]
 
@@ -98,6 +97,10 @@ class GroupMoments:
     """(N,) delete-one replicates of same."""
     cross_without: Array
     """(N,) delete-one replicates of cross; NaN where fewer than two groups are left (B = 2)."""
+    same_noise: Array
+    """(N,) what the choice of permutations adds to the replicates of same (`half_differences`)."""
+    cross_noise: Array
+    """(N,) likewise of cross."""
     second_order: float
     """Variance of cross that comes from pairs of responses, 2/(N (N - 1)) mean <z_i, z_j>^2 over i != j, z_i = n
     (mean coefficient of i) s_i centred: a jackknife counts that part twice."""
@@ -136,20 +139,31 @@ def moments_of_kinds(
         values[reach.where, :, :count] = dot(reach.coefficients, reach.inside)
         values[reach.where, :, count : 2 * count] = dot(reach.coefficients, reach.beyond)
     values[..., -2], values[..., -1] = held, held * (held.sum(axis=1, keepdims=True) - 1.0)
-    totals = values.sum(axis=(0, 1))
-    gone = sums_by_response(groups, n, values)
-    times, group_count, pair_count = gone[:, -2], float(totals[-2]), float(totals[-1])
 
-    def without(total: float, lost: Array, total_count: float, lost_count: Array) -> Array:
-        left = total_count - lost_count
-        return np.asarray((total - lost) / np.where(left > 0.5, left, np.nan))
+    def replicates(where: slice) -> tuple[Array, Array]:
+        """Both moments of the K kinds, (1 + N, K) each: over the permutations chosen, then without each response."""
+        chosen = values[where]
+        totals = chosen.sum(axis=(0, 1))
+        gone = sums_by_response(groups[where], n, chosen)
+        means = []
+        for own, counts, twice in ((slice(0, count), -2, 1.0), (slice(count, 2 * count), -1, 2.0)):
+            left = np.append(totals[counts], totals[counts] - twice * gone[:, counts])
+            kept_sums = np.concatenate([totals[None, own], totals[own] - twice * gone[:, own]])
+            means.append(kept_sums / np.where(left > 0.5, left, np.nan)[:, None])
+        return means[0], means[1]
 
+    everything = slice(0, len(groups))
+    times = sums_by_response(groups, n, values[..., -2:-1])[:, 0]
+    same, cross = replicates(everything)
+    same_noise, cross_noise = half_differences(len(groups), replicates)
     return [
         GroupMoments(
-            same=float(totals[k]) / group_count if group_count > 0 else math.nan,
-            cross=float(totals[count + k]) / pair_count if pair_count > 0 else math.nan,
-            same_without=without(float(totals[k]), gone[:, k], group_count, times),
-            cross_without=without(float(totals[count + k]), 2.0 * gone[:, count + k], pair_count, 2.0 * gone[:, -1]),
+            same=float(same[0, k]),
+            cross=float(cross[0, k]),
+            same_without=same[1:, k],
+            cross_without=cross[1:, k],
+            same_noise=same_noise[:, k],
+            cross_noise=cross_noise[:, k],
             second_order=second_order_variance(gram, groups, kinds[k], times),
         )
         for k in range(count)

@@ -1,7 +1,7 @@
 """How large a group: CV, efficiency and silent share against group size, and the responses that CV <= 1 takes.
 
 Up to a third of the responses the CV is estimated; beyond, extrapolated by CV^2 proportional to 1/n from the largest
-estimated size, and marked so. The noise scale of a rule, in responses, is n CV^2 there: tr Sigma / ||E ghat||^2 per
+estimated size, and marked so. The noise scale of a rule, in responses, is n CV^2: tr Sigma / ||E ghat||^2 per
 response. The efficiency eta = cos^2 rho goes on with the same law, its direction kept:
 
     eta(n) = <E ghat, grad J>^2 / (||grad J||^2 (||E ghat||^2 + tr Var(ghat) n0 / n))
@@ -44,9 +44,12 @@ from gradvar.estimators.intervals import (
     check_level,
     t_quantile,
 )
+from gradvar.estimators.ratios import ShortResponses, short_responses
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
 
 SIZES = (4, 8, 16, 32, 64, 128)
+AT_MOST = "at most"
+"""Verdict where the smallest estimated size is enough already."""
 
 
 def planning_table(
@@ -64,9 +67,10 @@ def planning_table(
 
     Quantities, for every target: "rho", "cv" and "eta" at each size (verdict "resolved", "unresolved" or
     "extrapolated"; no rho where extrapolated; an eta without a resolved direction is NaN and "unresolved" anywhere),
-    "silent_share" where it can be counted (pooled: the mean over all prompts), and "responses_for_cv_1": n CV^2 at the
-    largest estimated size, the noise scale in responses to a prompt, with the image of that CV's interval. Pooled rows
-    come for both estimands (`estimand`).
+    "silent_share" where it can be counted (pooled: the mean over all prompts), and "responses_for_cv_1": the
+    noise scale n CV^2 in responses to a prompt, with the image of that CV's interval, at the smallest estimated size
+    whose CV is at most 1, else at the largest (`responses_for_cv_1`; verdict "at most" where the smallest size is
+    enough already). Pooled rows come for both estimands (`estimand`).
 
     Args:
         groups: Prompts by targets; several targets get their sum as well.
@@ -113,8 +117,10 @@ def planning_table(
                 )
         moments = {n: {name: one[0] for name, one in own.items()} for n, own in drawn[target].items()}
         aimed = {n: {name: one[1] for name, one in own.items()} for n, own in drawn[target].items()}
+        short: dict[str, ShortResponses] = {}
         for name, scores in used.items():
             count = len(scores.lengths)
+            short[name] = short_responses(scores.gram, scores.rewards, scores.lengths, found, None, advantage=advantage)
             for n in ordered:
                 if n <= count:
                     share = _plain(
@@ -145,7 +151,8 @@ def planning_table(
             for across in (False, True) if label is None else (False,):
                 extra = {"estimand": PROMPTS_LIKE_THESE if across else THESE_PROMPTS}
                 named = {**labels, "prompt_id": label, "extra": extra}
-                rows += _rows_of_pool(held, ordered, named, across=across, level=level, seed=seed)
+                shorter = [short[name] for name in names]
+                rows += _rows_of_pool(held, ordered, named, shorter, across=across, level=level, seed=seed)
                 rows += _efficiency_rows(pointed, ordered, named, across=across, level=level, seed=seed)
     return estimate_table(rows)
 
@@ -176,6 +183,8 @@ def _products_of_targets(
             cross=float(own.cross[0, 0]),
             same_without=own.same[1:, 0],
             cross_without=own.cross[1:, 0],
+            same_noise=own.noise[0][:, 0],
+            cross_noise=own.noise[1][:, 0],
             second_order=second_order_variance(gram, groups, c, times),
         )
         made[target] = moments, own
@@ -271,37 +280,58 @@ def _rows_of_pool(
     held: dict[int, list[GroupMoments]],
     sizes: Sequence[int],
     labels: dict[str, Any],
+    short: Sequence[ShortResponses],
     *,
     across: bool,
     level: float,
     seed: int,
 ) -> list[TableRow]:
     rows: list[TableRow] = []
-    largest, at_largest = 0, None
+    estimated: dict[int, Estimate] = {}
     for n, parts in held.items():
-        rho = replace(pooled_rho(parts, group_size=n, level=level)[int(across)], seed=seed)
-        cv, verdict = cv_from_rho(rho), resolution(rho)
+        rho = replace(pooled_rho(parts, group_size=n, level=level, short=short)[int(across)], seed=seed)
+        estimated[n], verdict = cv_from_rho(rho), resolution(rho)
         rows += [
             TableRow(quantity=name, estimate=estimate, group_size=n, verdict=verdict, **labels)
-            for name, estimate in (("rho", rho), ("cv", cv))
+            for name, estimate in (("rho", rho), ("cv", estimated[n]))
         ]
-        largest, at_largest = n, cv
-    if at_largest is None:
+    if not estimated:
         return rows
+    largest = max(estimated)
     for n in sizes:
         if n > largest:
-            far = _scaled(at_largest, math.sqrt(largest / n), f"extrapolated from n = {largest}, CV^2 as 1/n")
+            far = _scaled(estimated[largest], math.sqrt(largest / n), f"extrapolated from n = {largest}, CV^2 as 1/n")
             rows.append(TableRow(quantity="cv", estimate=far, group_size=n, verdict="extrapolated", **labels))
-    needed = replace(
-        at_largest,
-        value=largest * at_largest.value**2,
-        low=largest * at_largest.low**2,
-        high=largest * at_largest.high**2,
-        method=f"n CV^2 at n = {largest}; {at_largest.method}",
-    )
-    verdict = "resolved" if math.isfinite(needed.value) else "unresolved"
-    rows.append(TableRow(quantity="responses_for_cv_1", estimate=needed, group_size=largest, verdict=verdict, **labels))
+    size, needed, verdict = responses_for_cv_1(estimated)
+    rows.append(TableRow(quantity="responses_for_cv_1", estimate=needed, group_size=size, verdict=verdict, **labels))
     return rows
+
+
+def responses_for_cv_1(estimated: Mapping[int, Estimate]) -> tuple[int, Estimate, str]:
+    """How large a group CV <= 1 takes, from the CVs at the estimated sizes.
+
+    n CV^2 at the smallest estimated size n whose CV is at most 1, which has the silent groups of about that size in
+    it; where no size is, at the largest, from where CV^2 falls as 1/n. Never less than the size below, whose CV is
+    above 1. Where the smallest estimated size has a CV of at most 1 already nothing is known below it but that more
+    groups are silent there: the answer is "at most" that size, from 2 responses on.
+
+    Returns:
+        (the size it rests on, the estimate, its verdict: "resolved", "at most" or "unresolved").
+    """
+    sizes = sorted(estimated)
+    enough = [n for n in sizes if estimated[n].value <= 1.0]
+    size = enough[0] if enough else sizes[-1]
+    cv = estimated[size]
+    method = f"n CV^2 at n = {size}; {cv.method}"
+    low, value, high = (size * end**2 for end in (cv.low, cv.value, cv.high))
+    if size == sizes[0] and enough:
+        method = f"at most {size}, the smallest size estimated: below it more groups are silent; {method}"
+        least = math.nan if math.isnan(low) else 2.0
+        most = math.nan if math.isnan(high) else max(float(size), high)
+        return size, replace(cv, value=float(size), low=least, high=most, method=method), AT_MOST
+    floor = float(sizes[sizes.index(size) - 1]) if enough else 0.0
+    found = replace(cv, value=max(value, floor), low=low, high=max(high, floor), method=method)
+    return size, found, "resolved" if math.isfinite(found.value) else "unresolved"
 
 
 def _scaled(estimate: Estimate, factor: float, note: str) -> Estimate:

@@ -1,9 +1,11 @@
 """CV of one rule over the CV of another, paired on the same permutation groups.
 
-The interval is a delete-one jackknife of the log with three things that the calibration asked for:
+The interval is a delete-one jackknife of the log with four things that the calibration asked for:
 
 Skewness: Hall's transformation of t.
-Bias: the jackknife's estimate of it widens the side it points to (a normalised weight makes a ratio of means).
+Bias: the jackknife's estimate of it widens the side it points to (a normalised weight makes a ratio of means), and
+counts as error beside the variance.
+Permutations: what their choice adds to the replicates is taken out of the variance (`groups`).
 Unseen lengths: GRPO divides by length and nothing bounds its total weight sum 1/L, so its CV rests on rare very short
 responses. A sample without one looks quiet, and its interval was too narrow (73 to 83% coverage where the law is flat
 or E[g | L] moves). A response as short as one expected among 4 N, lognormal through the lengths, is put beside the
@@ -35,6 +37,7 @@ from gradvar.estimators.intervals import (
     jackknife_variance,
     skew_corrected,
     t_quantile,
+    without_surplus,
 )
 from gradvar.runs.records import Estimate
 
@@ -44,6 +47,8 @@ UNBOUNDED = "grpo"
 """The rule whose weights fall with length and are not normalised."""
 SHORTEST = 8
 """Responses whose influence is carried on to shorter lengths."""
+OWN_POWER = 2.0
+"""For log(1 - rho) of an unbounded rule alone: the square of its weight."""
 WEIGHT_POWER = 4.0
 """Influence of a short response on an unbounded rule's log CV grows like L^-4 ||g||^2: the square of its weight beside
 another rule's."""
@@ -61,6 +66,8 @@ class ShortResponses:
     """Slope of log ||g||^2 on log length."""
     side: int
     """1: a shorter response would raise the ratio, -1: lower it, 0: neither."""
+    power: float = WEIGHT_POWER
+    """Its influence grows like L^-power ||g||^2."""
 
     def unseen(self, influence: Array) -> float:
         """Influence of a response as short as one expected among 4 N; 0 where the sample holds one as short."""
@@ -72,20 +79,20 @@ class ShortResponses:
         shortest = np.argsort(x, kind="stable")[:SHORTEST]
         step = float(x[shortest].mean()) - edge
         size = math.sqrt(float((influence[shortest] ** 2).mean()))
-        return size * math.exp(max(0.0, WEIGHT_POWER - self.growth) * step)
+        return size * math.exp(max(0.0, self.power - self.growth) * step)
 
 
 def short_responses(
-    gram: Array, rewards: Array, lengths: Array, rule: Rule, reference: Rule, *, advantage: str
+    gram: Array, rewards: Array, lengths: Array, rule: Rule, reference: Rule | None, *, advantage: str
 ) -> ShortResponses:
-    """Describe one prompt's lengths and norms for the ratio of `rule` over `reference`.
+    """Describe one prompt's lengths and norms for the ratio of `rule` over `reference`, or for the rho of `rule` alone.
 
     Args:
         gram: (N, N) score Gram.
         rewards: (N,) verified rewards (any numbers for advantage "score").
         lengths: (N,) tokens.
         rule: Rule above the line.
-        reference: Rule below it.
+        reference: Rule below it; None for `rule` alone.
         advantage: Kind of `advantages`, here over all N responses.
     """
     sizes = np.asarray(lengths, dtype=np.float64)
@@ -97,9 +104,10 @@ def short_responses(
     if held.any() and np.ptp(x) > 0:
         x = x - x.mean()
         growth = float(x @ np.log(norms[held]) / (x @ x))
-    return ShortResponses(
-        lengths=sizes, growth=growth, side=int(rule.name == UNBOUNDED) - int(reference.name == UNBOUNDED)
-    )
+    if reference is None:
+        return ShortResponses(lengths=sizes, growth=growth, side=int(rule.name == UNBOUNDED), power=OWN_POWER)
+    side = int(rule.name == UNBOUNDED) - int(reference.name == UNBOUNDED)
+    return ShortResponses(lengths=sizes, growth=growth, side=side)
 
 
 def cv_ratio(
@@ -162,6 +170,13 @@ def _log_ratio(same: Any, cross: Any, reference_same: Any, reference_cross: Any)
     )
 
 
+def _permutation_noise(moments: GroupMoments, totals: Sequence[float]) -> Array:
+    """(N,) noise of the permutations in the replicates of log CV, to first order; totals of same and cross."""
+    same, cross = totals
+    moved = (moments.same_noise - moments.cross_noise) / (same - cross) - moments.cross_noise / cross
+    return np.asarray(0.5 * moved)
+
+
 def _ratio(
     prompts: Sequence[GroupMoments],
     references: Sequence[GroupMoments],
@@ -181,10 +196,12 @@ def _ratio(
         seed=None,
     )
     totals = [sum(getattr(m, part) for m in side) for side in (prompts, references) for part in ("same", "cross")]
-    replicates = []
+    replicates, noisy = [], 0.0
     with np.errstate(all="ignore"):
         value = float(_log_ratio(*totals))
         for m, r in zip(prompts, references, strict=True):
+            noise = _permutation_noise(m, totals[:2]) - _permutation_noise(r, totals[2:])
+            noisy += float(jackknife_variance(noise))
             parts = ((m, "same"), (m, "cross"), (r, "same"), (r, "cross"))
             moved = [
                 total - getattr(side, part) + getattr(side, f"{part}_without")
@@ -197,17 +214,23 @@ def _ratio(
         return replace(none, method=f"{none.method}; no interval below 3 groups")
     if not all(np.isfinite(r).all() for r in replicates):
         return replace(none, high=math.inf, low=0.0, method=f"{none.method}; unresolved")
-    low, high = _interval(none, value, replicates, short)
+    low, high = _interval(none, value, replicates, noisy, short)
     return replace(none, value=math.exp(value), low=math.exp(max(low, -700.0)), high=math.exp(min(high, 700.0)))
 
 
 def _interval(
-    none: Estimate, value: float, replicates: Sequence[Array], short: Sequence[ShortResponses | None]
+    none: Estimate,
+    value: float,
+    replicates: Sequence[Array],
+    noisy: float,
+    short: Sequence[ShortResponses | None],
 ) -> tuple[float, float]:
     influence = influence_of(replicates)
-    error = math.sqrt(sum(float(jackknife_variance(r)) for r in replicates))
+    variance = sum(float(jackknife_variance(r)) for r in replicates)
     quantile = replicate_quantile(none, replicates)
     bias = -sum((len(r) - 1) * (float(r.mean()) - value) for r in replicates)
+    # Where two rules nearly agree the bias is as large as the error, and as uncertain.
+    error = math.hypot(math.sqrt(float(without_surplus(variance, noisy))), bias)
     unseen = {-1: 0.0, 0: 0.0, 1: 0.0}
     for replicate, lengths in zip(replicates, short, strict=True):
         if lengths is not None:

@@ -7,6 +7,8 @@ from scipy import stats
 
 from gradvar.errors import GradvarError
 from gradvar.estimators import alpha_table, cv_table, planning_table
+from gradvar.estimators.planning import responses_for_cv_1
+from gradvar.runs.records import Estimate
 from tests.estimators import references
 from tests.estimators.test_tables import only, pick, prompts
 
@@ -26,10 +28,32 @@ def test_rows_agree_with_the_cv_table_and_extrapolate_by_the_square_root(groups)
     assert far["verdict"] == "extrapolated"
     assert far["method"].startswith("extrapolated from n = 32")
     assert far["value"] == pytest.approx(at32["value"] / math.sqrt(2))
+    # A group of 8 is enough already: no smaller number is made up from larger groups.
     needed = only(table, quantity="responses_for_cv_1", prompt_id="p0")
-    assert needed["value"] == pytest.approx(32 * at32["value"] ** 2)
-    assert needed["low"] == pytest.approx(32 * at32["low"] ** 2)
+    assert row["value"] < 1
+    assert (needed["value"], needed["low"], needed["verdict"]) == (8, 2, "at most")
+    assert needed["high"] == pytest.approx(max(8, 8 * row["high"] ** 2))
     assert not pick(table, quantity="cv", prompt_id=None, group_size=8).empty
+
+
+def test_responses_for_cv_1_rest_on_the_size_that_is_just_enough():
+    def cv(value, low, high):
+        return Estimate(value=value, low=low, high=high, level=0.95, method="m", n=96, clusters=1, seed=0)
+
+    measured = {4: cv(1.6, 1.4, 2.0), 8: cv(0.9, 0.7, 1.2), 16: cv(0.5, 0.4, 0.6)}
+    size, needed, verdict = responses_for_cv_1(measured)
+    assert (size, verdict) == (8, "resolved")
+    assert (needed.value, needed.low, needed.high) == pytest.approx((8 * 0.81, 8 * 0.49, 8 * 1.44))
+    # Where 8 would be enough by far, 4 is not: at least 4.
+    size, needed, _ = responses_for_cv_1({4: cv(1.05, 0.9, 1.2), 8: cv(0.6, 0.5, 0.8)})
+    assert (size, needed.value) == (8, 4)
+    # None is enough: on from the largest.
+    size, needed, _ = responses_for_cv_1({4: cv(5.0, 4.0, 7.0), 8: cv(3.0, 2.0, 5.0)})
+    assert (size, needed.value, needed.high) == (8, 72, 200)
+    size, needed, verdict = responses_for_cv_1({4: cv(0.8, 0.5, math.inf)})
+    assert (needed.value, needed.low, needed.high, verdict) == (4, 2, math.inf, "at most")
+    none = cv(math.nan, 0.5, math.inf)
+    assert responses_for_cv_1({4: none, 8: none})[2] == "unresolved"
 
 
 def test_eta_is_the_alpha_tables_and_goes_on_beyond(groups):
@@ -151,8 +175,10 @@ def test_prompts_like_these_by_leaving_out_prompts():
     wide = half([1 / (1 + row("cv", 16, of, "these prompts")["value"] ** 2) for of in fewer])
     ends = [1 - (1 - rho) * math.exp(side * wide / (1 - rho)) for side in (-1, 1)]
     assert (at16["low"], at16["high"]) == pytest.approx(tuple(math.sqrt(1 / end - 1) for end in ends))
-    needed = row("responses_for_cv_1", 16)
-    assert (needed["value"], needed["high"]) == pytest.approx((16 * at16["value"] ** 2, 16 * at16["high"] ** 2))
+    at8, needed = row("cv", 8), row("responses_for_cv_1", 8)
+    assert at8["value"] < 1
+    assert (needed["value"], needed["verdict"]) == (8, "at most")
+    assert needed["high"] == pytest.approx(max(8, 8 * at8["high"] ** 2))
     assert row("cv", 32)["high"] == pytest.approx(at16["high"] / math.sqrt(2))
     assert row("cv", 32)["verdict"] == "extrapolated"
 
