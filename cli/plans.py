@@ -29,6 +29,7 @@ def show_plan(plan: MeasurementPlan, *, as_json: bool) -> None:
         f"in all: {len(plan.prompts)} prompts, {sum(len(one.work.kept) for one in plan.prompts)} responses on "
         f"{len(plan.targets)} targets ({plan.dtype}, {plan.device}{''.join(f', {one}' for one in extra if one)}); "
         f"at most {size(plan.peak_bytes)} beside the model, {flop(plan.flop)}"
+        + (f"; at most {size(plan.host_bytes)} in the host's memory" if plan.host_bytes else "")
         + (f"; {plan.complete} prompts are complete" if plan.complete else "")
     )
     print_line("Estimates from short probes of the model. Nothing was measured or written.")
@@ -94,11 +95,11 @@ def _print_blocks(one: PlannedPrompt) -> None:
             whole = block.stop - block.start == block.target.out_features
             kept = "input and output gradient" if block.keep == "factors" else block.keep
             shown = "all" if whole else f"{block.start}-{block.stop - 1}"
-            rows.append([block.target.key, str(number + 1), shown, kept, size(block.bytes)])
+            rows.append([block.target.key, str(number + 1), shown, kept, block.home, size(block.bytes)])
     more = len(rows) - _SHOWN_BLOCKS
     console.table(
         f"What is kept of each target, prompt {one.work.prompt.prompt_id} (the largest)",
-        ["target", "pass", "rows", "kept as", "bytes"],
+        ["target", "pass", "rows", "kept as", "in memory of", "bytes"],
         rows[:_SHOWN_BLOCKS],
         caption=f"{more} more; --json has all." if more > 0 else "",
     )
@@ -133,6 +134,7 @@ def _document(plan: MeasurementPlan) -> dict[str, Any]:
         "prefixes": plan.prefixes,
         "complete_prompts": plan.complete,
         "peak_bytes": plan.peak_bytes,
+        "host_bytes": plan.host_bytes,
         "flop": plan.flop,
         "prompts": prompts,
     }
@@ -140,4 +142,4 @@ def _document(plan: MeasurementPlan) -> dict[str, Any]:
 
 def _block(block: Block) -> dict[str, Any]:
     rows = [block.start, block.stop]
-    return {"target": block.target.key, "rows": rows, "keep": block.keep, "bytes": block.bytes}
+    return {"target": block.target.key, "rows": rows, "keep": block.keep, "home": block.home, "bytes": block.bytes}

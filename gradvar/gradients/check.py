@@ -97,7 +97,13 @@ def check_precision(
     trusted = float32_reference(model) if reference is None else reference
     # both keep their gradients at one time, the reference perhaps in twice as many bytes
     third = (default_budget(model) if memory_budget is None else memory_budget) // 3
-    options = {"loss_masks": loss_masks, "temperature": temperature, "memory_budget": third, "rollout_ids": rollout_ids}
+    options = {
+        "loss_masks": loss_masks,
+        "temperature": temperature,
+        "memory_budget": third,
+        "host_memory_budget": 0,
+        "rollout_ids": rollout_ids,
+    }
     n = len(responses)
     sums: dict[str, list[Tensor]] = {}
     with (

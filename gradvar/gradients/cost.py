@@ -11,7 +11,7 @@ import torch
 from gradvar.gradients.gram import PIECE
 from gradvar.gradients.job import Job
 from gradvar.gradients.logprobs import VOCABULARY_TILE, compute_dtype
-from gradvar.gradients.plan import Cost, Plan
+from gradvar.gradients.plan import Block, Cost, Plan, device_bytes, host_bytes
 from gradvar.gradients.sketch import SketchPlan
 from gradvar.gradients.targets import Target
 from gradvar.gradients.usage import Growth, flop, peak_bytes
@@ -62,6 +62,26 @@ def tile_casts(job: Job) -> int:
     return _casts(job, longest) + 3 * min(max(PIECE, longest), longest * rows) * width(compute_dtype(job.dtype))
 
 
+def staging_bytes(job: Job) -> int:
+    """Return the bytes on the device of one response's factors, on their way to the host's memory or back."""
+    targets = [target for target in job.targets if target.kind != "head"]
+    sides = max((_sides(target) for target in targets), default=0)
+    product = min(PIECE, max((target.in_features * target.out_features for target in targets), default=0))
+    return max(job.lengths) * sides * width(job.factor_dtype) + product * width(compute_dtype(job.dtype))
+
+
+def _transfer(job: Job, block: Block, tile_bytes: int) -> int:
+    """Return the bytes that are copied to the host and, for each tile of the Gram, back."""
+    if block.home == "device":
+        return 0
+    if block.keep == "matrices":
+        return 2 * block.bytes
+    rows, row = block.stop - block.start, len(job.lengths) * block.target.in_features * width(compute_dtype(job.dtype))
+    tiles = -(-rows // max(1, min(rows, tile_bytes // row)))
+    tokens = sum(job.lengths) * width(job.factor_dtype)
+    return block.bytes + tokens * (tiles * block.target.in_features + rows)
+
+
 def fixed_bytes(job: Job) -> int:
     """Return the bytes of the results: the Grams."""
     return 8 * len(job.responses) ** 2 * (len(job.targets) + 3)
@@ -106,20 +126,29 @@ def cost_of(job: Job, plan: Plan, extra: int, sketches: int = 0) -> Cost:
     forward = sum(one.forward.at(length, rows) for one in usage for rows, length in shapes)
     backward = sum(one.backward.at(length, rows) for one in usage for rows, length in shapes)
     head = len(plan.passes) * 2 * predicted * vocabulary * hidden
-    gram = gradients = tallest = 0
+    gram = gradients = 0
+    tallest = {"device": 0, "host": 0}
     for block in (block for blocks in plan.passes for block in blocks):
         tokens = 2 * predicted if block.target.kind == "head" else sum(job.lengths)  # the head's logits are made again
         area = (block.stop - block.start) * block.target.in_features
-        tallest = max(tallest, n * area * width(compute_dtype(job.dtype)))
+        tallest[block.home] = max(tallest[block.home], n * area * width(compute_dtype(job.dtype)))
         gradients += 2 * tokens * area
         gram += 2 * n * n * area
+    hosted = [[block for block in blocks if block.home == "host"] for blocks in plan.passes]
+    staging = staging_bytes(job) if any(hosted) else 0
+    biases = max(device_bytes(blocks, n) for blocks in hosted)
+    own = fixed_bytes(job) + sketches
+    host_tile = min(plan.host_tile_bytes, tallest["host"]) + tile_casts(job) + staging + biases + own
     return Cost(
         batches=len(batches),
         tokens=sum(job.lengths),
         padded_tokens=sum(rows * length for rows, length in shapes),
-        kept_bytes=max(sum(block.bytes for block in blocks) for blocks in plan.passes) + fixed_bytes(job) + sketches,
-        tile_bytes=min(plan.tile_bytes, tallest) + tile_casts(job),
-        activation_bytes=run + plan.trunk_bytes,
+        kept_bytes=max(device_bytes(blocks, n) for blocks in plan.passes) + own,
+        host_bytes=max(host_bytes(blocks) for blocks in plan.passes),
+        transfer_bytes=sum(_transfer(job, block, plan.host_tile_bytes) for blocks in plan.passes for block in blocks),
+        tile_bytes=min(plan.tile_bytes, tallest["device"]) + tile_casts(job),
+        host_tile_bytes=host_tile if any(hosted) else 0,
+        activation_bytes=run + plan.trunk_bytes + staging,
         logits_bytes=logits,
         forward_flop=round(forward) + head,
         backward_flop=round((1 + extra) * backward) + head,

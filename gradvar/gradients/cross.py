@@ -113,6 +113,7 @@ def cross_grams(
         include_bias=include_bias,
         token_budget=token_budget,
         memory_budget=memory_budget,
+        host_memory_budget=0,  # all prompts' gradients are in use together, in low tiles
         checkpointing=checkpointing,
     ) as whole:
         jobs += [

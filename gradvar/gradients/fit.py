@@ -8,17 +8,28 @@ import torch
 from torch import nn
 
 from gradvar.errors import GradvarError
-from gradvar.gradients.cost import fixed_bytes, sketch_bytes, tile_casts, work_bytes
+from gradvar.gradients.cost import fixed_bytes, sketch_bytes, staging_bytes, tile_casts, work_bytes
 from gradvar.gradients.devices import devices_of
 from gradvar.gradients.job import Job
 from gradvar.gradients.logprobs import chunk_bytes
-from gradvar.gradients.plan import DEFAULT_TOKEN_BUDGET, Plan, free_memory, least_bytes, smallest_tile, split_work
+from gradvar.gradients.plan import (
+    DEFAULT_TOKEN_BUDGET,
+    Block,
+    Plan,
+    device_bytes,
+    free_memory,
+    least_bytes,
+    smallest_tile,
+    split_work,
+)
 from gradvar.gradients.sketch import SketchPlan
 from gradvar.gradients.trunk import trunk_bytes
 from gradvar.gradients.usage import peak_bytes
 
 _FREE_SHARE = 0.8
 """Part of what is free that is used without a budget: the rest is for the allocator and for other processes."""
+_HOST_SHARE = 0.5
+"""Part of the host's free memory that gradients may lock: the system cannot move such pages."""
 _SLACK = 20
 """One part in so many of a budget is left to the allocator."""
 _TILE_SHARE = 0.15
@@ -38,6 +49,11 @@ def default_budget(model: nn.Module) -> int:
     return int(_FREE_SHARE * min(free_memory(device) for device in devices_of(model)))
 
 
+def default_host_budget(device: torch.device) -> int:
+    """Return a part of what is free on the host; 0 where the device has no memory of its own."""
+    return int(_HOST_SHARE * free_memory(torch.device("cpu"))) if device.type == "cuda" else 0
+
+
 def usable(budget: int) -> int:
     """Return the part of a budget that is planned with: holes between the allocator's blocks take the rest."""
     return budget - budget // _SLACK
@@ -48,6 +64,7 @@ def choose_plan(
     *,
     token_budget: int | None,
     memory_budget: int | None,
+    host_memory_budget: int | None = None,
     checkpointing: str,
     may_checkpoint: bool,
     sketch: SketchPlan | None = None,
@@ -61,6 +78,8 @@ def choose_plan(
         job: The request; its plan is not looked at.
         token_budget: Padded tokens of a batch, at most; None chooses.
         memory_budget: Bytes for everything beside the model; None takes most of what is free.
+        host_memory_budget: Bytes of the host's memory for gradients that do not fit; None takes a part of what is free
+            where the device has memory of its own.
         checkpointing: "off", "reentrant" or "non_reentrant".
         may_checkpoint: Switch it on where nothing else would do.
         sketch: What is kept of every gradient beside.
@@ -72,12 +91,15 @@ def choose_plan(
         raise GradvarError(f"token budget: expected at least 1 token, received {token_budget}")
     if memory_budget is not None and memory_budget < 1:
         raise GradvarError(f"memory budget: expected a positive number of bytes, received {memory_budget}")
+    if host_memory_budget is not None and host_memory_budget < 0:
+        raise GradvarError(f"host memory budget: expected 0 or more bytes, received {host_memory_budget}")
     if any(target.direct is not None for target in job.targets):
         token_budget = 1  # each response alone
     given = default_budget(job.model) if memory_budget is None else memory_budget
     sketches = sketch_bytes(job, sketch)
     total = max(0, usable(given) - sketches)
-    search = _Search(job=job, given=given, total=total, trunk=_trunk(job))
+    host = default_host_budget(job.device) if host_memory_budget is None else host_memory_budget
+    search = _Search(job=job, given=given, total=total, host=usable(host), trunk=_trunk(job))
     plans: list[Plan] = []
     least = []
     for kind in [checkpointing, *(["non_reentrant"] if may_checkpoint and checkpointing == "off" else [])]:
@@ -109,6 +131,8 @@ class _Search:
     """The budget."""
     total: int
     """Bytes of it that are planned with."""
+    host: int
+    """Bytes of the host's memory that are planned with."""
     trunk: tuple[int, int]
     """What the trunk takes: fixed, and for a token of the largest batch."""
 
@@ -164,22 +188,42 @@ class _Search:
         wish = max(smallest, min(limit, max(work - tile_casts(job), int(_TILE_SHARE * spare))))
         fixed, a_token = self.trunk
         trunk = fixed + a_token * max(batch.input_ids.numel() for batch in job.batches(tokens)) if a_token else 0
+        found: Plan | None = None
         for tile, held in ((wish, trunk), (smallest, trunk), (wish, 0), (smallest, 0)):
             room = spare - max(work + held, tile + tile_casts(job))
-            if room >= least_bytes(job.targets, job.lengths, job.factor_dtype):
-                passes = split_work(job.targets, job.lengths, job.factor_dtype, room)
-                return Plan(
-                    token_budget=tokens,
-                    memory_budget=self.given,
-                    tile_bytes=tile,
-                    chunk_bytes=chunk,
-                    work_bytes=work,
-                    spare_bytes=spare - work - max(sum(block.bytes for block in blocks) for blocks in passes),
-                    trunk_bytes=held,
-                    passes=passes,
-                    checkpointing=kind,
-                )
-        return None
+            if room < least_bytes(job.targets, job.lengths, job.factor_dtype):
+                continue
+            passes, in_host = self._passes(room)
+            kept = max(device_bytes(blocks, len(job.responses)) for blocks in passes)
+            free = spare - tile_casts(job) - staging_bytes(job) - kept
+            plan = Plan(
+                token_budget=tokens,
+                memory_budget=self.given,
+                tile_bytes=tile,
+                chunk_bytes=chunk,
+                work_bytes=work,
+                spare_bytes=spare - work - kept - in_host * staging_bytes(job),
+                trunk_bytes=held,
+                passes=passes,
+                host_memory_budget=self.host,
+                host_tile_bytes=in_host * max(tile, free // 2),
+                checkpointing=kind,
+            )
+            if in_host or self.host <= 0 or len(passes) == 1:
+                return plan
+            found = found or plan  # a lower tile may leave room for what is on its way to the host
+        return found
+
+    def _passes(self, room: int) -> tuple[tuple[tuple[Block, ...], ...], bool]:
+        """Return the passes, and whether the host holds a part: where the device alone would need more of them."""
+        job = self.job
+        asked = (job.targets, job.lengths, job.factor_dtype)
+        own = split_work(*asked, room)
+        left = room - staging_bytes(job)
+        if len(own) == 1 or self.host <= 0 or left < least_bytes(*asked):
+            return own, False
+        shared = split_work(*asked, left, self.host)
+        return (shared, True) if len(shared) < len(own) else (own, False)
 
     def _work(self, tokens: int, chunk: int, kind: str) -> int:
         """Return the bytes of the largest batch."""

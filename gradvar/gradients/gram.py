@@ -118,11 +118,13 @@ class FactorStore(GradientStore):
 
     def fill(self, response: int, start: int, stop: int, out: Tensor) -> None:
         """Write rows [start, stop) of a response's gradient to `out`."""
+        if not self._factors[response]:
+            out.zero_()
         for i, (a, delta) in enumerate(self._factors[response]):
             if i == 0:
-                _multiply(delta[:, start:stop].T, a, out)
+                multiply(delta[:, start:stop].T, a, out)
             else:
-                _add_product(delta[:, start:stop].T, a, out)
+                add_product(delta[:, start:stop].T, a, out)
 
 
 class MatrixStore(GradientStore):
@@ -133,7 +135,7 @@ class MatrixStore(GradientStore):
         self._gradients = torch.zeros((responses, rows, columns), dtype=dtype, device=device)
 
     def _keep(self, response: int, a: Tensor, delta: Tensor) -> None:
-        _add_product(delta.T, a, self._gradients[response])
+        add_product(delta.T, a, self._gradients[response])
 
     def add_gradient(self, response: int, weight: Tensor | None, bias: Tensor | None) -> None:
         """Add a part of a response's gradient, as autograd gave it: weight (O, I), bias (O,)."""
@@ -221,7 +223,7 @@ class HeadStore(GradientStore):
         """Write rows [start, stop) of a response's gradient to `out`."""
         hidden = self._outputs[response][0]
         for begin, end in self._pieces(response, start, stop):
-            _multiply(self._delta(response, begin, end).T, hidden, out[begin - start : end - start])
+            multiply(self._delta(response, begin, end).T, hidden, out[begin - start : end - start])
         if response in self._inputs:
             ids, gradient = self._inputs[response]
             here = (ids >= start) & (ids < stop)
@@ -237,14 +239,14 @@ def _stretches(tile: Tensor) -> Iterator[Tensor]:
         yield tile[:, whole * _STRETCH :][None]
 
 
-def _multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """Write left @ right to `out` in its dtype: half-precision operands, float32 sums."""
     if left.is_cuda and left.dtype == right.dtype != out.dtype:
         return torch.mm(left, right, out_dtype=out.dtype, out=out)
     return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
 
 
-def _add_product(left: Tensor, right: Tensor, total: Tensor) -> None:
+def add_product(left: Tensor, right: Tensor, total: Tensor) -> None:
     """Add left @ right to `total`, a piece of rows at a time where the dtypes differ."""
     if left.dtype == right.dtype == total.dtype:
         total.addmm_(left, right)
@@ -252,4 +254,4 @@ def _add_product(left: Tensor, right: Tensor, total: Tensor) -> None:
     height = max(1, PIECE // total.shape[1])
     for start in range(0, total.shape[0], height):
         part = total[start : start + height]
-        part += _multiply(left[start : start + height], right, torch.empty_like(part))
+        part += multiply(left[start : start + height], right, torch.empty_like(part))

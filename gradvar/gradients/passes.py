@@ -24,6 +24,7 @@ from gradvar.gradients.gram import FactorStore, GradientStore, HeadStore, Matrix
 from gradvar.gradients.job import Job, TokenValues
 from gradvar.gradients.logprobs import TokenScores, compute_dtype
 from gradvar.gradients.plan import Block
+from gradvar.gradients.spill import HostFactorStore, HostMatrixStore, HostMemory
 from gradvar.gradients.trunk import choose_forward
 
 
@@ -44,7 +45,8 @@ def run_pass(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientSto
 
 
 def _run_batches(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientStore]]:
-    stores = [(block, _new_store(job, block, len(job.responses))) for block in blocks]
+    host = HostMemory()
+    stores = [(block, _new_store(job, block, len(job.responses), host)) for block in blocks]
     norms = job.extra.empty(block.target.key for block in blocks)
     first_pass = job.tokens.logprobs[0] is None
     batches = job.batches(job.plan.token_budget)
@@ -71,6 +73,7 @@ def _run_batches(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, Gradien
             for block, store in stores:
                 names = [job.ids[i] for i in batch.members]
                 require_finite(names, store.finite(batch.members), f"the gradient over {block.target.key}")
+            host.forget()
             _add_reweighted(job, batch, blocks, taps, direct, seen, norms)
             job.done += len(batch.members)
             job.report(job.done // len(job.plan.passes))
@@ -108,7 +111,7 @@ def _add_reweighted(
     """Add the squared norms of the batch's reweighted scores, one more backward pass of its graph for each."""
     rows = range(len(batch.members))
     for index in range(job.extra.count):
-        stores = [(block, _new_store(job, block, len(rows), "factors")) for block in blocks]
+        stores = [(block, _new_store(job, block, len(rows), None)) for block in blocks]
         taps.listen(_collector(job, batch, rows, stores))
         direct.listen(_direct_collector(rows, stores))
         other = seen.reweighted(job.extra.column(index, batch.members, seen.weights))
@@ -165,7 +168,8 @@ def _backward(
     taps.finish()
 
 
-def _new_store(job: Job, block: Block, count: int, keep: str | None = None) -> GradientStore:
+def _new_store(job: Job, block: Block, count: int, host: HostMemory | None) -> GradientStore:
+    """Return a store for so many responses: as the plan has it, or (without `host`) of a batch's factors alone."""
     rows = block.stop - block.start
     kind = compute_dtype(job.dtype)
     if block.target.kind == "head":
@@ -177,8 +181,11 @@ def _new_store(job: Job, block: Block, count: int, keep: str | None = None) -> G
             )
         return HeadStore(count, block.start, rows, head.weight, head.bias, head.curve, job.temperature, kind)
     device = execution_device(job.model.get_submodule(block.target.module))
-    store = FactorStore if (keep or block.keep) == "factors" and block.target.direct is None else MatrixStore
-    return store(count, rows, block.target.in_features, kind, device)
+    size = (count, rows, block.target.in_features, kind, device)
+    factors = (host is None or block.keep == "factors") and block.target.direct is None
+    if host is not None and block.home == "host":
+        return HostFactorStore(*size, host) if factors else HostMatrixStore(*size, host)
+    return FactorStore(*size) if factors else MatrixStore(*size)
 
 
 def _collector(

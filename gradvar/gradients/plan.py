@@ -33,6 +33,8 @@ class Block:
     """"factors", "matrices" or "head"."""
     bytes: int
     """Estimated memory for all responses."""
+    home: str = "device"
+    """Whose memory it is in: "device" or "host"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +48,15 @@ class Cost:
     padded_tokens: int
     """The same with padding."""
     kept_bytes: int
-    """Gradients or factors of the largest pass, the Grams and sketches."""
+    """Gradients or factors of the largest pass on the device, the Grams and sketches."""
+    host_bytes: int
+    """Those of the largest pass in the host's memory."""
+    transfer_bytes: int
+    """Copied to the host's memory and back, by all passes."""
     tile_bytes: int
     """The largest tile of the Gram, with what it is made from."""
+    host_tile_bytes: int
+    """All there is on the device at the largest tile of what the host holds: its own gradients are done by then."""
     activation_bytes: int
     """Forward and backward of the largest batch at their peak, with what is copied of it."""
     logits_bytes: int
@@ -61,8 +69,9 @@ class Cost:
 
     @property
     def peak_bytes(self) -> int:
-        """All that is held at one time beside the model, at most."""
-        return self.kept_bytes + max(self.tile_bytes, self.activation_bytes + self.logits_bytes)
+        """All that is held at one time beside the model, at most; the host's memory is not in it."""
+        own = self.kept_bytes + max(self.tile_bytes, self.activation_bytes + self.logits_bytes)
+        return max(own, self.host_tile_bytes)
 
     @property
     def flop(self) -> int:
@@ -89,6 +98,10 @@ class Plan:
     trunk_bytes: int
     """Of them, for the prompt's keys and values, where the layers below the lowest target see it once."""
     passes: tuple[tuple[Block, ...], ...]
+    host_memory_budget: int = 0
+    """Bytes of the host's memory for gradients that the device has no room for."""
+    host_tile_bytes: int = 0
+    """The largest tile of a Gram of what the host holds."""
     checkpointing: str = "off"
     """Activation checkpointing above the lowest target: "off", "reentrant" or "non_reentrant"."""
     cost: Cost | None = None
@@ -110,34 +123,57 @@ def free_memory(device: torch.device) -> int:
 
 
 def split_work(
-    targets: Sequence[Target], lengths: Sequence[int], dtype: torch.dtype, room: int
+    targets: Sequence[Target], lengths: Sequence[int], dtype: torch.dtype, room: int, host_room: int = 0
 ) -> tuple[tuple[Block, ...], ...]:
-    """Return which rows of which targets are kept how, in which pass.
+    """Return which rows of which targets are kept how and where, in which pass: the device first, then the host.
 
     Args:
         targets: What is measured.
         lengths: Tokens fed for each response, the prompt's included.
         dtype: The model's dtype.
-        room: Bytes for what is kept in a pass, at least `least_bytes`.
+        room: Bytes for what is kept on the device in a pass, at least `least_bytes`.
+        host_room: Bytes for what is kept in the host's memory in a pass.
     """
     passes: list[list[Block]] = [[]]
-    left, inputs = room, set[str]()
+    rows = sum(target.out_features for target in targets)
+    held = 8 * len(lengths) * rows if host_room > 0 else 0  # the biases' gradients stay on the device
+    if room - held < least_bytes(targets, lengths, dtype):
+        held = 0
+    biases = "biases" if held else "device"
+    left = {"device": room - held, "biases": held, "host": host_room}
+    inputs: dict[str, set[str]] = {"device": set(), "host": set()}
     for target in targets:
         start, stop = target.rows or (0, target.out_features)
         while start < stop:
-            block = _fit(target, start, stop, lengths, dtype, left, inputs)
+            block = _fit(target, start, stop, lengths, dtype, left["device"], inputs["device"])
+            if block is None and host_room > 0 and target.kind != "head" and target.direct is None:
+                end = min(stop, start + left[biases] // (8 * len(lengths)))
+                block = _fit(target, start, end, lengths, dtype, left["host"], inputs["host"], "host")
             if block is None:
                 if not passes[-1]:
                     raise ValueError(f"{room} bytes are too few for one row of {target.key}")
                 passes.append([])
-                left, inputs = room, set()
+                left = {"device": room - held, "biases": held, "host": host_room}
+                inputs = {"device": set(), "host": set()}
                 continue
             passes[-1].append(block)
-            left -= block.bytes
+            left[block.home] -= block.bytes
+            if block.home == "host":
+                left[biases] -= device_bytes([block], len(lengths))
             if block.keep == "factors":  # matrices hold no input
-                inputs.add(_input_of(target))
+                inputs[block.home].add(_input_of(target))
             start = block.stop
     return tuple(tuple(blocks) for blocks in passes)
+
+
+def device_bytes(blocks: Sequence[Block], count: int) -> int:
+    """Return what the blocks of so many responses take on the device: of those on the host, the biases' gradients."""
+    return sum(block.bytes if block.home == "device" else 8 * count * (block.stop - block.start) for block in blocks)
+
+
+def host_bytes(blocks: Sequence[Block]) -> int:
+    """Return what the blocks take of the host's memory."""
+    return sum(block.bytes for block in blocks if block.home == "host")
 
 
 def least_bytes(targets: Sequence[Target], lengths: Sequence[int], dtype: torch.dtype) -> int:
@@ -179,6 +215,7 @@ def _fit(
     dtype: torch.dtype,
     room: int,
     inputs: set[str],
+    home: str = "device",
 ) -> Block | None:
     """Return the block from `start` that fits the room and costs least, as tall as it can be."""
     best: Block | None = None
@@ -188,7 +225,9 @@ def _fit(
         rows = min(stop - start, (room - fixed) // a_row)
         if rows < 1:
             continue
-        block = Block(target=target, start=start, stop=start + int(rows), keep=keep, bytes=int(fixed + rows * a_row))
+        block = Block(
+            target=target, start=start, stop=start + int(rows), keep=keep, bytes=int(fixed + rows * a_row), home=home
+        )
         if best is None or (-(block.stop - start), block.bytes) < (-(best.stop - start), best.bytes):
             best = block
     return best

@@ -47,6 +47,7 @@ def planned(
     include_bias: bool = True,
     token_budget: int | None = None,
     memory_budget: int | None = None,
+    host_memory_budget: int | None = None,
     rollout_ids: Sequence[int] | None = None,
     on_progress: Callable[[int], None] | None = None,
     probes: int = 0,
@@ -110,12 +111,13 @@ def planned(
             job,
             token_budget=token_budget,
             memory_budget=memory_budget,
+            host_memory_budget=host_memory_budget,
             checkpointing=kind,
             may_checkpoint=checkpointing is None,
             sketch=sketch,
         )
         if device.type == "cpu":
-            job.resident = Resident(before, usable(job.plan.memory_budget))
+            job.resident = Resident(before, usable(job.plan.memory_budget) + job.plan.host_memory_budget)
         yield job
 
 
@@ -128,6 +130,7 @@ def plan_measurement(
     loss_masks: Sequence[Sequence[int] | None] | None = None,
     token_budget: int | None = None,
     memory_budget: int | None = None,
+    host_memory_budget: int | None = None,
     rollout_ids: Sequence[int] | None = None,
     probes: int = 0,
     prefixes: int = 0,
@@ -152,6 +155,7 @@ def plan_measurement(
         loss_masks=loss_masks,
         token_budget=token_budget,
         memory_budget=memory_budget,
+        host_memory_budget=host_memory_budget,
         rollout_ids=rollout_ids,
         probes=probes,
         seed=0,

@@ -66,6 +66,7 @@ def measure_scores(
     include_bias: bool = True,
     token_budget: int | None = None,
     memory_budget: int | None = None,
+    host_memory_budget: int | None = None,
     rollout_ids: Sequence[int] | None = None,
     on_progress: Callable[[int], None] | None = None,
     probes: int = 0,
@@ -91,6 +92,8 @@ def measure_scores(
         token_budget: Padded tokens of a batch; None chooses. Changes speed, not results.
         memory_budget: Bytes for everything beside the model, at most (factors, gradients, tiles, activations, logits);
             None takes most of what is free. Changes speed, not results.
+        host_memory_budget: Bytes of the host's memory for gradients that the device has no room for, before more passes
+            are made; None takes half of what is free beside a CUDA device, else none.
         rollout_ids: Names of the responses, 0 to N - 1 if None.
         on_progress: Called after every batch with the number of responses done so far, of N.
         probes: K random-sign probes for `taus`, one more truncated backward pass for each.
@@ -119,6 +122,7 @@ def measure_scores(
         include_bias=include_bias,
         token_budget=token_budget,
         memory_budget=memory_budget,
+        host_memory_budget=host_memory_budget,
         rollout_ids=rollout_ids,
         on_progress=on_progress,
         probes=probes,
@@ -129,7 +133,7 @@ def measure_scores(
         checkpointing=checkpointing,
         sketch=sketch,
     ) as job:
-        n, ids, tile = len(responses), job.ids, job.plan.tile_bytes
+        n, ids = len(responses), job.ids
         sums = {target.key: torch.zeros((n, n), dtype=torch.float64) for target in job.targets}
         sketches = {
             target.key: Sketch(sketch, target.key, (target.out_features, target.in_features), n)
@@ -138,8 +142,10 @@ def measure_scores(
         }
         for blocks in job.plan.passes:
             stores = run_pass(job, blocks)
+            stores.sort(key=lambda pair: pair[0].home == "device")  # its own first: then there is room for taller tiles
             while stores:  # each is let go before the next pass fills memory again
                 block, store = stores.pop()
+                tile = job.plan.tile_bytes if block.home == "device" else job.plan.host_tile_bytes
                 job.resident.make_room(tile)
                 with job.autocast.off():
                     bias = include_bias and block.target.has_bias

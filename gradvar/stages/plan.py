@@ -47,6 +47,11 @@ class MeasurementPlan:
         return max((one.cost.peak_bytes for one in self.prompts), default=0)
 
     @property
+    def host_bytes(self) -> int:
+        """The most that is held at one time in the host's memory for a device that has no room."""
+        return max((one.cost.host_bytes for one in self.prompts), default=0)
+
+    @property
     def flop(self) -> int:
         """Multiplications and additions of all prompts."""
         return sum(one.cost.flop for one in self.prompts)

@@ -6,6 +6,7 @@ import torch
 
 from gradvar.gradients import SketchPlan, check_precision, cross_grams, measure_scores
 from gradvar.gradients.gram import FactorStore
+from gradvar.gradients.spill import HostMemory
 from gradvar.gradients.states import full_precision
 from tests.gradients import references
 from tests.gradients.models import make_model, make_prompt_and_responses
@@ -128,3 +129,24 @@ def test_several_prompts_together_on_cuda():
     expected = cross_grams(model, prompts, everything, SPECS)
     for key, gram in cross_grams(model.cuda(), prompts, everything, SPECS).items():
         assert references.error(gram, expected[key]) < 1e-4
+
+
+def test_gradients_spilled_to_locked_memory_of_the_host():
+    """The same Grams in one pass, within the budget; most go to the host and back."""
+    model = make_model(
+        "qwen2", torch.float32, hidden_size=512, intermediate_size=1408, max_position_embeddings=512
+    ).cuda()
+    prompt, responses = make_prompt_and_responses([100 + i for i in range(48)])
+    expected = measure_scores(model, prompt, responses, "all:qkv,mlp", host_memory_budget=0)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    budget = 100 << 20
+    found = measure_scores(model, prompt, responses, "all:qkv,mlp", memory_budget=budget, host_memory_budget=4 << 30)
+    assert "host" in {block.home for blocks in found.plan.passes for block in blocks}
+    assert len(found.plan.passes) == 1
+    assert torch.cuda.max_memory_allocated() - before <= budget + (64 << 20)  # cuBLAS takes its own
+    for key, gram in expected.grams.items():
+        assert references.error(found.grams[key].gram(), gram.gram()) < 1e-5
+    host = HostMemory()
+    assert host.pinned
+    assert host.copy(torch.ones(8, device="cuda")).is_pinned()
