@@ -11,6 +11,7 @@ from gradvar.estimators import aggregator_rho, alpha_table, find_rule, law_table
 from gradvar.estimators.bias import (
     cosine,
     entropy_direction,
+    estimate_of,
     eta_estimate,
     jackknifed,
     length_direction,
@@ -290,3 +291,35 @@ def test_a_cosine_stays_within_one():
     apart = cosine_of(1.02, 0.97, 1.07)
     assert (apart.value, apart.low, apart.high) == (1.0, 0.97, 1.0)
     assert math.isnan(cosine_of(math.nan, -math.inf, math.inf).value)
+
+
+def test_a_scale_curved_in_the_share_of_correct_responses_is_covered():
+    """Dr. GRPO's scale is nearly 1/sqrt(p (1 - p)): at half the responses correct a jackknife sees no slope."""
+    law = {"beta": 2.0, "signal": 3.0, "decay": 0.7}
+
+    def group_means(count):
+        """E[(r - p) A] with grpo's advantage, over that with rloo's, times n over n M."""
+        k = np.arange(9)
+        chance = stats.binom.pmf(k, 8, 0.4)
+        share = k / 8
+        spread = np.sqrt(8 / 7 * share * (1 - share))
+        along = np.where(spread > 0, 8 * share * (1 - share) / np.where(spread > 0, spread, 1.0), 0.0)
+        return float((chance * along).sum() / (chance * 8 / 7 * 8 * share * (1 - share)).sum() / count)
+
+    truth = group_means(3000.0)
+    plain, covered = 0, 0
+    for seed in range(150):
+        rng = np.random.default_rng([31, seed])
+        scores, rewards, lengths = simulator.draw(64, rng=rng, **law)
+        got = parts(scores, rewards, lengths, draw_groups(64, 8, 64, rng=rng), [("dr_grpo", None)])
+        made = jackknifed([got], scale)
+        for result in (made, replace(made, missing=None)):
+            found = estimate_of(result, 0, level=0.95, method="m")
+            inside = found.low <= truth <= found.high
+            if result is made:
+                covered += inside
+            else:
+                plain += inside
+    # Three standard errors of 150 draws at 95% are 5%.
+    assert covered / 150 > 0.91
+    assert plain < covered
