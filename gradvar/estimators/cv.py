@@ -210,9 +210,13 @@ def _interval(
     logs = [np.log1p(-without) for without in replicates]
     centre = math.log(noise)
     bias = sum((len(one) - 1) * (float(one.mean()) - centre) for one in logs)
-    unseen = sum(one.unseen(influence_of([r])) ** 2 for one, r in zip(short, logs, strict=True) if one is not None)
+    exposed = error
+    if any(one is not None and one.side for one in short):
+        # On the side of short responses nothing is taken out: the sample's own variance is too small there.
+        unseen = sum(one.unseen(influence_of([r])) ** 2 for one, r in zip(short, logs, strict=True) if one is not None)
+        exposed = math.sqrt(max(variance, error**2) + unseen * noise**2)
     low, _ = skew_corrected(centre, influence_of(logs), error / noise, quantile)
-    _, high = skew_corrected(centre, influence_of(logs), math.hypot(error / noise, math.sqrt(unseen)), quantile)
+    _, high = skew_corrected(centre, influence_of(logs), exposed / noise, quantile)
     low, high = low - max(bias, 0.0), high - min(bias, 0.0)
     return replace(none, value=value, low=1.0 - math.exp(min(high, 700.0)), high=1.0 - math.exp(low))
 

@@ -235,6 +235,13 @@ def _interval(
     for replicate, lengths in zip(replicates, short, strict=True):
         if lengths is not None:
             unseen[lengths.side] += lengths.unseen(influence_of([replicate])) ** 2
-    low, _ = skew_corrected(value, influence, math.sqrt(error**2 + unseen[-1]), quantile)
-    _, high = skew_corrected(value, influence, math.sqrt(error**2 + unseen[1]), quantile)
+    # On the side of short responses nothing is taken out: the sample's own variance is too small there.
+    ends = {
+        side: math.hypot(math.sqrt(variance), bias, math.sqrt(unseen[side]))
+        if any(one is not None and one.side == side for one in short)
+        else error
+        for side in (-1, 1)
+    }
+    low, _ = skew_corrected(value, influence, ends[-1], quantile)
+    _, high = skew_corrected(value, influence, ends[1], quantile)
     return low + min(bias, 0.0), high + max(bias, 0.0)
