@@ -5,7 +5,7 @@ The interval is a delete-one jackknife of the log with four things that the cali
 Skewness: Hall's transformation of t.
 Bias: the jackknife's estimate of it widens the side it points to (a normalised weight makes a ratio of means), and
 counts as error beside the variance.
-Permutations: what their choice adds to the replicates is taken out of the variance (`groups`).
+Permutations: what their choice adds to the replicates is taken out of the variance where it is much of it.
 Unseen lengths: GRPO divides by length and nothing bounds its total weight sum 1/L, so its CV rests on rare very short
 responses. A sample without one looks quiet, and its interval was too narrow (73 to 83% coverage where the law is flat
 or E[g | L] moves). A response as short as one expected among 4 N, lognormal through the lengths, is put beside the
@@ -47,6 +47,9 @@ UNBOUNDED = "grpo"
 """The rule whose weights fall with length and are not normalised."""
 SHORTEST = 8
 """Responses whose influence is carried on to shorter lengths."""
+WORTH_TAKING = 0.3
+"""The permutations' noise is taken out where it is more of the variance than this, that is where two rules nearly
+agree: dr_grpo's ratio where ||g||^2 grows like L^2, with rare long responses, needs all it has (95%, without 92%)."""
 OWN_POWER = 2.0
 """For log(1 - rho) of an unbounded rule alone: the square of its weight."""
 WEIGHT_POWER = 4.0
@@ -229,6 +232,8 @@ def _interval(
     variance = sum(float(jackknife_variance(r)) for r in replicates)
     quantile = replicate_quantile(none, replicates)
     bias = -sum((len(r) - 1) * (float(r.mean()) - value) for r in replicates)
+    if noisy < WORTH_TAKING * variance:
+        noisy = 0.0
     # Where two rules nearly agree the bias is as large as the error, and as uncertain.
     error = math.hypot(math.sqrt(float(without_surplus(variance, noisy))), bias)
     unseen = {-1: 0.0, 0: 0.0, 1: 0.0}
