@@ -108,6 +108,13 @@ MemoryBudget = _option(
     default="most of what is free",
     panel=_G,
 )
+HostMemoryBudget = _option(
+    float,
+    "--host-memory-budget",
+    "GiB of the host's memory for gradients that the device has no room for, before more passes are made; 0: none.",
+    default="half of what is free beside a CUDA device, else none",
+    panel=_G,
+)
 Probes = _option(
     int,
     "--probes",

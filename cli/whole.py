@@ -70,6 +70,7 @@ def run(
     bias: o.Bias = None,
     token_budget: o.TokenBudget = None,
     memory_budget: o.MemoryBudget = None,
+    host_memory_budget: o.HostMemoryBudget = None,
     checkpointing: o.Checkpointing = None,
     probes: o.Probes = None,
     prefixes: o.Prefixes = None,

@@ -125,6 +125,8 @@ class MeasureConfig:
     """Padded tokens in one forward pass; None chooses."""
     memory_budget: float | None = None
     """GiB that measuring may use; None chooses."""
+    host_memory_budget: float | None = None
+    """GiB of the host's memory for gradients that the device has no room for; None chooses."""
     probes: int = 0
     """Random-sign probes of a response for tau, one truncated backward pass each; 0 measures none."""
     prefixes: int = 0
@@ -150,6 +152,12 @@ class MeasureConfig:
             "memory_budget",
             "GiB above 0",
             self.memory_budget,
+        )
+        _require(
+            self.host_memory_budget is None or self.host_memory_budget == 0 or _is_positive(self.host_memory_budget),
+            "host_memory_budget",
+            "GiB, 0 or more",
+            self.host_memory_budget,
         )
         _require(self.probes >= 0, "probes", "0 or more", self.probes)
         _require(

@@ -75,7 +75,8 @@ class Work:
             "temperature": temperature,
             "include_bias": config.include_bias,
             "token_budget": config.token_budget,
-            "memory_budget": None if config.memory_budget is None else int(config.memory_budget * 2**30),
+            "memory_budget": _bytes(config.memory_budget),
+            "host_memory_budget": _bytes(config.host_memory_budget),
             "rollout_ids": [rollout.rollout_id for rollout in kept],
             "probes": config.probes if self.taus else 0,
             "seed": config.seed,
@@ -228,6 +229,10 @@ def _measure_prompt(
     for rollout_id, why in left_out.items():
         run.log("response left out", prompt_id=name, rollout_id=rollout_id, why=why)
     run.log("measured", prompt_id=name, grams=list(new), taus=work.taus, prefixes=work.prefixes)
+
+
+def _bytes(gigabytes: float | None) -> int | None:
+    return None if gigabytes is None else int(gigabytes * 2**30)
 
 
 def _mask(rollout: Rollout) -> list[int]:

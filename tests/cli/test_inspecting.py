@@ -89,6 +89,22 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(call, run):
     assert everything(run) == before
 
 
+def test_a_dry_run_tells_what_the_host_holds(call, run, monkeypatch):
+    """The CPU plays a device without room: the host is used before batches are made smaller."""
+    monkeypatch.setattr("gradvar.gradients.cost.PIECE", 1 << 10)  # little on its way at one time
+    options = ["measure", run, "--dry-run", "--targets", "all:mlp", "--memory-budget", "0.0003"]
+    alone = json.loads(call(*options, "--json"))
+    shared = json.loads(call(*options, "--host-memory-budget", "1", "--json"))
+    assert alone["host_bytes"] == 0 < shared["host_bytes"]
+    for one, other in zip(alone["prompts"], shared["prompts"], strict=True):
+        assert one["token_budget"] < other["token_budget"]
+        held = [sum(block["bytes"] for block in blocks if block["home"] == "host") for blocks in other["passes"]]
+        assert max(held) == other["host_bytes"] < other["transfer_bytes"]
+    out = call(*options, "--host-memory-budget", "1")
+    assert "in the host's memory" in out
+    assert "host" in out.partition("in memory of")[2]
+
+
 def test_more_probes_cost_more(call, run):
     plain, more = (
         json.loads(call("measure", run, "--dry-run", "--probes", probes, "--json"))["flop"] for probes in ("0", "4")

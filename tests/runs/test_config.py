@@ -30,6 +30,8 @@ def test_lists_become_tuples_and_whole_numbers_become_floats():
         (SampleConfig, {"rollouts": True}, "--rollouts: expected int"),
         (SampleConfig, {"gpu_memory_utilization": 1.5}, "--gpu-memory-utilization"),
         (MeasureConfig, {"memory_budget": -1.0}, "--memory-budget"),
+        (MeasureConfig, {"host_memory_budget": -1.0}, "--host-memory-budget"),
+        (MeasureConfig, {"host_memory_budget": float("nan")}, "--host-memory-budget"),
         (EstimateConfig, {"advantage": "gae"}, "one of grpo, mean, rloo, raw, score, opo"),
         (EstimateConfig, {"level": 1.0}, "--level"),
         (EstimateConfig, {"alphas": ["x"]}, "--alpha: expected float, received 'x'"),
