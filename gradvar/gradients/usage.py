@@ -2,7 +2,8 @@
 
 A batch of B rows of T tokens takes c + B (a T + b T^2); c, a and b are read off three probes of a few tokens, so they
 hold for any architecture, attention implementation and checkpointing. Bytes are those of every tensor alive, the
-temporaries of forward and backward among them.
+temporaries of forward and backward among them, after every operator: the peak of a short batch may lie elsewhere than
+a long one's, where attention that keeps T x T weights outgrows the rest, so each moment has a growth of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,30 +28,39 @@ from gradvar.gradients.job import Job
 from gradvar.gradients.plan import Block
 
 _PROBE_LENGTH = {"cpu": 32, "cuda": 256}
-"""Tokens of the longest probe, at most: in short ones the squares that some attention keeps do not make the peak."""
+"""Tokens of the longest probe, at most: kernels of a GPU fill up blocks of many tokens."""
 _known: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Any]] = weakref.WeakKeyDictionary()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Growth:
-    """c + B (a T + b T^2) for B rows of T tokens."""
+    """c + B (a T + b T^2) for B rows of T tokens; of several, M, the largest."""
 
-    constant: float
-    linear: float
-    square: float
+    constant: NDArray[np.float64]
+    """(M,) c."""
+    linear: NDArray[np.float64]
+    """(M,) a."""
+    square: NDArray[np.float64]
+    """(M,) b."""
 
     @classmethod
-    def through(cls, points: Sequence[tuple[int, float]], rows: int = 1) -> Growth:
-        """Return the growth through three points (T, value) of batches of `rows` rows; no part is negative."""
-        (t, x), (u, y), (v, z) = points
-        square = max(0.0, ((z - y) / (v - u) - (y - x) / (u - t)) / (v - t))
-        linear = max(0.0, (z - y) / (v - u) - square * (u + v))
-        constant = max(0.0, z - linear * v - square * v**2)
-        return cls(constant=constant, linear=linear / rows, square=square / rows)
+    def through(cls, points: Sequence[tuple[int, ArrayLike]], rows: int = 1) -> Growth:
+        """Return the growth through three points (T, value or values) of batches of `rows` rows; no part is negative.
+
+        Where the three have not the same number of values, the largest of each is taken.
+        """
+        (t, x), (u, y), (v, z) = ((tokens, np.atleast_1d(np.asarray(value, dtype=float))) for tokens, value in points)
+        if not x.shape == y.shape == z.shape:
+            x, y, z = (values.max(keepdims=True) for values in (x, y, z))
+        square = np.maximum(0.0, ((z - y) / (v - u) - (y - x) / (u - t)) / (v - t))
+        linear = np.maximum(0.0, (z - y) / (v - u) - square * (u + v))
+        constant = np.maximum(0.0, z - linear * v - square * v**2)
+        parts = np.unique(np.stack([constant, linear / rows, square / rows]), axis=1)
+        return cls(constant=parts[0], linear=parts[1], square=parts[2])
 
     def at(self, tokens: int, rows: int = 1) -> float:
         """Return the value for a batch."""
-        return self.constant + rows * (self.linear * tokens + self.square * tokens**2)
+        return float((self.constant + rows * (self.linear * tokens + self.square * tokens**2)).max())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +78,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
+        self.after: list[int] = []
+        """What `now` was after each operator."""
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,6 +90,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         output = func(*args, **kwargs)
         for value in tree_leaves(output):
             self._see(value, 1)
+        self.after.append(self.now)
         return output
 
     def _see(self, value: object, count: int) -> None:
@@ -107,10 +122,10 @@ def peak_bytes(job: Job, blocks: Sequence[Block] | None, kind: str, token_budget
         token_budget: Padded tokens of a batch: where batches are padded, attention keeps more.
     """
 
-    def watch(run: _Run) -> tuple[float, ...]:
+    def watch(run: _Run) -> tuple[ArrayLike, ...]:
         with LiveBytes() as live:
             run.back(run.forth())
-        return (live.peak,)
+        return (live.after,)
 
     found: Growth = _probe(job, blocks, kind, token_budget, watch)[0]
     return found
@@ -119,7 +134,7 @@ def peak_bytes(job: Job, blocks: Sequence[Block] | None, kind: str, token_budget
 def flop(job: Job, blocks: Sequence[Block] | None, kind: str, token_budget: int) -> Flop:
     """Return the FLOP of a batch; arguments as in `peak_bytes`."""
 
-    def watch(run: _Run) -> tuple[float, ...]:
+    def watch(run: _Run) -> tuple[ArrayLike, ...]:
         with counter() as forward:  # it holds on to tensors: bytes are watched in a run of their own
             hidden = run.forth()
         with counter() as backward:
@@ -151,7 +166,7 @@ def _probe(
     blocks: Sequence[Block] | None,
     kind: str,
     token_budget: int,
-    watch: Callable[[_Run], tuple[float, ...]],
+    watch: Callable[[_Run], tuple[ArrayLike, ...]],
 ) -> list[Growth]:
     """Return how each number that `watch` reads off a run grows with the tokens."""
     long = max(6, min(_PROBE_LENGTH.get(job.device.type, _PROBE_LENGTH["cpu"]), max(job.lengths)))
@@ -165,7 +180,7 @@ def _probe(
     known = _known.setdefault(job.model, {})
     if key not in known:
         word = job.prompt[-1:]
-        seen: list[tuple[int, tuple[float, ...]]] = []
+        seen: list[tuple[int, tuple[ArrayLike, ...]]] = []
         modules = {path: job.model.get_submodule(path) for path in paths}
         with job.autocast.off(), checkpointed(job.model, kind), Taps(modules) as taps, ParameterTaps(parameters):
             for length in (3, max(3, long // 4), max(4, long // 2), long):  # the first holds the checks of each module
