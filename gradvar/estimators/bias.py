@@ -378,6 +378,9 @@ def eta_estimate(
     NaN, "unresolved", where ||grad J||^2 is not told apart from 0: then nothing is known of the direction either.
     """
     noise = estimate_of(result, k, level=level, method=method, skewed=not across)
+    # Rare short responses, unseen, would lower eta: on that side nothing is taken out of the variance.
+    whole = estimate_of(replace(result, surplus=None), k, level=level, method=method, skewed=not across)
+    noise = replace(noise, high=max(noise.high, whole.high))
     if math.isnan(noise.value) or not _direction(prompts, level=level, across=across):
         return replace(noise, value=math.nan, low=math.nan, high=math.nan, method=f"{method}; unresolved")
     return replace(
