@@ -224,7 +224,7 @@ def jackknifed(prompts: Sequence[Products], statistic: Statistic, *, across: boo
     For these prompts a replicate leaves out one response, for prompts like these (`across`) one prompt, t over K - 1.
     A scale keeps its whole variance and more: that of dr_grpo hangs on the share of correct responses alone, through
     the groups' standard deviation, and near one half a jackknife sees no slope (82 to 89% coverage). What pairs of
-    rewards add is added; then 94 to 98%.
+    rewards add is added; then 92 to 99%.
     """
     fields = [(p.same, p.cross, p.mixed, p.direction) for p in prompts]
     totals = [np.sum([f[m][0] for f in fields], axis=0) for m in range(4)]
