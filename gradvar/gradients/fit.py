@@ -23,6 +23,7 @@ from gradvar.gradients.plan import (
     split_work,
 )
 from gradvar.gradients.sketch import SketchPlan
+from gradvar.gradients.spill import FILLED
 from gradvar.gradients.trunk import trunk_bytes
 from gradvar.gradients.usage import peak_bytes
 
@@ -99,7 +100,8 @@ def choose_plan(
     sketches = sketch_bytes(job, sketch)
     total = max(0, usable(given) - sketches)
     host = default_host_budget(job.device) if host_memory_budget is None else host_memory_budget
-    search = _Search(job=job, given=given, total=total, host=usable(host), trunk=_trunk(job))
+    host = int(FILLED * host) if job.device.type == "cuda" else usable(host)
+    search = _Search(job=job, given=given, total=total, host=host, trunk=_trunk(job))
     plans: list[Plan] = []
     least = []
     for kind in [checkpointing, *(["non_reentrant"] if may_checkpoint and checkpointing == "off" else [])]:

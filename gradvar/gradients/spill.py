@@ -19,6 +19,8 @@ from torch import Tensor
 from gradvar.gradients.gram import PIECE, FactorStore, GradientStore, add_product, multiply
 
 SLAB = 256 << 20
+FILLED = 0.75
+"""Part of the slabs that is filled, at least."""
 _ALIGNED = 64
 
 
@@ -26,7 +28,7 @@ class HostMemory:
     """Memory of the host for one pass; page-locked where a CUDA device copies to it.
 
     Args:
-        slab_bytes: Memory that is asked for at one time; 0 for each tensor its own. None chooses by `pinned`.
+        slab_bytes: Memory that is asked for at one time, at least; 0 for each tensor its own. None chooses by `pinned`.
         pinned: Whether it is page-locked; None where there is a CUDA device.
     """
 
@@ -40,10 +42,12 @@ class HostMemory:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return a tensor of the host without values."""
         size = math.prod(shape) * dtype.itemsize
-        if 4 * size > self._slab_bytes:  # by itself: at most a quarter of a slab is left over
+        if self._slab_bytes == 0:
             return torch.empty(tuple(shape), dtype=dtype, pin_memory=self.pinned)
         if self._used + size > self._slab.numel():
-            self._slab = torch.empty(self._slab_bytes, dtype=torch.uint8, pin_memory=self.pinned)
+            # a power of two, as torch's host allocator makes of every size; at most a quarter of it is left over
+            length = max(self._slab_bytes, 1 << (4 * size - 1).bit_length())
+            self._slab = torch.empty(length, dtype=torch.uint8, pin_memory=self.pinned)
             self._used = 0
         start = self._used
         self._used += -(-size // _ALIGNED) * _ALIGNED

@@ -1,5 +1,7 @@
 """Gradients that the device has no room for go to the host's memory: the same Grams, fewer passes, bytes as planned."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -161,6 +163,10 @@ def test_slabs_hold_many_tensors_and_never_two_in_one_place():
     values = [torch.full((count,), float(count)) for count in (3, 50, 17, 64, 1, 60, 60, 60, 500)]
     copies = [host.copy(value) for value in values]
     assert all(torch.equal(value, copy) for value, copy in zip(values, copies, strict=True))
-    assert len({copy.untyped_storage().data_ptr() for copy in copies}) < len(copies) - 1
+    slabs = {copy.untyped_storage().data_ptr(): copy.untyped_storage().nbytes() for copy in copies}
+    assert len(slabs) < len(copies) - 1
+    assert all(size & (size - 1) == 0 for size in slabs.values())
+    spans = sorted((copy.data_ptr(), copy.data_ptr() + copy.nbytes) for copy in copies)
+    assert all(stop <= start for (_, stop), (start, _) in pairwise(spans))
     assert host.copy_once(values[0]) is host.copy_once(values[0])
     assert host.copy_once(values[1]) is not host.copy_once(values[0])
