@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from gradvar.gradients.gram import PIECE
+from gradvar.gradients.gram import piece
 from gradvar.gradients.job import Job
 from gradvar.gradients.logprobs import VOCABULARY_TILE, compute_dtype
 from gradvar.gradients.plan import Block, Cost, Plan, device_bytes, host_bytes
@@ -59,14 +59,16 @@ def tile_casts(job: Job) -> int:
     """Return the bytes beside the tile while one response's rows are made."""
     rows = max((target.out_features for target in job.targets if target.kind == "head"), default=0)
     longest = max(job.lengths)
-    return _casts(job, longest) + 3 * min(max(PIECE, longest), longest * rows) * width(compute_dtype(job.dtype))
+    return _casts(job, longest) + 3 * min(max(piece(job.device), longest), longest * rows) * width(
+        compute_dtype(job.dtype)
+    )
 
 
 def staging_bytes(job: Job) -> int:
     """Return the bytes on the device of one response's factors, on their way to the host's memory or back."""
     targets = [target for target in job.targets if target.kind != "head"]
     sides = max((_sides(target) for target in targets), default=0)
-    product = min(PIECE, max((target.in_features * target.out_features for target in targets), default=0))
+    product = min(piece(job.device), max((target.in_features * target.out_features for target in targets), default=0))
     return max(job.lengths) * sides * width(job.factor_dtype) + product * width(compute_dtype(job.dtype))
 
 
@@ -96,7 +98,7 @@ def _casts(job: Job, longest: int) -> int:
     wide = compute_dtype(job.dtype)
     if job.dtype == wide:
         return 0
-    product = min(PIECE, max(target.in_features * target.out_features for target in job.targets))
+    product = min(piece(job.device), max(target.in_features * target.out_features for target in job.targets))
     return (longest * max(_sides(target) for target in job.targets) + product) * width(wide)
 
 

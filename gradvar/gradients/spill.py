@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradvar.gradients.gram import PIECE, FactorStore, GradientStore, add_product, multiply
+from gradvar.gradients.gram import FactorStore, GradientStore, add_product, multiply, piece
 
 SLAB = 256 << 20
 FILLED = 0.75
@@ -107,7 +107,7 @@ class HostMatrixStore(GradientStore):
         self._good = torch.ones(responses, dtype=torch.bool, device=self._wide)
 
     def _keep(self, response: int, a: Tensor, delta: Tensor) -> None:
-        kept, height = self._gradients[response], max(1, PIECE // self.columns)
+        kept, height = self._gradients[response], max(1, piece(self.device) // self.columns)
         for start in range(0, self.rows, height):
             part = kept[start : start + height]
             made = torch.empty(part.shape, dtype=self.dtype, device=delta.device)

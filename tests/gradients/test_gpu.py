@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from gradvar.gradients import SketchPlan, check_precision, cross_grams, measure_scores
-from gradvar.gradients.gram import FactorStore
+from gradvar.gradients.curve import Curve
+from gradvar.gradients.gram import FactorStore, HeadStore
 from gradvar.gradients.spill import HostMemory
 from gradvar.gradients.states import full_precision
 from tests.gradients import references
@@ -101,6 +102,22 @@ def test_the_head_and_its_tied_embedding_on_cuda():
         found = measure_scores(make_model(name, torch.float32).cuda(), prompt, responses, "lm_head").grams
         for key, gram in expected.items():
             assert references.error(found[key].gram(), gram.gram()) < 1e-4
+
+
+def test_the_head_s_products_in_half_precision_are_those_in_float32():
+    """Operands in bfloat16 are multiplied as they are, the gradient at the logits in two parts."""
+    generator = torch.Generator().manual_seed(0)
+    weight, hidden = (torch.randn(size, 64, generator=generator).bfloat16() for size in (500, 90))
+    tokens = torch.randint(0, 500, (90,), generator=generator)
+    logits = hidden.float() @ weight.float().T / 8
+    flat = (logits.softmax(-1) - torch.eye(500)[tokens]).T.double() @ hidden.double() / -8
+    for device in ("cpu", "cuda"):
+        store = HeadStore(1, 0, 500, weight.to(device), None, Curve(), 8.0, torch.float32)
+        store.add_output(0, hidden.to(device), tokens, torch.ones(90, device=device), logits.logsumexp(-1).to(device))
+        out = torch.empty((480, 64), device=device)
+        with full_precision():
+            store.fill(0, 10, 490, out)
+        assert (out.cpu() - flat[10:490]).abs().max() < 1e-5 * flat.abs().max()
 
 
 def test_autocast_on_cuda_reaches_the_model():

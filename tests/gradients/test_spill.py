@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gradvar.errors import GradvarError
-from gradvar.gradients import measure_scores, plan_measurement, spill
+from gradvar.gradients import measure_scores, plan_measurement
 from gradvar.gradients.gram import FactorStore, MatrixStore
 from gradvar.gradients.plan import device_bytes, least_bytes, split_work
 from gradvar.gradients.spill import HostFactorStore, HostMatrixStore, HostMemory
@@ -136,7 +136,7 @@ def test_both_rooms_are_kept(times, host_times):
 @pytest.mark.parametrize(("kind", "plain"), [(HostFactorStore, FactorStore), (HostMatrixStore, MatrixStore)])
 def test_a_store_on_the_host_is_the_store_on_the_device(kind, plain, slab, monkeypatch):
     """Modules called twice, a response without a gradient, pieces of a few rows, tiles of every height."""
-    monkeypatch.setattr(spill, "PIECE", 5 * 24)
+    monkeypatch.setattr("gradvar.gradients.gram.PIECE", 5 * 24)
     generator = torch.Generator().manual_seed(0)
     host, size = HostMemory(slab, pinned=False), (4, 17, 24, torch.float64, torch.device("cpu"))
     here, there = plain(*size), kind(*size, host)
