@@ -89,8 +89,7 @@ def _check_ids(ids: Sequence[int], vocabulary: int, what: str) -> None:
 
 
 def _check_model(model: nn.Module) -> None:
-    compiled = hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules())
-    if compiled:
+    if hasattr(model, "_orig_mod") or any(_hides_hooks(module) for module in model.modules()):
         raise GradvarError("the model is compiled, so hooks may not fire: pass the uncompiled one (model._orig_mod)")
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_input_embeddings") or model.get_input_embeddings() is None:  # type: ignore[operator]
@@ -101,6 +100,12 @@ def _check_model(model: nn.Module) -> None:
         raise GradvarError("the model was loaded under torch.inference_mode, so it has no gradients: load it outside")
     if getattr(config, "is_encoder_decoder", False):
         raise GradvarError(f"{type(model).__name__} is an encoder-decoder: expected a causal language model")
+
+
+def _hides_hooks(module: nn.Module) -> bool:
+    """Return whether a compiled module holds what hooks are put on; norms and activations hold nothing."""
+    hooked = next(module.children(), None) is not None or isinstance(module, (nn.Linear, Conv1D, nn.Embedding))
+    return module._compiled_call_impl is not None and hooked
 
 
 def check_sharing(model: nn.Module, targets: Sequence[Target], head: Head) -> tuple[str | None, float]:

@@ -82,7 +82,7 @@ def measure_scores(
     The model is measured in eval mode (no dropout) and left as it was found.
 
     Args:
-        model: A transformers causal language model.
+        model: A transformers causal language model; modules that hold no others (norms) may be compiled.
         prompt_ids: Token ids of the prompt.
         responses: N lists of token ids as sampled, end token included.
         targets: What `resolve_targets` understands, for example "last:qkv".
