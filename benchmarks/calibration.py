@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import calibration_report
+from benchmarks.calibration_batches import POPULATIONS, batch_intervals, batch_truths
 from benchmarks.calibration_draws import HERE, Found, every_interval
 from benchmarks.calibration_truths import (
     GROUP,
@@ -50,6 +51,8 @@ from gradvar.estimators.intervals import decide_from_margin
 from gradvar.runs.records import Estimate
 
 KINDS = {"law", "groups", "audit", "proxies"}
+BATCHES = "batches"
+SKETCHED = ", sketched"
 HIGH: dict[str, Any] = {"dimensions": 60, "decay": 0.97}
 """Effective rank near 30; otherwise near 3."""
 LOW: dict[str, Any] = {"dimensions": 20, "decay": 0.7}
@@ -150,6 +153,9 @@ def one_draw(job: tuple[Setting, int]) -> list[Found]:
     """All intervals of one draw."""
     setting, t = job
     seed = [13, *setting.name.encode(), setting.n, setting.prompts, t]
+    if BATCHES in setting.kinds:
+        (population,) = setting.laws
+        return batch_intervals(population, setting.prompts, setting.n, seed, sketched=setting.name.endswith(SKETCHED))
     if len(setting.laws) == 1:
         names = setting.laws * setting.prompts
         return every_interval(
@@ -225,7 +231,7 @@ def rows_of(results: list[list[Found]], setting: Setting) -> Iterator[dict[str, 
             by_name.setdefault((f.quantity, f.estimand), []).append(f)
     for found in by_name.values():
         yield row_of(found, setting)
-    if len(setting.laws) == 1:
+    if len(setting.laws) == 1 and BATCHES not in setting.kinds:
         for quantity, name in DIFFERENCES.items():
             found = by_name.get((quantity, HERE), [])
             pairs = [_difference(name, a, b) for a, b in zip(found[::2], found[1::2], strict=False)]
@@ -270,6 +276,13 @@ def settings(scale: float) -> list[Setting]:
     ]
     moving = ("beta 1, mean moves with L",)
     made.append(Setting(name="8 equal prompts, mean moves with L", laws=moving, n=64, prompts=8, draws=times(100)))
+    for name in POPULATIONS:
+        kinds = frozenset({BATCHES})
+        made += [
+            Setting(name=name, laws=(name,), n=32, prompts=k, draws=times(draws), kinds=kinds)
+            for k, draws in ((8, 200), (16, 200), (64, 60))
+        ]
+        made.append(Setting(name=name + SKETCHED, laws=(name,), n=32, prompts=16, draws=times(100), kinds=kinds))
     return made
 
 
@@ -277,7 +290,10 @@ def run(chosen: Sequence[Setting], workers: int) -> Iterator[list[dict[str, Any]
     """Draw every setting; yields the table's rows of each."""
     # Before the workers start, so that they inherit what is cached.
     for setting in chosen:
-        truths_of(setting.laws, setting.n)
+        if BATCHES in setting.kinds:
+            batch_truths(setting.laws[0])
+        else:
+            truths_of(setting.laws, setting.n)
     with ProcessPoolExecutor(workers) as pool:
         for setting in chosen:
             start = time.time()
@@ -323,7 +339,7 @@ def main() -> None:
     parser.add_argument("--draws", type=float, default=1.0, help="multiplies every number of draws")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", help="settings whose name holds this text")
-    parser.add_argument("--kinds", nargs="+", choices=sorted(KINDS), help="only these kinds of quantities")
+    parser.add_argument("--kinds", nargs="+", choices=sorted({*KINDS, BATCHES}), help="only these kinds of quantities")
     parser.add_argument("--sizes", type=int, nargs="+", help="only these N")
     parser.add_argument("--each", type=int, help="draws of every setting, in place of its own number")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))

@@ -42,16 +42,17 @@ def summary(rows: Sequence[Row], minutes: float, workers: int) -> str:
         "## Coverage over settings: least / median / most",
         "",
     ]
-    sizes = sorted({r["n"] for r in covered})
+    single = [r for r in covered if not r["setting"].startswith("batches")]
+    sizes = sorted({r["n"] for r in single})
     lines += [
         "| quantity | " + " | ".join(f"N = {n}" for n in sizes) + " |",
         "|---|" + "---|" * len(sizes),
     ]
-    names = dict.fromkeys(_family(r) for r in covered)
+    names = dict.fromkeys(_family(r) for r in single)
     for name in names:
         cells = []
         for n in sizes:
-            mine = [r for r in covered if _family(r) == name and r["n"] == n]
+            mine = [r for r in single if _family(r) == name and r["n"] == n]
             cells.append(_cell(mine))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += [
@@ -59,6 +60,7 @@ def summary(rows: Sequence[Row], minutes: float, workers: int) -> str:
         "A cell without numbers: no bounded interval there. `[x%]`: median share without a bounded interval.",
         "",
     ]
+    lines += _batches([r for r in covered if r["setting"].startswith("batches")])
     lines += ["## The test of assumption 0", "", "| setting | N | prompts | share of p < 0.05 | rejected by margin |"]
     lines += ["|---|---|---|---|---|"]
     for r in rows:
@@ -80,6 +82,30 @@ def summary(rows: Sequence[Row], minutes: float, workers: int) -> str:
 def _family(row: Row) -> str:
     pooled = "" if row["prompts"] == 1 else f"; {row['prompts']} prompts, {row['estimand']}"
     return f"{row['quantity']}{pooled}"
+
+
+def _batches(rows: list[Row]) -> list[str]:
+    """Batches of several prompts: over rules, sizes of batches and populations."""
+    if not rows:
+        return []
+    counts = sorted({r["prompts"] for r in rows})
+    lines = [
+        "## Batches of several prompts",
+        "",
+        "Least / median / most over rules, scopes, batches and populations.",
+        "",
+    ]
+    lines += ["| quantity | " + " | ".join(f"{k} prompts" for k in counts) + " |", "|---|" + "---|" * len(counts)]
+
+    def family(row: Row) -> str:
+        kinds = ("cv ratio", "between-prompt share", "rho", "cv")
+        kind = next(kind for kind in kinds if row["quantity"].startswith(kind))
+        return f"{kind}{', extrapolated' if 'extrapolated' in row['quantity'] else ''}; {row['estimand']}"
+
+    for name in dict.fromkeys(family(r) for r in rows):
+        cells = [_cell([r for r in rows if family(r) == name and r["prompts"] == k]) for k in counts]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def _cell(rows: list[Row]) -> str:
