@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.calibration --workers 2
 
-About 400 seconds of CPU. Each setting is written when it is done; with --only, --sizes or --kinds the other rows of the
+About 20 minutes on two cores. Each setting is written when it is done; with --only, --sizes or --kinds the other rows of the
 table are kept as they are. To try one thing: --kinds groups --each 400 --out elsewhere.csv.
 
 Gradients are drawn with a known law, mean, rank, token covariance and reward structure (tests/estimators/simulator.py),
@@ -213,7 +213,9 @@ def row_of(found: Sequence[Found], setting: Setting) -> dict[str, Any]:
         "coverage_high": round(ends[1], 3),
         "no_interval": round(1 - float(bounded.mean()), 3),
         "median_bias": _short(float(np.median(error))) if error.size else "",
-        "width": _short(float(np.median((high - low)[bounded]))) if bounded.any() and np.isfinite(low).any() else "",
+        "width": _short(float(np.median(high[bounded] - low[bounded])))
+        if bounded.any() and np.isfinite(low).any()
+        else "",
         "wrong": "" if math.isnan(wrong) else round(wrong, 3),
         "rejected": "" if math.isnan(rejected) else round(rejected, 3),
     }
@@ -261,28 +263,28 @@ def settings(scale: float) -> list[Setting]:
 
     made = [
         Setting(name=name, laws=(name,), n=n, prompts=1, draws=times(draws))
-        for name, (n, draws) in itertools.product(SETTINGS, ((16, 200), (64, 200), (128, 200), (512, 50)))
+        for name, (n, draws) in itertools.product(SETTINGS, ((16, 600), (64, 600), (128, 600), (512, 200)))
     ]
     made += [
         Setting(
-            name="wrong sampler", laws=(WRONG_SAMPLER,), n=n, prompts=1, draws=times(200), kinds=frozenset({"audit"})
+            name="wrong sampler", laws=(WRONG_SAMPLER,), n=n, prompts=1, draws=times(600), kinds=frozenset({"audit"})
         )
         for n in (16, 64, 128, 512)
     ]
     names = tuple(SETTINGS)
     made += [
         Setting(name="8 prompts of any of these", laws=names, n=n, prompts=8, draws=times(draws))
-        for n, draws in ((16, 100), (64, 100), (128, 50), (512, 8))
+        for n, draws in ((16, 300), (64, 300), (128, 150), (512, 24))
     ]
     moving = ("beta 1, mean moves with L",)
-    made.append(Setting(name="8 equal prompts, mean moves with L", laws=moving, n=64, prompts=8, draws=times(100)))
+    made.append(Setting(name="8 equal prompts, mean moves with L", laws=moving, n=64, prompts=8, draws=times(300)))
     for name in POPULATIONS:
         kinds = frozenset({BATCHES})
         made += [
             Setting(name=name, laws=(name,), n=32, prompts=k, draws=times(draws), kinds=kinds)
-            for k, draws in ((8, 200), (16, 200), (64, 60))
+            for k, draws in ((8, 600), (16, 400), (64, 100))
         ]
-        made.append(Setting(name=name + SKETCHED, laws=(name,), n=32, prompts=16, draws=times(100), kinds=kinds))
+        made.append(Setting(name=name + SKETCHED, laws=(name,), n=32, prompts=16, draws=times(200), kinds=kinds))
     return made
 
 
