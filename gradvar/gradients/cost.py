@@ -46,6 +46,7 @@ def work_bytes(job: Job, peak: Growth, token_budget: int, chunk_bytes: int) -> t
         copies += _casts(job, max(job.lengths[i] for i in batch.members)) + max(direct, default=0)
         if job.extra.count:  # the factors of the batch, whatever is kept of them otherwise
             copies += fed * kept * sum(_sides(target) for target in job.targets)
+            copies += predicted * hidden * wide  # the gradient at the last hidden states, reweighted
         runs.append(peak.at(length, rows) + rows * length * hidden * own + copies)
         chunk = min(max(chunk_bytes, vocabulary * wide), predicted * vocabulary * wide)
         columns = predicted * hidden * (own + 3 * wide)
