@@ -16,6 +16,8 @@ from torch import Tensor
 
 _MOST_FITTED = 4096
 """Logits of each probe that a soft cap is fitted to."""
+_MASKED = 1e30
+"""Larger logits stand for a token that is never to be drawn: nothing is fitted to them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +64,10 @@ def fitted_curves(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Curve]:
 
 
 def _sample(z: Tensor, y: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return finite pairs, evenly spread over the probe, the largest among them."""
+    """Return pairs below `_MASKED`, evenly spread over the probe, the largest among them."""
     flat = [side.detach().reshape(-1).to("cpu", torch.float64) for side in (z, y)]
-    both = torch.stack(flat)[:, flat[0].isfinite() & flat[1].isfinite()]
+    both = torch.stack(flat)
+    both = both[:, (both.abs() < _MASKED).all(0)]
     order = both[0].abs().argsort(descending=True)
     step = max(1, order.numel() // _MOST_FITTED)
     first, second = both[:, order[::step]].numpy()

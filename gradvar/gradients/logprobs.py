@@ -29,7 +29,7 @@ from gradvar.gradients.targets import output_embeddings
 _CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 29}  # from 32 MiB up, glibc gives every chunk fresh pages to fault in
 VOCABULARY_TILE = 8192
 _AMPLITUDES = (1.0, 8.0, 64.0)
-"""Largest logits, before scaling, at which the head is probed: soft-capping is invisible at small ones."""
+"""Largest logits, before scaling, at which the head is probed, and at twice its own: caps show at large ones alone."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,15 +137,22 @@ class Head:
         if flat.shape[-1] != weight.shape[1]:  # more lies between (ELECTRA's generator makes states narrower)
             return
         with torch.no_grad():
-            largest = functional.linear(flat, weight, bias).abs().amax().clamp_min(1e-6)
+            flat = flat[flat.isfinite().all(-1)]
+            natural = functional.linear(flat, weight, bias).abs()
+            largest = float(natural.where(natural.isfinite(), 0.0).max()) if natural.numel() else 0.0
+            if largest == 0:  # nothing that a scale or a cap would show in
+                return
             pairs = []
-            for amplitude in _AMPLITUDES:
+            for amplitude in (*_AMPLITUDES, *([2 * largest] if 2 * largest > _AMPLITUDES[-1] else [])):
                 probe = (flat * (amplitude / largest)).to(hidden.dtype).to(weight.dtype)
-                own = self.own_logits(probe.to(hidden.device, hidden.dtype))
-                pairs.append((functional.linear(probe, weight, bias), own.to(weight.device)))
+                own = self.own_logits(probe.to(hidden.device, hidden.dtype)).to(weight.device)
+                z = functional.linear(probe, weight, bias)
+                if own.shape != z.shape or not bool((z.isfinite() & own.isfinite()).any()):
+                    return
+                pairs.append((z, own))
             for curve in fitted_curves(pairs):
                 bent = [(curve.apply_(z.to(compute_dtype(z.dtype), copy=True)).to(y.dtype), y) for z, y in pairs]
-                if all(_close(y, ours) and _same_scale(y, ours) for ours, y in bent):
+                if all(_close(y, ours) and _same_together(y, ours) for ours, y in bent):
                     self.weight, self.bias, self.curve = weight.detach(), None if bias is None else bias.detach(), curve
                     return
 
@@ -302,11 +309,16 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool((same | (a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _same_scale(a: Tensor, b: Tensor) -> bool:
-    """Return whether the factor that makes `a` of `b` is 1: finer than entry by entry, whose roundings average out."""
+def _same_together(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors differ by no more than roundings do together: in scale, where they average out, least.
+
+    A factor or a term for each token of the vocabulary hides in entry by entry comparisons of half precision.
+    """
     epsilon = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
     a, b = a.double(), b.to(a.device).double()
     finite = a.isfinite() & b.isfinite()
-    a, b = a[finite], b[finite]
+    gap, b = (a - b)[finite], b[finite]
     roundings = 8.0 if epsilon < torch.finfo(torch.float16).eps else 0.5
-    return bool(((a * b).sum() - (b * b).sum()).abs() <= roundings * epsilon * (b * b).sum())
+    return bool((gap * b).sum().abs() <= roundings * epsilon * b.square().sum()) and bool(
+        gap.norm() <= 2 * roundings * epsilon * b.norm()
+    )
