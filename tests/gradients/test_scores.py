@@ -312,7 +312,7 @@ def test_what_is_done_to_logits_is_seen_in_any_precision(name, changes, found, d
     measured = measure_scores(model, prompt, responses, "last:qkv")
     assert measured.head.startswith(found)
     number, given = float(measured.head.split()[-1]), next(iter(changes.values()))
-    assert number == pytest.approx(1 / given if name == "granite" else given, rel=max(1e-5, torch.finfo(dtype).eps))
+    assert number == pytest.approx(1 / given if name == "granite" else given, rel=max(1e-5, 2 * torch.finfo(dtype).eps))
     model.eval()
     for response, logprobs in zip(responses, measured.logprobs, strict=True):
         expected = references.token_log_probs(model, prompt, response).detach().numpy()
