@@ -20,6 +20,7 @@ from gradvar.estimators.baselines import (
     log_norm_ratio,
     log_variance_ratio,
 )
+from gradvar.estimators.bias import within_one
 from gradvar.estimators.groups import draw_groups
 from gradvar.estimators.identity import (
     REJECTED,
@@ -368,5 +369,7 @@ def _bin_rows(audit: Audit, products: BinProducts, **common: Any) -> None:
         audit.add(4, "bin_square", square, scope=f"length bin {b + 1} of {count}", lengths=ends, **common)
     for b in range(count):
         for c in range(b + 1, count):
-            cosine = of_these_prompts([products.pair(b, c)], cosine_of_pair, level=audit.level, method=_MEANS)
+            cosine = within_one(
+                of_these_prompts([products.pair(b, c)], cosine_of_pair, level=audit.level, method=_MEANS)
+            )
             audit.add(4, "bin_cosine", cosine, scope=f"length bins {b + 1} and {c + 1} of {count}", **common)

@@ -32,6 +32,7 @@ from gradvar.estimators.group_products import (
     reaches,
     reward_pairs,
     sums_by_response,
+    without_rounding,
 )
 from gradvar.estimators.intervals import (
     effective_degrees,
@@ -117,6 +118,7 @@ def products(gram: Array, groups: NDArray[np.intp], updates: Array, directions: 
     r, h = len(updates), len(directions)
     # Values of every group: <u, u> inside it; over pairs of groups <u, u>, <u, d> both ways round, and <d, d>.
     values = np.empty((*groups.shape[:2], 2 * r + r * h + h))
+    aimed = np.zeros(h)
     for reach in reaches(gram, groups, np.concatenate([updates, directions])):
         c, beyond = reach.coefficients, reach.beyond
         values[reach.where, :, :r] = dot(c[..., :r], reach.inside[..., :r])
@@ -124,8 +126,12 @@ def products(gram: Array, groups: NDArray[np.intp], updates: Array, directions: 
         mixed = dots(c[..., :r], beyond[..., r:]) + dots(beyond[..., :r], c[..., r:])
         values[reach.where, :, 2 * r : 2 * r + r * h] = mixed.reshape(*mixed.shape[:2], r * h)
         values[reach.where, :, 2 * r + r * h :] = 2.0 * dot(c[..., r:], beyond[..., r:])
+        aimed += dot(c[..., r:], reach.inside[..., r:]).sum(axis=(0, 1))
     own, both = slice(0, r), slice(r, 2 * r)
     across, ends = slice(2 * r, 2 * r + r * h), slice(2 * r + r * h, None)
+    squares = np.concatenate([values[..., own].sum(axis=(0, 1)), aimed]) / values[..., 0].size
+    between = np.sqrt(np.outer(squares[:r], squares[r:])).reshape(-1)
+    sizes = np.concatenate([squares[:r], between, squares[r:]])
 
     def replicates(where: slice) -> tuple[Array, Array, Array, Array]:
         """All four means over the permutations chosen, then without each response: its groups' terms go with it."""
@@ -139,7 +145,7 @@ def products(gram: Array, groups: NDArray[np.intp], updates: Array, directions: 
         # Over a != b: a response takes its group's pairs with it, as first and as second.
         pairs = np.concatenate([totals[None], totals - 2.0 * gone])[:, r:] / 2.0
         number = (float(len(members) * count) - 2.0 * np.append(0.0, times)) * (count - 1)
-        pairs = pairs / np.where(number > 0, number, np.nan)[:, None]
+        pairs = without_rounding(pairs / np.where(number > 0, number, np.nan)[:, None], sizes)
         pairs = np.concatenate([np.empty((1 + n, r)), pairs], axis=1)
         return single, pairs[:, both], pairs[:, across].reshape(1 + n, r, h), pairs[:, ends]
 
@@ -256,8 +262,9 @@ def jackknifed(prompts: Sequence[Products], statistic: Statistic, *, across: boo
 def _curvature(prompts: Sequence[Products], totals: Sequence[Array]) -> Array:
     """(R,) variance that pairs of rewards add to mixed / direction."""
     along, own = totals[2][:, 0], float(totals[3][0])
-    parts = [(p.curved[:-1] - along / own * p.curved[-1]) / own for p in prompts]
-    return np.asarray(np.sum(np.square(parts), axis=0))
+    with np.errstate(all="ignore"):
+        parts = [(p.curved[:-1] - along / own * p.curved[-1]) / own for p in prompts]
+        return np.asarray(np.sum(np.square(parts), axis=0))
 
 
 def log_noise(same: Array, cross: Array, mixed: Array, direction: Array) -> Array:
@@ -358,15 +365,26 @@ def cosine_estimate(
 
 
 def within_one(found: Estimate) -> Estimate:
-    """Estimate of a cosine with the interval brought into [-1, 1]; see `cosine_estimate`."""
+    """Estimate of a cosine with the interval brought into [-1, 1]; see `cosine_estimate`.
+
+    An interval wholly beyond 1 is too narrow: its half-width is laid off from 1. NaN where a value beyond has none.
+    """
     if math.isnan(found.value):
         return found
+    if math.isnan(found.low):
+        if abs(found.value) <= 1.0:
+            return found
+        return replace(found, value=math.nan, method=f"{found.method}; unresolved")
     if max(abs(found.low), abs(found.high)) < 1.0:
         width = 1.0 - found.value**2
         low, high = ((end - found.value) / width for end in (found.low, found.high))
         centre = math.atanh(found.value)
         return replace(found, low=math.tanh(centre + low), high=math.tanh(centre + high))
     value, low, high = (min(max(x, -1.0), 1.0) for x in (found.value, found.low, found.high))
+    if low == 1.0:
+        low = max(1.0 - (found.value - found.low), -1.0)
+    if high == -1.0:
+        high = min((found.high - found.value) - 1.0, 1.0)
     return replace(found, value=value, low=low, high=high)
 
 
@@ -375,7 +393,8 @@ def eta_estimate(
 ) -> Estimate:
     """Efficiency eta of update k from `jackknifed(prompts, log_noise)`.
 
-    NaN, "unresolved", where ||grad J||^2 is not told apart from 0: then nothing is known of the direction either.
+    NaN, "unresolved", where ||grad J||^2 is not told apart from 0: then nothing is known of the direction either. No
+    eta is negative, so the lower end is at least 0.
     """
     noise = estimate_of(result, k, level=level, method=method, skewed=not across)
     # Rare short responses, unseen, would lower eta: on that side nothing is taken out of the variance.
@@ -386,6 +405,6 @@ def eta_estimate(
     return replace(
         noise,
         value=1.0 - math.exp(noise.value),
-        low=1.0 - math.exp(min(noise.high, 700.0)),
+        low=max(1.0 - math.exp(min(noise.high, 700.0)), 0.0),
         high=1.0 - math.exp(noise.low),
     )

@@ -193,13 +193,13 @@ def _interval(
 ) -> Estimate:
     """Interval of rho = cross / same from the prompts' delete-one replicates of it."""
     noise = 1.0 - value
-    pair_weight = (1.0 - value * (group_size - 1) / group_size) ** 2 / same**2
+    pair_weight = (1.0 - value * (group_size - 1) / group_size) ** 2
     variance, noisy, pairs = 0.0, 0.0, 0.0
     for moments, without in zip(prompts, replicates, strict=True):
         moved = (moments.cross_noise - value * moments.same_noise) / same
         variance += float(jackknife_variance(without))
         noisy += float(jackknife_variance(moved))
-        pairs += pair_weight * moments.second_order
+        pairs += pair_weight * (moments.second_order / same / same)
     error = math.sqrt(float(without_surplus(variance, noisy, pairs)))
     quantile = replicate_quantile(none, replicates)
     if noise <= 0.0 or any((without >= 1.0).any() for without in replicates):

@@ -17,6 +17,8 @@ Array = NDArray[np.float64]
 
 CHUNK = 16
 """Permutations worked on together: few enough for a processor's cache."""
+ROUNDING = 1e-12
+"""A mean over pairs of groups below this share of the groups' own sizes is rounding."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,6 +62,19 @@ def dots(one: Array, two: Array) -> Array:
     return np.asarray(np.swapaxes(one, -1, -2) @ two)
 
 
+def without_rounding(means: Array, sizes: Array) -> Array:
+    """Means over pairs of groups, 0 where only rounding is left of them.
+
+    With one correct response no two disjoint groups of a permutation have an update, with two none is left when either
+    goes: such a mean is 0, and a ratio to what rounding makes of it would be taken for a number.
+
+    Args:
+        means: (..., V) means of inner products of different groups.
+        sizes: (V,) what they could be: products of the two updates' root mean squares.
+    """
+    return np.where(np.abs(means) <= ROUNDING * sizes, 0.0, means)
+
+
 def sums_by_response(groups: NDArray[np.intp], n: int, values: Array) -> Array:
     """(N, V): for every response the sum of the values (P, B, V) of the groups that hold it."""
     size = groups.shape[2]
@@ -75,7 +90,8 @@ def half_differences(permutations: int, replicates: Callable[[slice], Sequence[A
     A response's replicate rests on its own few groups. What they differ in from the other responses' by chance of
     the draw adds to a jackknife variance and not to the estimate's: 7% of it for a length pressure, half and more
     where two rules nearly agree (128 permutations; a quarter of that with 512). Both halves are independent given the
-    responses, so the mean square of half their difference estimates that part without bias.
+    responses, so the mean square of half their difference estimates that part without bias. An odd permutation is in
+    neither, and counts in the factor.
 
     Args:
         permutations: P.
@@ -88,7 +104,8 @@ def half_differences(permutations: int, replicates: Callable[[slice], Sequence[A
         return [np.zeros_like(one[1:]) for one in replicates(slice(0, permutations))]
     middle = permutations // 2
     first, second = replicates(slice(0, middle)), replicates(slice(middle, 2 * middle))
-    found = [0.5 * (a[1:] - b[1:]) for a, b in zip(first, second, strict=True)]
+    factor = 0.5 * math.sqrt(2.0 * middle / permutations)
+    found = [factor * (a[1:] - b[1:]) for a, b in zip(first, second, strict=True)]
     return [one - one.mean(axis=0) for one in found]
 
 

@@ -22,7 +22,13 @@ from numpy.typing import NDArray
 from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import advantages
 from gradvar.estimators.aggregation import Rule, scope_weights
-from gradvar.estimators.group_products import dot, half_differences, reaches, sums_by_response
+from gradvar.estimators.group_products import (
+    dot,
+    half_differences,
+    reaches,
+    sums_by_response,
+    without_rounding,
+)
 
 Array = NDArray[np.float64]
 
@@ -150,7 +156,7 @@ def moments_of_kinds(
             left = np.append(totals[counts], totals[counts] - twice * gone[:, counts])
             kept_sums = np.concatenate([totals[None, own], totals[own] - twice * gone[:, own]])
             means.append(kept_sums / np.where(left > 0.5, left, np.nan)[:, None])
-        return means[0], means[1]
+        return means[0], without_rounding(means[1], means[0][0])
 
     everything = slice(0, len(groups))
     times = sums_by_response(groups, n, values[..., -2:-1])[:, 0]

@@ -40,9 +40,10 @@ def t_quantile(level: float, degrees: float) -> float:
 
 
 def jackknife_variance(replicates: Array) -> Any:
-    """Delete-one jackknife variance (n - 1)/n sum (theta_(-i) - mean)^2 over the first axis."""
+    """Delete-one jackknife variance (n - 1)/n sum (theta_(-i) - mean)^2 over the first axis, NaN if one is infinite."""
     n = replicates.shape[0]
-    centred = replicates - replicates.mean(axis=0)
+    with np.errstate(invalid="ignore"):  # inf - inf
+        centred = replicates - replicates.mean(axis=0)
     return (n - 1) / n * (centred**2).sum(axis=0)
 
 
@@ -80,10 +81,15 @@ def effective_degrees(influence: Array, most: float) -> float:
 
 
 def degrees_of_squares(squares: Array, most: float) -> float:
-    """`effective_degrees` from the u_i^2, or from estimates of them without bias, which only lowers it."""
+    """`effective_degrees` from the u_i^2, or from estimates of them without bias, which only lowers it.
+
+    Estimates whose sum is not positive tell nothing of the variance: one degree.
+    """
     total = float(squares.sum())
-    if total <= 0.0 or len(squares) < 2:
+    if len(squares) < 2 or not squares.any():
         return most
+    if total <= 0.0:
+        return min(most, 1.0)
     variance = float((squares**2).sum()) - total**2 / len(squares)
     return float(min(most, max(1.0, 2.0 * total**2 / variance))) if variance > 0 else most
 
@@ -94,7 +100,8 @@ def skew_corrected(value: float, influence: Array, error: float, quantile: float
     With T = (value - truth) / error and g = sum u^3 / (sum u^2)^(3/2), T + g T^2/3 + g^2 T^3/27 + g/6 is closer to
     symmetric than T; solved for T at both quantiles. g = 0 gives value -+ quantile * error.
     """
-    skew = float((influence**3).sum() / (influence**2).sum() ** 1.5) if error > 0 else 0.0
+    size = float(np.linalg.norm(influence))
+    skew = float(((influence / size) ** 3).sum()) if error > 0 and size > 0 else 0.0
 
     def statistic(f: float) -> float:
         if abs(skew) < 1e-8:

@@ -47,6 +47,14 @@ def test_every_assumption_for_prompts_targets_and_both_estimands(table):
     assert not table.duplicated([*TABLE_COLUMNS[:8], "estimand"]).any()
 
 
+def test_cosines_of_bins_stay_within_one(table):
+    cosines = table[table["quantity"] == "bin_cosine"][["value", "low", "high"]].dropna()
+    assert len(cosines) > 10
+    assert cosines.abs().to_numpy().max() <= 1.0
+    # Some estimates lie beyond: their ends were brought in.
+    assert (cosines["high"] == 1.0).any()
+
+
 def test_rows_are_the_other_tables_numbers(table, groups):
     where = {"prompt_id": "p1", "target": "a"}
     other = only(identity_table(groups, seed=3), quantity="identity_signal", **where)

@@ -22,6 +22,7 @@ from gradvar.estimators.bias import (
     scale,
     within_one,
 )
+from gradvar.estimators.group_products import half_differences
 from gradvar.estimators.groups import draw_groups, group_coefficients
 from gradvar.estimators.inputs import generator
 from gradvar.runs.records import Estimate
@@ -291,6 +292,38 @@ def test_a_cosine_stays_within_one():
     apart = cosine_of(1.02, 0.97, 1.07)
     assert (apart.value, apart.low, apart.high) == (1.0, 0.97, 1.0)
     assert math.isnan(cosine_of(math.nan, -math.inf, math.inf).value)
+    # Wholly beyond: no interval of width 0.
+    beyond = cosine_of(1.1, 1.05, 1.2)
+    assert (beyond.value, beyond.low, beyond.high) == pytest.approx((1.0, 0.95, 1.0))
+    below = cosine_of(-1.1, -1.2, -1.05)
+    assert (below.value, below.low, below.high) == pytest.approx((-1.0, -1.0, -0.95))
+    # Without an interval nothing is known of a value beyond.
+    assert math.isnan(cosine_of(2.7, math.nan, math.nan).value)
+    assert cosine_of(0.7, math.nan, math.nan).value == 0.7
+
+
+@pytest.mark.parametrize("correct", [1, 2])
+def test_rounding_is_no_signal(correct):
+    """With one correct response no two groups of a permutation have an update, with two none is left without either."""
+    rng = np.random.default_rng(correct)
+    scores, _, lengths = simulator.draw(64, rng=rng)
+    rewards = np.zeros(64)
+    rewards[:correct] = 1.0
+    got = parts(scores, rewards, lengths, draw_groups(64, 8, 33, rng=rng), [("grpo", None), ("dapo", None)])
+    gone = np.array([got.mixed[correct - 1, 0, 0], got.cross[correct - 1, 1], got.direction[correct - 1, 0]])
+    assert (gone == 0.0).all()
+    for statistic in (scale, pressure(1)):
+        found = estimate_of(jackknifed([got], statistic), 0, level=0.95, method="m")
+        assert math.isnan(found.value)
+        assert (found.low, found.high) == (-math.inf, math.inf)
+
+
+def test_an_odd_permutation_counts_in_the_noise():
+    """Three permutations leave two halves of one each, whose differences are a third too large."""
+    rng = np.random.default_rng(8)
+    drawn = rng.normal(size=(3, 4000))
+    (noise,) = half_differences(3, lambda where: [np.append(0.0, drawn[where].mean(axis=0))])
+    assert noise.var() == pytest.approx(1.0 / 3.0, rel=0.1)
 
 
 def test_a_scale_curved_in_the_share_of_correct_responses_is_covered():

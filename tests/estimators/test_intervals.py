@@ -6,6 +6,7 @@ from scipy import stats
 
 from gradvar.estimators.intervals import (
     decide_from_margin,
+    degrees_of_squares,
     effective_degrees,
     jackknife_variance,
     n_to_decide,
@@ -33,6 +34,8 @@ def test_effective_degrees():
     assert effective_degrees(np.array([9.0, *np.zeros(99)]), 98) == pytest.approx(2 / 0.99)
     assert effective_degrees(np.ones(10), 9) == 9
     assert effective_degrees(np.zeros(10), 9) == 9
+    # Estimates of squares that are nothing but noise tell of no variance.
+    assert degrees_of_squares(np.array([1.0, -2.0, 0.5]), 9) == 1
 
 
 @pytest.mark.parametrize(
@@ -75,6 +78,8 @@ def test_skew_correction():
         assert t + g * t**2 / 3 + g**2 * t**3 / 27 + g / 6 == pytest.approx(quantile)
     assert 2.0 - low > high - 2.0
     assert skew_corrected(0.0, np.zeros(3), 0.0, 1.96) == (0.0, 0.0)
+    # An error from elsewhere than the responses has no skewness that they know of.
+    assert skew_corrected(0.0, np.zeros(3), 0.5, 2.0) == (-1.0, 1.0)
 
 
 def test_skew_correction_covers_a_lognormal_mean_better():
