@@ -311,9 +311,10 @@ def responses_for_cv_1(estimated: Mapping[int, Estimate]) -> tuple[int, Estimate
     """How large a group CV <= 1 takes, from the CVs at the estimated sizes.
 
     n CV^2 at the smallest estimated size n whose CV is at most 1, which has the silent groups of about that size in
-    it; where no size is, at the largest, from where CV^2 falls as 1/n. Never less than the size below, whose CV is
-    above 1. Where the smallest estimated size has a CV of at most 1 already nothing is known below it but that more
-    groups are silent there: the answer is "at most" that size, from 2 responses on.
+    it; where no size is, at the largest, from where CV^2 falls as 1/n. Not less than the size below where its CV is
+    above 1, nor is the lower end where that is resolved. Where the smallest estimated size has a CV of at most 1
+    already nothing is known below it but that more groups are silent there: the answer is "at most" that size, from 2
+    responses on.
 
     Returns:
         (the size it rests on, the estimate, its verdict: "resolved", "at most" or "unresolved").
@@ -329,8 +330,10 @@ def responses_for_cv_1(estimated: Mapping[int, Estimate]) -> tuple[int, Estimate
         least = math.nan if math.isnan(low) else 2.0
         most = math.nan if math.isnan(high) else max(float(size), high)
         return size, replace(cv, value=float(size), low=least, high=most, method=method), AT_MOST
-    floor = float(sizes[sizes.index(size) - 1]) if enough else 0.0
-    found = replace(cv, value=max(value, floor), low=low, high=max(high, floor), method=method)
+    below = sizes[sizes.index(size) - 1] if enough else size
+    floor = float(below) if estimated[below].value > 1.0 and enough else 0.0
+    sure = floor if estimated[below].low > 1.0 else 0.0
+    found = replace(cv, value=max(value, floor), low=max(low, sure), high=max(high, floor), method=method)
     return size, found, "resolved" if math.isfinite(found.value) else "unresolved"
 
 

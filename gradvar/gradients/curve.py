@@ -6,7 +6,7 @@ from logits of the model's own head, so no list of names or settings is needed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,22 +45,23 @@ class Curve:
         return bent.div_(self.cap).square_().neg_().add_(1.0).mul_(self.scale)
 
 
-def fitted_curves(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Curve]:
-    """Return the curves that could lie between z and y, simplest first; whether one does is for the caller to see.
+def fitted_curves(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Curve]:
+    """Yield the curves that could lie between z and y, simplest first; whether one does is for the caller to see.
 
     Args:
         pairs: Logits z of the matrix product and y of the model, of equal shapes, small ones first.
     """
-    found = [Curve()]
+    yield Curve()
     samples = [_sample(z, y) for z, y in pairs]
     z, y = (np.concatenate(side) for side in zip(*samples, strict=True))
     if len(z) == 0 or not (z @ z > 0):
-        return found
+        return
     scale = float((z @ y) / (z @ z))
     if scale > 0:
-        found.append(Curve(scale=scale))
+        yield Curve(scale=scale)
     capped = _fitted_cap(samples)
-    return found if capped is None else [*found, capped]
+    if capped is not None:
+        yield capped
 
 
 def _sample(z: Tensor, y: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -197,7 +197,8 @@ def check_padding(base: nn.Module, probe: list[int], side: str) -> bool:
         still = last_hidden(base, alone)[0, len(probe) :].double()
         start = batch.firsts[row] + len(probe)
         beside = last_hidden(base, batch)[row, start : start + len(still)].double()
-        moved = last_hidden(base, other_start(alone))[0, len(probe) :].double()
+        narrow = torch.finfo(_floating(base)).bits < 32
+        moved = last_hidden(base, other_start(alone))[0, len(probe) :].double() if narrow else still
     if same_states(beside, still, moved - still, base) or not bool(still.isfinite().all()):
         return True
     if side == "left":
@@ -254,15 +255,19 @@ def same_states(states: Tensor, others: Tensor, reach: Tensor, base: nn.Module) 
     Args:
         states: (K, D) float64.
         others: (K, D) float64, the same states had in another way.
-        reach: (K', D) what another token moved.
+        reach: (K', D) what another token moved; looked at in half precision alone.
         base: The model they come from.
     """
-    kind = next(p.dtype for p in base.parameters() if p.is_floating_point())
+    kind = _floating(base)
     epsilon = max(torch.finfo(kind).eps, torch.finfo(torch.float32).eps)
     gap = (states - others).abs()
     if torch.finfo(kind).bits < 32:
         return _rms(gap) <= max(_REACH_SHARE * _rms(reach), epsilon / 8 * _rms(others))
     return bool((gap <= 64 * epsilon * others.abs().amax()).all())
+
+
+def _floating(base: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in base.parameters() if p.is_floating_point())
 
 
 def _rms(values: Tensor) -> float:

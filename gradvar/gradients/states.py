@@ -38,10 +38,18 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         if hook is not None:
             hook.remove()
-        for module, was in training:
-            module.training = was
-        for owner, name, was in trainable:
-            _parameter(owner, name).requires_grad_(was)
+        try:
+            _restore(training, trainable)
+        except KeyboardInterrupt:  # Ctrl-C in the midst of it
+            _restore(training, trainable)
+            raise
+
+
+def _restore(training: list[tuple[nn.Module, bool]], trainable: list[tuple[nn.Module, str, bool]]) -> None:
+    for module, was in training:
+        module.training = was
+    for owner, name, was in trainable:
+        _parameter(owner, name).requires_grad_(was)
 
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter:

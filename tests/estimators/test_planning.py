@@ -43,10 +43,14 @@ def test_responses_for_cv_1_rest_on_the_size_that_is_just_enough():
     measured = {4: cv(1.6, 1.4, 2.0), 8: cv(0.9, 0.7, 1.2), 16: cv(0.5, 0.4, 0.6)}
     size, needed, verdict = responses_for_cv_1(measured)
     assert (size, verdict) == (8, "resolved")
-    assert (needed.value, needed.low, needed.high) == pytest.approx((8 * 0.81, 8 * 0.49, 8 * 1.44))
+    assert (needed.value, needed.low, needed.high) == pytest.approx((8 * 0.81, 4, 8 * 1.44))  # 4 is surely too few
     # Where 8 would be enough by far, 4 is not: at least 4.
     size, needed, _ = responses_for_cv_1({4: cv(1.05, 0.9, 1.2), 8: cv(0.6, 0.5, 0.8)})
     assert (size, needed.value) == (8, 4)
+    assert needed.low == pytest.approx(8 * 0.25)  # it may be enough
+    # Nothing is known of the size below.
+    size, needed, _ = responses_for_cv_1({4: cv(math.nan, 0.5, math.inf), 8: cv(0.6, 0.5, 0.8)})
+    assert needed.value == pytest.approx(8 * 0.36)
     # None is enough: on from the largest.
     size, needed, _ = responses_for_cv_1({4: cv(5.0, 4.0, 7.0), 8: cv(3.0, 2.0, 5.0)})
     assert (size, needed.value, needed.high) == (8, 72, 200)
