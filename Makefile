@@ -14,10 +14,10 @@ demo: .venv/installed
 	$(BIN)/gradvar demo $(RUN)
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not vllm"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not vllm"
 
 test-fast: .venv/installed
-	$(BIN)/python -m pytest -m "not vllm and not slow"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not vllm and not slow"
 
 test-vllm: .venv-vllm/installed
 	$(VLLM)/python -m pytest -m vllm
