@@ -98,7 +98,9 @@ def skew_corrected(value: float, influence: Array, error: float, quantile: float
     """Interval of an asymptotically linear estimate whose influences are skewed (Hall 1992, the cubic transformation).
 
     With T = (value - truth) / error and g = sum u^3 / (sum u^2)^(3/2), T + g T^2/3 + g^2 T^3/27 + g/6 is closer to
-    symmetric than T; solved for T at both quantiles. g = 0 gives value -+ quantile * error.
+    symmetric than T; solved for T at both quantiles. g = 0 gives value -+ quantile * error. The transformation is flat
+    near T = -3/g, where its inverse leaps (to 9.9 errors at g = 0.44 and a quantile of 2.4): T goes no further than its
+    expansion to first order in g, f - g (2 f^2 + 1)/6 (Johnson 1978).
     """
     size = float(np.linalg.norm(influence))
     skew = float(((influence / size) ** 3).sum()) if error > 0 and size > 0 else 0.0
@@ -106,7 +108,9 @@ def skew_corrected(value: float, influence: Array, error: float, quantile: float
     def statistic(f: float) -> float:
         if abs(skew) < 1e-8:
             return f
-        return 3.0 / skew * (math.cbrt(1.0 + skew * (f - skew / 6.0)) - 1.0)
+        whole = 3.0 / skew * (math.cbrt(1.0 + skew * (f - skew / 6.0)) - 1.0)
+        most = abs(f) + abs(skew) * (2.0 * f**2 + 1.0) / 6.0
+        return min(max(whole, -most), most)
 
     return value - error * statistic(quantile), value - error * statistic(-quantile)
 
