@@ -197,8 +197,7 @@ def check_padding(base: nn.Module, probe: list[int], side: str) -> bool:
         still = last_hidden(base, alone)[0, len(probe) :].double()
         start = batch.firsts[row] + len(probe)
         beside = last_hidden(base, batch)[row, start : start + len(still)].double()
-        narrow = torch.finfo(_floating(base)).bits < 32
-        moved = last_hidden(base, other_start(alone))[0, len(probe) :].double() if narrow else still
+        moved = last_hidden(base, other_start(alone))[0, len(probe) :].double() if is_half(base) else still
     if same_states(beside, still, moved - still, base) or not bool(still.isfinite().all()):
         return True
     if side == "left":
@@ -258,12 +257,16 @@ def same_states(states: Tensor, others: Tensor, reach: Tensor, base: nn.Module) 
         reach: (K', D) what another token moved; looked at in half precision alone.
         base: The model they come from.
     """
-    kind = _floating(base)
-    epsilon = max(torch.finfo(kind).eps, torch.finfo(torch.float32).eps)
+    epsilon = max(torch.finfo(_floating(base)).eps, torch.finfo(torch.float32).eps)
     gap = (states - others).abs()
-    if torch.finfo(kind).bits < 32:
+    if is_half(base):
         return _rms(gap) <= max(_REACH_SHARE * _rms(reach), epsilon / 8 * _rms(others))
     return bool((gap <= 64 * epsilon * others.abs().amax()).all())
+
+
+def is_half(base: nn.Module) -> bool:
+    """Return whether the model's weights are in half precision, where roundings are as large as what is looked for."""
+    return torch.finfo(_floating(base)).bits < 32
 
 
 def _floating(base: nn.Module) -> torch.dtype:

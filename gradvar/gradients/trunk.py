@@ -22,7 +22,7 @@ from gradvar.errors import GradvarError
 from gradvar.gradients.batches import Batch, last_hidden, make_batches
 from gradvar.gradients.devices import input_device
 from gradvar.gradients.positions import turns_with_length
-from gradvar.gradients.request import other_start, same_states
+from gradvar.gradients.request import is_half, other_start, same_states
 from gradvar.gradients.targets import decoder_layers
 
 Forward = Callable[[Batch], Tensor]
@@ -54,46 +54,62 @@ def choose_forward(
         tokens: Padded tokens of the largest batch.
         spare_bytes: What the trunk may take beside a whole sequence's run.
     """
-    if _probed(model, base, prompt, responses, lowest) is None or lowest is None:
+    if lowest is None or not _saves(model, base, prompt, responses, lowest):
         return lambda batch: last_hidden(base, batch)
-    trunk = Trunk(base, [layer for _, layer in decoder_layers(model)], lowest, prompt)
+    layers = [layer for _, layer in decoder_layers(model)]
+    if not _same(base, layers, lowest, prompt, responses):
+        return lambda batch: last_hidden(base, batch)
+    trunk = Trunk(base, layers, lowest, prompt)
     return trunk if trunk.extra_bytes(tokens) <= spare_bytes else lambda batch: last_hidden(base, batch)
 
 
 def trunk_bytes(
     model: nn.Module, base: nn.Module, prompt: Sequence[int], responses: Sequence[Sequence[int]], lowest: int | None
 ) -> tuple[int, int]:
-    """Return the bytes that sharing the prompt would take: (fixed, a padded token of the largest batch).
+    """Return the bytes that sharing the prompt would take at most: (fixed, a padded token of the largest batch).
 
-    Both are 0 where it would not be shared; arguments as in `choose_forward`.
+    Both are 0 where it saves little or cannot be; arguments as in `choose_forward`.
     """
-    trunk = _probed(model, base, prompt, responses, lowest)
-    if trunk is None:
+    if lowest is None or not _saves(model, base, prompt, responses, lowest):
+        return 0, 0
+    try:
+        trunk = Trunk(base, [layer for _, layer in decoder_layers(model)], lowest, prompt[-_PROBE_PROMPT:])
+    except _APART:
         return 0, 0
     a_token = trunk.extra_bytes(1) - trunk.extra_bytes(0)
     return len(prompt) * a_token // 2, a_token
 
 
-def _probed(
-    model: nn.Module, base: nn.Module, prompt: Sequence[int], responses: Sequence[Sequence[int]], lowest: int | None
-) -> Trunk | None:
-    """Return a trunk of the prompt's end, None where sharing would save little or change the last hidden states."""
-    device = input_device(model)
+_APART = (AttributeError, GradvarError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What a model raises whose layers cannot be run apart."""
+
+
+def _saves(
+    model: nn.Module, base: nn.Module, prompt: Sequence[int], responses: Sequence[Sequence[int]], lowest: int
+) -> bool:
     fed = sum(len(prompt) + len(response) - 1 for response in responses)
     saving = len(prompt) * (len(responses) - 1) / fed
-    if not lowest or saving < LEAST_SAVING or device.type != "cpu" or turns_with_length(base):
-        return None
-    layers = [layer for _, layer in decoder_layers(model)]
+    on_cpu = input_device(model).type == "cpu"
+    return lowest > 0 and saving >= LEAST_SAVING and on_cpu and not turns_with_length(base)
+
+
+def _same(
+    base: nn.Module,
+    layers: Sequence[nn.Module],
+    lowest: int,
+    prompt: Sequence[int],
+    responses: Sequence[Sequence[int]],
+) -> bool:
+    """Return whether the prompt's end, run once, gives the last hidden states of a plain forward."""
     short, other = list(prompt[-_PROBE_PROMPT:]), list(responses[0][:5])
-    (batch,) = make_batches(short, [other[-1:] * 5, other[:1] * 2], 10_000, device)
+    (batch,) = make_batches(short, [other[-1:] * 5, other[:1] * 2], 10_000, input_device(base))
     try:
-        trunk = Trunk(base, layers, lowest, short)
-        shared, plain = trunk(batch).double(), last_hidden(base, batch).double()
-        reach = (last_hidden(base, other_start(batch)).double() - plain)[0, 1:]
-        same = same_states(shared.flatten(0, 1)[batch.real], plain.flatten(0, 1)[batch.real], reach, base)
-    except (AttributeError, GradvarError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        return None  # a model whose layers cannot be run apart
-    return trunk if same else None
+        shared, plain = Trunk(base, layers, lowest, short)(batch).double(), last_hidden(base, batch).double()
+        moved = last_hidden(base, other_start(batch)).double() if is_half(base) else plain
+        reach = (moved - plain)[0, 1:]
+        return same_states(shared.flatten(0, 1)[batch.real], plain.flatten(0, 1)[batch.real], reach, base)
+    except _APART:
+        return False
 
 
 class Trunk:
