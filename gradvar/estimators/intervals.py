@@ -99,8 +99,8 @@ def skew_corrected(value: float, influence: Array, error: float, quantile: float
 
     With T = (value - truth) / error and g = sum u^3 / (sum u^2)^(3/2), T + g T^2/3 + g^2 T^3/27 + g/6 is closer to
     symmetric than T; solved for T at both quantiles. g = 0 gives value -+ quantile * error. The transformation is flat
-    near T = -3/g, where its inverse leaps (to 9.9 errors at g = 0.44 and a quantile of 2.4): on the longer side T is its
-    expansion to first order in g, f - g (2 f^2 + 1)/6 (Johnson 1978).
+    near T = -3/g, where its inverse leaps (to 9.9 errors at g = 0.44 and a quantile of 2.4): on the longer side T is
+    the expansion to first order in g, f - g (2 f^2 + 1)/6 (Johnson 1978).
     """
     size = float(np.linalg.norm(influence))
     skew = float(((influence / size) ** 3).sum()) if error > 0 and size > 0 else 0.0
