@@ -114,7 +114,7 @@ def plot_bias_noise(axes: Axes, cosines: pd.DataFrame, cvs: pd.DataFrame, *, tit
     axes.set_xlim(0, right)
     axes.set_ylim(low, max(1.03, float(shown["value_cos"].max()) + 0.03))
     if len(both) > len(shown):
-        axes.text(0.03, 0.12, f"{len(both) - len(shown)} unresolved, not drawn", transform=axes.transAxes, fontsize=7.5)
+        axes.text(0.03, 0.96, f"{len(both) - len(shown)} unresolved, not drawn", transform=axes.transAxes, fontsize=7.5)
 
 
 def _equal_efficiency(axes: Axes, right: float, low: float) -> None:
