@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from cli import console
 from cli.main import main
 from gradvar.demo import policy_path
 from gradvar.runs import open_run
@@ -14,7 +15,7 @@ from tests.stages.small import INFINITE, make_run, responses, write_responses
 
 @pytest.fixture
 def call(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(console.result, "_width", 160)  # a console made under COLUMNS keeps that width
 
     def run(*arguments, code=0) -> str:
         capsys.readouterr()

@@ -74,7 +74,7 @@ def test_pairs_narrow_fiellers_set_and_halves_an_interval():
         widths.append(ratio.high - ratio.low)
     assert widths[1] / widths[0] == pytest.approx(np.sqrt(0.6), rel=0.02)
     # Influences that the halves do not share are noise of the permutations.
-    shared, noise = rng.normal(0.0, 0.01, 40), rng.normal(0.0, 0.01, 40)
+    shared, noise = rng.normal(0.0, 0.01, 40), rng.normal(0.0, 0.005, 40)
     halves = tuple((1.0 + shared + sign * noise)[:, None] for sign in (1, -1))
     noisy = Sums(value=np.ones(1), without=(1.0 + shared)[:, None], halves=halves)
 
