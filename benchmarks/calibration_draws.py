@@ -35,17 +35,19 @@ from gradvar.estimators.bias import (
     scale,
 )
 from gradvar.estimators.cv import cv_from_rho, pooled_rho
-from gradvar.estimators.groups import GroupMoments, draw_groups, group_coefficients, group_moments
+from gradvar.estimators.groups import GroupMoments, draw_groups, group_coefficients, group_moments, moments_of_kinds
 from gradvar.estimators.identity import identity_from_parts, identity_parts
 from gradvar.estimators.inputs import is_silent
 from gradvar.estimators.law import fit_exponent
 from gradvar.estimators.law_samples import Sample, sample_of, spread_of
 from gradvar.estimators.length_bins import bin_products, length_bins
-from gradvar.estimators.pairs import mean_coefficients, of_log_efficiency, of_log_rho, pair_covariance
+from gradvar.estimators.pairs import mean_coefficients, pair_covariance
 from gradvar.estimators.prediction import Pair, predictions
 from gradvar.estimators.proxies import prompt_pairs
-from gradvar.estimators.ratios import pooled_cv_ratio, short_responses
+from gradvar.estimators.ratios import pooled_cv_ratio
 from gradvar.estimators.spread import NEIGHBOURS
+from gradvar.estimators.surplus import of_log_efficiency, of_log_rho
+from gradvar.estimators.tails import LengthTails, angle_tails, length_tails
 from gradvar.estimators.token_covariance import share_estimate, share_sums
 from gradvar.runs.records import Estimate, PromptScores
 from tests.estimators import simulator
@@ -54,7 +56,10 @@ Array = NDArray[np.float64]
 
 HERE, LIKE = "these prompts", "prompts like these"
 LEVEL = 0.95
-PERMUTATIONS = 128
+PERMUTATIONS = 512
+"""The default's: what the choice of permutations adds depends on it."""
+MANY = 512
+"""Responses from which on a quarter of them do: a permutation then holds many groups."""
 REWARDED = [k for k, (rule, alpha) in enumerate(RULES) if rule != "vl_norm" or alpha in ALPHAS]
 """Rules whose rho, ratio and efficiency are tabled; alpha* uses all."""
 
@@ -168,17 +173,14 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
         return
     if n < 2 * GROUP:
         return
-    drawn = [draw_groups(n, GROUP, PERMUTATIONS, rng=rng) for _ in used]
+    drawn = [draw_groups(n, GROUP, _permutations(n), rng=rng) for _ in used]
     c = [_coefficients(s, g) for s, g in zip(used, drawn, strict=True)]
-    moments: dict[int, list[GroupMoments]] = {
-        k: [group_moments(s.gram, g, one[k]) for s, g, one in zip(used, drawn, c, strict=True)] for k in REWARDED
-    }
+    kinds = [moments_of_kinds(s.gram, g, one[REWARDED]) for s, g, one in zip(used, drawn, c, strict=True)]
+    moments: dict[int, list[GroupMoments]] = {k: [one[i] for one in kinds] for i, k in enumerate(REWARDED)}
+    tails = {k: [_tails(s, k) for s in used] for k in REWARDED}
     for k in REWARDED:
         name = label(*RULES[k])
-        short = [
-            short_responses(s.gram, s.rewards, s.lengths, find_rule(RULES[k][0]), None, advantage="grpo") for s in used
-        ]
-        here, like = pooled_rho(moments[k], group_size=GROUP, level=LEVEL, short=short)
+        here, like = pooled_rho(moments[k], group_size=GROUP, level=LEVEL, tails=tails[k])
         yield f"rho {name}", here, like
         yield f"cv {name}", cv_from_rho(here), cv_from_rho(like)
         if k == 0:
@@ -186,13 +188,8 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
             squares = {end: GROUP * getattr(cv, end) ** 2 for end in ("value", "low", "high")}
             yield "noise scale grpo", replace(cv, **squares), None
         else:
-            short = [
-                short_responses(
-                    s.gram, s.rewards, s.lengths, find_rule(RULES[k][0]), find_rule("grpo"), advantage="grpo"
-                )
-                for s in used
-            ]
-            ratio = pooled_cv_ratio(moments[k], moments[0], group_size=GROUP, level=LEVEL, short=short)
+            both = [_tails(s, k, 0) for s in used]
+            ratio = pooled_cv_ratio(moments[k], moments[0], group_size=GROUP, level=LEVEL, tails=both)
             yield f"cv ratio {name}/grpo", ratio, None
     yield from _sizes(used, rng)
     if n < 3 * GROUP:
@@ -205,8 +202,12 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
     along, longer = jackknifed(pool, scale), jackknifed(pool, pressure(1))
     for k in REWARDED:
         name = label(*RULES[k])
-        yield f"eta {name}", eta_estimate(pool, noise, k, level=LEVEL, method=""), None
-        yield f"cosine {name}", cosine_estimate(pool, angle, k, level=LEVEL, method=""), None
+        variant = find_rule(RULES[k][0]), RULES[k][1]
+        turning = [
+            angle_tails(s.gram, s.rewards, s.lengths, variant, advantage="grpo", max_length=LONGEST) for s in used
+        ]
+        yield f"eta {name}", eta_estimate(pool, noise, k, level=LEVEL, method="", tails=tails[k]), None
+        yield f"cosine {name}", cosine_estimate(pool, angle, k, level=LEVEL, method="", tails=turning), None
         yield f"scale {name}", estimate_of(along, k, level=LEVEL, method=""), None
         yield f"length pressure {name}", estimate_of(longer, k, level=LEVEL, method=""), None
     pairs = np.sum([_pairs(*one) for one in zip(used, drawn, c, strict=True)], axis=0)
@@ -221,10 +222,21 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
         )
 
 
+def _permutations(n: int) -> int:
+    return PERMUTATIONS if n < MANY else PERMUTATIONS // 4
+
+
 def _pairs(s: PromptScores, groups: NDArray[np.intp], updates: Array) -> Array:
     made = np.concatenate([updates[3:], reward_direction(s.rewards, groups)[None]])
     means = mean_coefficients(groups, made, len(s.lengths))
     return pair_covariance(s.gram, means[:-1], means[-1])
+
+
+def _tails(s: PromptScores, k: int, reference: int | None = None) -> LengthTails:
+    rule, *other = [(find_rule(RULES[j][0]), RULES[j][1]) for j in (k, reference) if j is not None]
+    return length_tails(
+        s.gram, s.rewards, s.lengths, rule, other[0] if other else None, advantage="grpo", max_length=LONGEST
+    )
 
 
 def _coefficients(s: PromptScores, groups: NDArray[np.intp]) -> Array:
@@ -244,15 +256,14 @@ def _sizes(used: list[PromptScores], rng: np.random.Generator) -> Made:
     for size, far in ((4, None), (16, 32)):
         if n < 3 * size:
             continue
-        parts, short = [], []
+        parts = []
         for s in used:
-            short.append(short_responses(s.gram, s.rewards, s.lengths, find_rule("grpo"), None, advantage="grpo"))
-            groups = draw_groups(n, size, PERMUTATIONS, rng=rng)
+            groups = draw_groups(n, size, _permutations(n), rng=rng)
             made = group_coefficients(
                 groups, s.rewards, s.lengths, find_rule("grpo"), advantage="grpo", max_length=LONGEST
             )
             parts.append(group_moments(s.gram, groups, made))
-        here, like = pooled_rho(parts, group_size=size, level=LEVEL, short=short)
+        here, like = pooled_rho(parts, group_size=size, level=LEVEL, tails=[_tails(s, 0) for s in used])
         yield f"planning: cv at n = {size}", cv_from_rho(here), cv_from_rho(like)
         if far is not None:
             cv = cv_from_rho(here)
@@ -276,7 +287,7 @@ def _audit(prompts: list[Simulated], rng: np.random.Generator) -> Made:
         sums = [
             baseline_sums(
                 s.gram,
-                draw_groups(len(s.lengths), GROUP, PERMUTATIONS, rng=rng),
+                draw_groups(len(s.lengths), GROUP, _permutations(len(s.lengths)), rng=rng),
                 s.rewards,
                 s.lengths,
                 find_rule("grpo"),

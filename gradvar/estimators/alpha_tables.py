@@ -5,22 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import check_advantage
-from gradvar.estimators.aggregation import expand_rules, find_rule
+from gradvar.estimators.aggregation import Rule, expand_rules, find_rule
 from gradvar.estimators.best_alpha import best_of_curve
 from gradvar.estimators.bias import (
     Array,
     Products,
     cosine,
     cosine_estimate,
+    direction_is_known,
     entropy_direction,
     estimate_of,
     eta_estimate,
+    gated,
+    inner_product,
     jackknifed,
     length_direction,
     log_efficiency,
@@ -35,7 +39,9 @@ from gradvar.estimators.cv import SILENT, UNRESOLVED
 from gradvar.estimators.groups import PERMUTATIONS, draw_groups, group_coefficients
 from gradvar.estimators.inputs import arrange, generator, is_silent
 from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
-from gradvar.estimators.pairs import mean_coefficients, of_log_efficiency, of_log_rho, pair_covariance
+from gradvar.estimators.pairs import mean_coefficients, pair_covariance
+from gradvar.estimators.surplus import of_log_efficiency, of_log_rho
+from gradvar.estimators.tails import angle_tails, length_tails
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, target_label
 
 ALPHA_GRID = tuple(np.arange(13) * 0.25)
@@ -61,9 +67,12 @@ def alpha_table(
     Quantities, for every target; pooled rows sum the inner products over prompts (an equal-prompt summary),
     for these prompts and, from 4 on, for prompts like these (`estimand`):
         "eta"                  efficiency cos^2 rho; 1 - eta is the least relative squared error of one update
-        "cosine", "scale"      of E ghat against grad J (rloo, unbiased)
-        "length_pressure"      tokens of E[L] gained for one unit of expected reward along E ghat; verdict "up", "down"
-        "entropy_pressure"     nats of entropy likewise, where log-probabilities were measured
+        "cosine", "scale"      of E ghat against grad J (rloo, unbiased); these, eta and pressures are "unresolved"
+                               where what they are divided by is not told apart from 0
+        "length_product"       <E ghat, grad E[L]>; verdict "up", "down"
+        "length_pressure"      the same over <E ghat, grad J>, which makes rules of any scale comparable: tokens of
+                               E[L] gained for one unit of expected reward along E ghat; the same verdict
+        "entropy_product", "entropy_pressure"   likewise of entropy in nats, where log-probabilities were measured
         "alpha_star_eta"       argmax of eta over the grid's range, between its points too; low and high the alphas
                                around it at which the curve's slope is not told apart from 0; an end on the grid's first
                                or last alpha is open, which `method` says
@@ -164,7 +173,17 @@ def alpha_table(
             ways.append((None, list(found), True))
         for name_or_none, names, across in ways:
             pool, pairs = [found[name][0] for name in names], np.sum([found[name][1] for name in names], axis=0)
-            written = _rows_of_pool(pool, pairs, variants, grid, group_size=group_size, level=level, across=across)
+            written = _rows_of_pool(
+                pool,
+                pairs,
+                [prompts[name].verified() for name in names],
+                variants,
+                grid,
+                advantage=advantage,
+                group_size=group_size,
+                level=level,
+                across=across,
+            )
             rows += [
                 replace(
                     row,
@@ -184,9 +203,11 @@ def alpha_table(
 def _rows_of_pool(
     pool: Sequence[Products],
     pairs: Array,
-    variants: Sequence[tuple[object, float | None]],
+    prompts: Sequence[PromptScores],
+    variants: Sequence[tuple[Rule, float | None]],
     grid: Sequence[float],
     *,
+    advantage: str,
     group_size: int,
     level: float,
     across: bool,
@@ -194,26 +215,37 @@ def _rows_of_pool(
     way = _ACROSS if across else _JACKKNIFE
     with_entropy = all(p.direction.shape[1] > 2 for p in pool)
     pool = pool if with_entropy else [p.of_directions(2) for p in pool]
-    noise, angle = jackknifed(pool, log_noise, across=across), jackknifed(pool, cosine, across=across)
-    along, longer = jackknifed(pool, scale, across=across), jackknifed(pool, pressure(1), across=across)
-    wider = jackknifed(pool, pressure(2), across=across) if with_entropy else None
+    noise, angle, along, gained = (
+        jackknifed(pool, statistic, across=across) for statistic in (log_noise, cosine, scale, inner_product(0))
+    )
+    pushes = [
+        (name, jackknifed(pool, inner_product(which), across=across), jackknifed(pool, pressure(which), across=across))
+        for which, name in enumerate(("length", "entropy")[: 1 + with_entropy], start=1)
+    ]
+    known = direction_is_known(pool, level=level, across=across)
     rows = []
-    for k, (rule, alpha) in enumerate(variants):
-        labels = {"target": "", "rule": rule.name, "alpha": alpha}  # type: ignore[attr-defined]
-        eta = eta_estimate(pool, noise, k, level=level, method=f"{way} of log(1 - eta)", across=across)
-        verdict = UNRESOLVED if math.isnan(eta.value) else "resolved"
-        rows.append(TableRow(quantity="eta", estimate=eta, verdict=verdict, **labels))
+    for k, variant in enumerate(variants):
+        noisier, turning = (
+            [made(s.gram, s.rewards, s.lengths, variant, advantage=advantage, max_length=s.max_length) for s in prompts]
+            for made in (length_tails, angle_tails)
+        )
+        labels: dict[str, Any] = {"target": "", "rule": variant[0].name, "alpha": variant[1]}
+        spoken: dict[str, Any] = {"level": level, "across": across}
+        eta = eta_estimate(pool, noise, k, method=f"{way} of log(1 - eta)", tails=noisier, **spoken)
+        upward = estimate_of(gained, k, level=level, method=way)
         for name, estimate in (
-            ("cosine", cosine_estimate(pool, angle, k, level=level, method=way, across=across)),
-            ("scale", estimate_of(along, k, level=level, method=way)),
+            ("eta", eta),
+            ("cosine", cosine_estimate(pool, angle, k, method=way, tails=turning, **spoken)),
+            ("scale", gated(estimate_of(along, k, level=level, method=way), known)),
         ):
-            rows.append(TableRow(quantity=name, estimate=estimate, **labels))
-        for name, pushed in (("length_pressure", longer), ("entropy_pressure", wider)):
-            if pushed is None:
-                continue
-            estimate = estimate_of(pushed, k, level=level, method=way)
-            side = "up" if estimate.low > 0 else "down" if estimate.high < 0 else "undetermined"
-            rows.append(TableRow(quantity=name, estimate=estimate, verdict=side, **labels))
+            verdict = UNRESOLVED if math.isnan(estimate.value) else "resolved"
+            rows.append(TableRow(quantity=name, estimate=estimate, verdict=verdict, **labels))
+        for name, product, per_reward in pushes:
+            raw = estimate_of(product, k, level=level, method=way)
+            side = "up" if raw.low > 0 else "down" if raw.high < 0 else "undetermined"
+            rows.append(TableRow(quantity=f"{name}_product", estimate=raw, verdict=side, **labels))
+            found = gated(estimate_of(per_reward, k, level=level, method=way), upward.low > 0.0 or upward.high < 0.0)
+            rows.append(TableRow(quantity=f"{name}_pressure", estimate=found, verdict=side, **labels))
     columns = slice(len(variants) - len(grid), len(variants))
     alone = [p.of_updates(columns) for p in pool]
     for name, statistic, part in (

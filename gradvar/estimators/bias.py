@@ -37,11 +37,11 @@ from gradvar.estimators.group_products import (
 from gradvar.estimators.intervals import (
     effective_degrees,
     jackknife_variance,
-    skew_corrected,
     t_quantile,
     without_surplus,
 )
 from gradvar.estimators.surplus import jackknife_surplus
+from gradvar.estimators.tails import LengthTails
 from gradvar.runs.records import Estimate
 
 Array = NDArray[np.float64]
@@ -194,8 +194,8 @@ class Jackknifed:
     surplus: tuple[Array, Array] | None = None
     """(R,) each: what the jackknife variance has from the choice of permutations and from pairs of responses
     (`without_surplus`); None: nothing is known of it."""
-    missing: Array | None = None
-    """(R,) variance to add."""
+    curved: Array | None = None
+    """(R,) standard deviations, with sign, of a part quadratic in the responses that no first order sees; None: 0."""
 
     def error(self) -> Array:
         """(R,) standard errors, responses drawn again inside prompts."""
@@ -206,7 +206,7 @@ class Jackknifed:
         variance = np.asarray(sum(jackknife_variance(r) for r in self.replicates))
         if self.surplus is not None:
             variance = without_surplus(variance, *self.surplus)
-        return np.asarray(np.sqrt(variance if self.missing is None else variance + self.missing))
+        return np.asarray(np.sqrt(variance))
 
     def bias(self, k: int) -> float:
         """Jackknife estimate of statistic k's bias."""
@@ -228,9 +228,8 @@ def jackknifed(prompts: Sequence[Products], statistic: Statistic, *, across: boo
     """Evaluate a statistic of products summed over prompts, with each prompt's replicates.
 
     For these prompts a replicate leaves out one response, for prompts like these (`across`) one prompt, t over K - 1.
-    A scale keeps its whole variance and more: that of dr_grpo hangs on the share of correct responses alone, through
-    the groups' standard deviation, and near one half a jackknife sees no slope (82 to 89% coverage). What pairs of
-    rewards add is added; then 92 to 99%.
+    A scale bends: that of dr_grpo hangs on the share p of correct responses alone, through the groups' standard
+    deviation, as 1/sqrt(p (1 - p)), and near one half a jackknife sees no slope (82 to 91% coverage).
     """
     fields = [(p.same, p.cross, p.mixed, p.direction) for p in prompts]
     totals = [np.sum([f[m][0] for f in fields], axis=0) for m in range(4)]
@@ -254,17 +253,17 @@ def jackknifed(prompts: Sequence[Products], statistic: Statistic, *, across: boo
         n=sum(p.responses for p in prompts),
         clusters=count,
         degrees=count - 1 if across else None,
-        surplus=None if across or statistic is scale else jackknife_surplus(prompts, totals, statistic),
-        missing=_curvature(prompts, totals) if statistic is scale and not across else None,
+        surplus=None if across else jackknife_surplus(prompts, totals, statistic),
+        curved=_curvature(prompts, totals) if statistic is scale and not across else None,
     )
 
 
 def _curvature(prompts: Sequence[Products], totals: Sequence[Array]) -> Array:
-    """(R,) variance that pairs of rewards add to mixed / direction."""
+    """(R,) standard deviation, with sign, of what pairs of rewards add to mixed / direction."""
     along, own = totals[2][:, 0], float(totals[3][0])
     with np.errstate(all="ignore"):
-        parts = [(p.curved[:-1] - along / own * p.curved[-1]) / own for p in prompts]
-        return np.asarray(np.sum(np.square(parts), axis=0))
+        parts = np.stack([(p.curved[:-1] - along / own * p.curved[-1]) / own for p in prompts])
+        return np.asarray(np.copysign(np.sqrt(np.square(parts).sum(axis=0)), parts.sum(axis=0)))
 
 
 def log_noise(same: Array, cross: Array, mixed: Array, direction: Array) -> Array:
@@ -292,6 +291,11 @@ def scale(same: Array, cross: Array, mixed: Array, direction: Array) -> Array:
     return np.asarray(mixed[..., 0] / direction[..., :1])
 
 
+def inner_product(which: int) -> Statistic:
+    """<E ghat, E h> for direction `which`: which way, up or down, small steps along E ghat push it."""
+    return lambda same, cross, mixed, direction: np.asarray(mixed[..., which])
+
+
 def pressure(which: int) -> Statistic:
     """<E ghat, E h> / <E ghat, grad J> for direction `which`.
 
@@ -304,22 +308,26 @@ def pressure(which: int) -> Statistic:
     return statistic
 
 
-def estimate_of(result: Jackknifed, k: int, *, level: float, method: str, skewed: bool = False) -> Estimate:
+def estimate_of(
+    result: Jackknifed, k: int, *, level: float, method: str, tails: Sequence[LengthTails] | None = None
+) -> Estimate:
     """Statistic k with its t interval, widened by the jackknife's bias on the side it points to.
 
-    `skewed` corrects for the skewness of the responses' influences (`skew_corrected`). Value NaN with an unbounded
-    interval where it is undefined.
+    `tails`, one a prompt, add what lengths beyond those seen could do to it. Value NaN with an unbounded interval where
+    it is undefined.
     """
     error = float(result.error()[k])
     value = float(result.value[k])
     low, high = -math.inf, math.inf
     if math.isfinite(value) and math.isfinite(error):
         quantile, bias = result.quantile(k, level), result.bias(k)
-        low, high = value - quantile * error, value + quantile * error
-        if skewed:
-            influence = np.concatenate([r[:, k].mean() - r[:, k] for r in result.replicates])
-            low, high = skew_corrected(value, influence, error, quantile)
-        low, high = low - max(bias, 0.0), high - min(bias, 0.0)
+        unseen = [one.unseen(r[:, k].mean() - r[:, k]) for one, r in zip(tails or (), result.replicates, strict=False)]
+        below, above = (math.hypot(error, *(ends[side] for ends in unseen)) for side in (0, 1))
+        low, high = value - quantile * below - max(bias, 0.0), value + quantile * above - min(bias, 0.0)
+        if result.curved is not None:
+            # A parabola's d^2 f''/2 at d = quantile errors; (d^2 - E d^2) f''/2 has the standard deviation `curved`.
+            bent = quantile**2 * float(result.curved[k]) / math.sqrt(2.0)
+            low, high = low + min(bent, 0.0), high + max(bent, 0.0)
     else:
         value, method = math.nan, f"{method}; unresolved"
     return Estimate(
@@ -334,7 +342,7 @@ def estimate_of(result: Jackknifed, k: int, *, level: float, method: str, skewed
     )
 
 
-def _direction(prompts: Sequence[Products], *, level: float, across: bool) -> bool:
+def direction_is_known(prompts: Sequence[Products], *, level: float, across: bool = False) -> bool:
     """Whether ||grad J||^2 is told apart from 0: else nothing is known of a direction relative to it."""
     reference = estimate_of(
         jackknifed(prompts, lambda same, cross, mixed, direction: direction[..., :1], across=across),
@@ -345,21 +353,35 @@ def _direction(prompts: Sequence[Products], *, level: float, across: bool) -> bo
     return reference.low > 0.0
 
 
+def gated(found: Estimate, known: bool) -> Estimate:
+    """`found`, or NaN and unbounded, "unresolved", where what it is divided by is not told apart from 0."""
+    if known:
+        return found
+    return replace(found, value=math.nan, low=-math.inf, high=math.inf, method=f"{found.method}; unresolved")
+
+
 def cosine_estimate(
-    prompts: Sequence[Products], result: Jackknifed, k: int, *, level: float, method: str, across: bool = False
+    prompts: Sequence[Products],
+    result: Jackknifed,
+    k: int,
+    *,
+    level: float,
+    method: str,
+    across: bool = False,
+    tails: Sequence[LengthTails] | None = None,
 ) -> Estimate:
     """Cosine of update k from `jackknifed(prompts, cosine)`, always within [-1, 1].
 
     Where E ghat and grad J are parallel, half of all estimates of their cosine come out above 1. If the interval
     reaches 1 the angle is not told apart from 0: the interval ends at 1, and so does the value if it lies beyond. Else
     it is taken on Fisher's scale atanh(cos), whose image stays below 1. NaN, "unresolved", where ||grad J||^2 or
-    ||E ghat||^2 is not told apart from 0.
+    ||E ghat||^2 is not told apart from 0. `tails` (`angle_tails`), one a prompt, lower the lower end.
     """
-    found = estimate_of(result, k, level=level, method=method)
+    found = estimate_of(result, k, level=level, method=method, tails=None if across else tails)
     own = estimate_of(
         jackknifed(prompts, lambda same, cross, mixed, direction: cross, across=across), k, level=level, method=method
     )
-    if math.isnan(found.value) or not own.low > 0.0 or not _direction(prompts, level=level, across=across):
+    if math.isnan(found.value) or not own.low > 0.0 or not direction_is_known(prompts, level=level, across=across):
         return replace(found, value=math.nan, low=-math.inf, high=math.inf, method=f"{method}; unresolved")
     return within_one(found)
 
@@ -389,18 +411,23 @@ def within_one(found: Estimate) -> Estimate:
 
 
 def eta_estimate(
-    prompts: Sequence[Products], result: Jackknifed, k: int, *, level: float, method: str, across: bool = False
+    prompts: Sequence[Products],
+    result: Jackknifed,
+    k: int,
+    *,
+    level: float,
+    method: str,
+    across: bool = False,
+    tails: Sequence[LengthTails] | None = None,
 ) -> Estimate:
     """Efficiency eta of update k from `jackknifed(prompts, log_noise)`.
 
     NaN, "unresolved", where ||grad J||^2 is not told apart from 0: then nothing is known of the direction either. No
-    eta is negative, so the lower end is at least 0.
+    eta is negative, so the lower end is at least 0. `tails` (`length_tails` of the rule alone), one a prompt, lower the
+    lower end for shorter and longer responses than those seen.
     """
-    noise = estimate_of(result, k, level=level, method=method, skewed=not across)
-    # Rare short responses, unseen, would lower eta: on that side nothing is taken out of the variance.
-    whole = estimate_of(replace(result, surplus=None), k, level=level, method=method, skewed=not across)
-    noise = replace(noise, high=max(noise.high, whole.high))
-    if math.isnan(noise.value) or not _direction(prompts, level=level, across=across):
+    noise = estimate_of(result, k, level=level, method=method, tails=None if across else tails)
+    if math.isnan(noise.value) or not direction_is_known(prompts, level=level, across=across):
         return replace(noise, value=math.nan, low=math.nan, high=math.nan, method=f"{method}; unresolved")
     return replace(
         noise,

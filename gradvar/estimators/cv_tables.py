@@ -36,7 +36,8 @@ from gradvar.estimators.groups import (
 )
 from gradvar.estimators.inputs import arrange, generator, is_silent
 from gradvar.estimators.intervals import PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
-from gradvar.estimators.ratios import ShortResponses, cv_ratio, cv_ratio_across, pooled_cv_ratio, short_responses
+from gradvar.estimators.ratios import cv_ratio, cv_ratio_across, pooled_cv_ratio
+from gradvar.estimators.tails import LengthTails, length_tails
 from gradvar.runs.records import PromptScores, TableRow, estimate_table
 
 RULES_COMPARED = ("grpo", "dapo", "dr_grpo", "vl_norm")
@@ -199,18 +200,18 @@ def _rows_of_target(
         for k, (name, own) in enumerate(zip(spoken, mine, strict=True)):
             if name not in loud:
                 continue
-            alone = _short(study, variant, None, name)
-            rho = rho_estimate(own, group_size=study.group_size, level=study.level, short=alone)
+            alone = _tails(study, name, variant)
+            rho = rho_estimate(own, group_size=study.group_size, level=study.level, tails=alone)
             rows += rho_and_cv_rows(study, variant, rho, [name])
             for compared, theirs in references:
                 if variant != compared:
-                    short = _short(study, variant, compared, name)
-                    ratio = cv_ratio(own, theirs[k], group_size=study.group_size, level=study.level, short=short)
+                    tails = _tails(study, name, variant, compared)
+                    ratio = cv_ratio(own, theirs[k], group_size=study.group_size, level=study.level, tails=tails)
                     rows.append(ratio_row(study, variant, compared, ratio, [name]))
         if len(study.prompts) < 2 or not loud:
             continue
-        shorter = [_short(study, variant, None, name) for name in spoken]
-        both = pooled_rho(mine, group_size=study.group_size, level=study.level, short=shorter)
+        ends = [_tails(study, name, variant) for name in spoken]
+        both = pooled_rho(mine, group_size=study.group_size, level=study.level, tails=ends)
         for rho, estimand in zip(both, (THESE_PROMPTS, PROMPTS_LIKE_THESE), strict=True):
             rows += rho_and_cv_rows(study, variant, rho, spoken, pooled=True, estimand=estimand)
         for compared, theirs in references:
@@ -220,7 +221,7 @@ def _rows_of_target(
                     theirs,
                     group_size=study.group_size,
                     level=study.level,
-                    short=[_short(study, variant, compared, name) for name in spoken],
+                    tails=[_tails(study, name, variant, compared) for name in spoken],
                 )
                 across = cv_ratio_across(mine, theirs, ratio, level=study.level)
                 for one, estimand in ((ratio, THESE_PROMPTS), (across, PROMPTS_LIKE_THESE)):
@@ -228,11 +229,16 @@ def _rows_of_target(
     return rows
 
 
-def _short(
-    study: CvStudy, variant: tuple[Rule, float | None], compared: tuple[Rule, float | None] | None, name: str
-) -> ShortResponses:
+def _tails(
+    study: CvStudy, name: str, variant: tuple[Rule, float | None], compared: tuple[Rule, float | None] | None = None
+) -> LengthTails:
     scores = study.prompts[name]
-    reference = None if compared is None else compared[0]
-    return short_responses(
-        scores.gram, scores.rewards, scores.lengths, variant[0], reference, advantage=study.advantage
+    return length_tails(
+        scores.gram,
+        scores.rewards,
+        scores.lengths,
+        variant,
+        compared,
+        advantage=study.advantage,
+        max_length=scores.max_length,
     )

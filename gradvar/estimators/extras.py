@@ -40,7 +40,8 @@ from gradvar.estimators.groups import (
 )
 from gradvar.estimators.inputs import arrange, generator, is_silent
 from gradvar.estimators.intervals import THESE_PROMPTS, check_level
-from gradvar.estimators.ratios import ShortResponses, pooled_cv_ratio, short_responses
+from gradvar.estimators.ratios import pooled_cv_ratio
+from gradvar.estimators.tails import LengthTails, length_tails
 from gradvar.estimators.transforms import overlong_penalty
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
 
@@ -61,7 +62,7 @@ class _Prompt:
     moments: dict[str, GroupMoments]
     turned: Products
     """Of NONE, FILTERING and PUNISHMENT."""
-    short: dict[str, ShortResponses]
+    tails: dict[str, LengthTails]
 
 
 def extras_table(
@@ -190,11 +191,11 @@ def _prompt(
     three = moments_of_kinds(gram, drawn, kinds)
     given = moments_of_kinds(gram, drawn, plain[None], loud_groups(drawn, scores.rewards))
     as_is, less = (
-        short_responses(gram, rewards, scores.lengths, rule, None, advantage=advantage)
+        length_tails(gram, rewards, scores.lengths, (rule, None), advantage=advantage, max_length=limit)
         for rewards in (scores.rewards, scores.rewards + penalty)
     )
     return _Prompt(
-        short={NONE: as_is, FILTERING: as_is, PUNISHMENT: less, SAMPLING: as_is},
+        tails={NONE: as_is, FILTERING: as_is, PUNISHMENT: less, SAMPLING: as_is},
         moments=dict(zip((NONE, FILTERING, PUNISHMENT, SAMPLING), [*three, *given], strict=True)),
         turned=products(gram, drawn, kinds, reward_direction(scores.rewards, drawn)[None]),
     )
@@ -205,8 +206,8 @@ def _rows_of_pool(pool: Sequence[_Prompt], group_size: int, level: float) -> lis
     plain = [one.moments[NONE] for one in pool]
     for extra in (NONE, FILTERING, PUNISHMENT, SAMPLING):
         mine = [one.moments[extra] for one in pool]
-        short = [one.short[extra] for one in pool]
-        rho = pooled_rho(mine, group_size=group_size, level=level, short=short)[0]
+        tails = [one.tails[extra] for one in pool]
+        rho = pooled_rho(mine, group_size=group_size, level=level, tails=tails)[0]
         rows.append(_row("cv", cv_from_rho(rho), extra, resolution(rho)))
         if extra != NONE:
             ratio = pooled_cv_ratio(mine, plain, group_size=group_size, level=level)

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from gradvar.estimators.pairs import covariance_of_kernels, kernel, mean_coefficients
+
 Array = NDArray[np.float64]
 
 CHUNK = 16
@@ -112,37 +114,19 @@ def half_differences(permutations: int, replicates: Callable[[slice], Sequence[A
 def pair_covariances(gram: Array, groups: NDArray[np.intp], updates: Array, directions: Array) -> Array:
     """Covariances (R, 3 + H, 3 + H) of what pairs of responses add: `Products.pairs`.
 
-    With z_i = n (mean coefficient of i) s_i of an update and w_i of a direction, cross is a mean of <z_i, z_j> over
-    i != j and mixed of (<z_i, w_j> + <w_i, z_j>)/2; two such means with centred kernels k and l have covariance
-    2/(N (N - 1)) mean k_ij l_ij. Inside a group (n - 1)/n of the kernel of cross enters same.
+    Of same, cross, mixed with each direction and direction 0 (`pairs`).
     """
     n, size = gram.shape[0], groups.shape[2]
-    times = np.maximum(np.bincount(groups.reshape(-1), minlength=n), 1)
-
-    def factors(kinds: Array) -> list[Array]:
-        members = groups.reshape(-1)
-        return [size * np.bincount(members, weights=one.reshape(-1), minlength=n) / times for one in kinds]
-
-    def kernel(one: Array, two: Array) -> Array:
-        outer = np.outer(one, two)
-        made = gram * (0.5 * (outer + outer.T))
-        means = made.mean(axis=1)
-        made = made - means[:, None] - means[None, :] + means.mean()
-        np.fill_diagonal(made, 0.0)
-        return np.asarray(made.reshape(-1))
-
-    ways = factors(directions)
-    first = kernel(ways[0], ways[0])
+    ways = mean_coefficients(groups, directions, n)
+    first = kernel(gram, ways[0], ways[0])
     found = []
-    for mine in factors(updates):
-        own = kernel(mine, mine)
-        rows = np.stack([own, *(kernel(mine, way) for way in ways), first])
-        inner = rows @ rows.T
+    for mine in mean_coefficients(groups, updates, n):
+        rows = np.stack([kernel(gram, mine, mine), *(kernel(gram, mine, way) for way in ways), first])
         # same is (n - 1)/n of cross.
         spread = np.insert(np.eye(len(rows)), 0, 0.0, axis=0)
         spread[0, 0] = (size - 1) / size
-        found.append(spread @ inner @ spread.T)
-    return np.asarray(2.0 * np.stack(found) / (n * (n - 1.0)) ** 2)
+        found.append(spread @ covariance_of_kernels(rows) @ spread.T)
+    return np.stack(found)
 
 
 def reward_pairs(groups: NDArray[np.intp], n: int, direction: Array, values: Array) -> Array:

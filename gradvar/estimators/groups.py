@@ -29,6 +29,7 @@ from gradvar.estimators.group_products import (
     sums_by_response,
     without_rounding,
 )
+from gradvar.estimators.pairs import centred, covariance_of_centred, kernel
 
 Array = NDArray[np.float64]
 
@@ -107,9 +108,28 @@ class GroupMoments:
     """(N,) what the choice of permutations adds to the replicates of same (`half_differences`)."""
     cross_noise: Array
     """(N,) likewise of cross."""
-    second_order: float
-    """Variance of cross that comes from pairs of responses, 2/(N (N - 1)) mean <z_i, z_j>^2 over i != j, z_i = n
-    (mean coefficient of i) s_i centred: a jackknife counts that part twice."""
+    kind: int
+    """Which of the kinds measured together this is."""
+    pairs: Array
+    """(K, K) covariances of what pairs of responses add to cross of the K kinds measured together (`pairs`)."""
+    bend: Array
+    """(2, 2) sum_ij u_i w_ij u_j over the influences u = (same, cross) and the second differences w of cross, which
+    skew an estimate's error beside the influences' own skewness."""
+
+    def combined(self, along_same: float, along_cross: float, group_size: int) -> tuple[float, float]:
+        """Variance from pairs and bend of an estimate with these slopes; same holds (n - 1)/n of the pairs of cross."""
+        slope = along_cross + along_same * (group_size - 1) / group_size
+        way = np.array([along_same, along_cross])
+        return slope**2 * float(self.pairs[self.kind, self.kind]), slope * float(way @ self.bend @ way)
+
+    def pairs_of_difference(self, other: GroupMoments, slope: float, other_slope: float) -> float:
+        """Variance that pairs add to slope cross - other_slope cross'; 0, not known, of kinds not measured together."""
+        if self.pairs is not other.pairs:
+            return 0.0
+        way = np.zeros(len(self.pairs))
+        way[self.kind] += slope
+        way[other.kind] -= other_slope
+        return float(way @ self.pairs @ way)
 
 
 def group_moments(
@@ -159,8 +179,8 @@ def moments_of_kinds(
         return means[0], without_rounding(means[1], means[0][0])
 
     everything = slice(0, len(groups))
-    times = sums_by_response(groups, n, values[..., -2:-1])[:, 0]
     same, cross = replicates(everything)
+    covariances, bends = pairs_of_kinds(gram, groups, kinds, held, same[1:], cross[1:])
     same_noise, cross_noise = half_differences(len(groups), replicates)
     return [
         GroupMoments(
@@ -170,22 +190,40 @@ def moments_of_kinds(
             cross_without=cross[1:, k],
             same_noise=same_noise[:, k],
             cross_noise=cross_noise[:, k],
-            second_order=second_order_variance(gram, groups, kinds[k], times),
+            kind=k,
+            pairs=covariances,
+            bend=bends[k],
         )
         for k in range(count)
     ]
 
 
-def second_order_variance(gram: Array, groups: NDArray[np.intp], coefficients: Array, times: Array) -> float:
-    """`GroupMoments.second_order`; `times` (N,) counts the groups that hold each response."""
+def pairs_of_kinds(
+    gram: Array, groups: NDArray[np.intp], kinds: Array, held: Array, same: Array, cross: Array
+) -> tuple[Array, Array]:
+    """`GroupMoments.pairs` (K, K) and `GroupMoments.bend` (K, 2, 2) of K kinds of update.
+
+    Args:
+        gram: (N, N) score Gram.
+        groups: (P, B, n).
+        kinds: (K, P, B, n) coefficients, 0 in groups that do not take part.
+        held: (P, B) 1 for groups that take part, else 0.
+        same: (N, K) delete-one replicates of same.
+        cross: (N, K) likewise.
+    """
     n = gram.shape[0]
-    total = np.bincount(groups.reshape(-1), weights=coefficients.reshape(-1), minlength=n)
-    factor = groups.shape[2] * total / np.maximum(times, 1.0)
-    products = gram * np.outer(factor, factor)
-    means = products.mean(axis=1)
-    products = products - means[:, None] - means[None, :] + means.mean()
-    np.fill_diagonal(products, 0.0)
-    return float(2.0 * (products**2).sum() / (n * (n - 1.0)) ** 2)
+    members = groups.reshape(-1)
+    times = np.bincount(members, weights=np.repeat(held.reshape(-1), groups.shape[2]), minlength=n)
+    factors = groups.shape[2] * np.stack([np.bincount(members, weights=c.reshape(-1), minlength=n) for c in kinds])
+    factors = factors / np.maximum(times, 1.0)
+    kernels = np.empty((len(kinds), n, n))
+    bends = np.empty((len(kinds), 2, 2))
+    for k, z in enumerate(factors):
+        kernels[k] = centred(kernel(gram, z, z)[None])[0]
+        replicates = np.stack([same[:, k], cross[:, k]], axis=1)
+        influence = replicates.mean(axis=0) - replicates
+        bends[k] = 2.0 / (n * (n - 1.0)) * (influence.T @ kernels[k] @ influence)
+    return covariance_of_centred(kernels), bends
 
 
 def silent_share(rewards: Array, group_size: int) -> float:

@@ -47,18 +47,12 @@ def jackknife_variance(replicates: Array) -> Any:
     return (n - 1) / n * (centred**2).sum(axis=0)
 
 
-MOST_SURPLUS = 0.5
-"""At most this share of a jackknife variance is taken out: both are estimates, and too wide is the lesser evil."""
-
-NOISE_TAKEN = 0.75
-"""Share of the permutations' noise that is taken out: with all of it easy settings were covered 92%."""
-
-PAIRS_TAKEN = 0.5
-"""Share of the pairs' part: with all of it intervals were too narrow, because the estimates are skewed by it."""
+LEAST_LEFT = 0.25
+"""At least this share of a jackknife variance is left: its surplus is estimated too."""
 
 
 def without_surplus(variance: Any, noise: Any, pairs: Any = 0.0) -> Any:
-    """Jackknife variance less what is too much in it.
+    """Jackknife variance less what is too much in it; what is left is the sampling variance to within some percent.
 
     Args:
         variance: Of the jackknife.
@@ -67,8 +61,7 @@ def without_surplus(variance: Any, noise: Any, pairs: Any = 0.0) -> Any:
             below it. NaN counts as 0, as for `noise`.
     """
     chance, twice = (np.where(np.isfinite(part), part, 0.0) for part in (noise, pairs))
-    left = variance - NOISE_TAKEN * chance - PAIRS_TAKEN * twice
-    return np.maximum(np.maximum(left, (1.0 - MOST_SURPLUS) * variance), twice)
+    return np.maximum(np.maximum(variance - chance - twice, LEAST_LEFT * variance), twice)
 
 
 def effective_degrees(influence: Array, most: float) -> float:
@@ -94,25 +87,19 @@ def degrees_of_squares(squares: Array, most: float) -> float:
     return float(min(most, max(1.0, 2.0 * total**2 / variance))) if variance > 0 else most
 
 
-def skew_corrected(value: float, influence: Array, error: float, quantile: float) -> tuple[float, float]:
-    """Interval of an asymptotically linear estimate whose influences are skewed (Hall 1992, the cubic transformation).
+LEAST_BEND, MOST_BEND = 0.1, 0.3
+"""The correction is of first order: what else skews is as large below the one, and beyond the other it goes too far."""
 
-    With T = (value - truth) / error and g = sum u^3 / (sum u^2)^(3/2), T + g T^2/3 + g^2 T^3/27 + g/6 is closer to
-    symmetric than T; solved for T at both quantiles. g = 0 gives value -+ quantile * error. The transformation is flat
-    near T = -3/g, where its inverse leaps (to 9.9 errors at g = 0.44 and a quantile of 2.4): on the longer side T is
-    the expansion to first order in g, f - g (2 f^2 + 1)/6 (Johnson 1978).
+
+def bent_quantiles(bend: float, quantile: float) -> tuple[float, float]:
+    """Quantiles (low, high) of (estimate - truth) / error where pairs of responses skew the estimate.
+
+    -+quantile - bend (quantile^2 + 1)/2, the Edgeworth expansion of a studentised U-statistic (Callaert and Veraverbeke
+    1981), bend = sum_ij u_i w_ij u_j / (sum u^2)^(3/2) with influences u and second differences w, `LEAST_BEND` less.
     """
-    size = float(np.linalg.norm(influence))
-    skew = float(((influence / size) ** 3).sum()) if error > 0 and size > 0 else 0.0
-
-    def statistic(f: float) -> float:
-        if abs(skew) < 1e-8:
-            return f
-        whole = 3.0 / skew * (math.cbrt(1.0 + skew * (f - skew / 6.0)) - 1.0)
-        most = abs(f) + abs(skew) * (2.0 * f**2 + 1.0) / 6.0
-        return min(max(whole, -most), most)
-
-    return value - error * statistic(quantile), value - error * statistic(-quantile)
+    size = min(max(abs(bend) - LEAST_BEND, 0.0), MOST_BEND) if math.isfinite(bend) else 0.0
+    shift = math.copysign(size, bend) * (quantile**2 + 1.0) / 2.0
+    return -quantile - shift, quantile - shift
 
 
 def symmetric(value: float, half: float, level: float, method: str, n: int, clusters: int) -> Estimate:

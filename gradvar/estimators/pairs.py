@@ -2,22 +2,19 @@
 
 <E ghat_k, E ghat_l> is estimated by a mean over pairs of different responses of z_ki . z_lj, where z_ki is n (mean
 coefficient of i in kind k) s_i. Its error has a part linear in single responses and one of pairs, which a delete-one
-jackknife counts twice: where updates are mostly noise that is half of its variance and more. Of two kernels h and h',
-both centred and without i = j, the pairs' parts have the covariance
+jackknife counts twice (Efron and Stein 1981): where updates are mostly noise that is half of its variance. Of two
+kernels h and h', both centred and without i = j, the pairs' parts have the covariance
 
     2 / (N (N - 1))^2 sum_(i, j) h_ij h'_ij
 
-Shape letters: N responses, n of a group, B groups, P permutations, K kinds of update.
+Inside a group, for E||ghat||^2, n (n - 1) of the n^2 products are of different responses: (n - 1)/n of the kernel.
+Shape letters: N responses, n of a group, B groups, P permutations, K kinds of update, M kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
-
-from gradvar.estimators.bias import Products
 
 Array = NDArray[np.float64]
 
@@ -30,6 +27,40 @@ def mean_coefficients(groups: NDArray[np.intp], updates: Array, n_responses: int
     return np.asarray(groups.shape[2] * np.stack(sums) / times)
 
 
+def kernel(gram: Array, one: Array, two: Array) -> Array:
+    """Kernel (N, N) of the mean of z_i . w_j over i != j, made symmetric.
+
+    Args:
+        gram: (N, N) score Gram.
+        one: (N,) of `mean_coefficients`.
+        two: (N,) of another kind, or the same.
+    """
+    outer = np.outer(one, two)
+    return np.asarray(gram * (0.5 * (outer + outer.T)))
+
+
+def centred(kernels: Array) -> Array:
+    """(M, N, N) without the parts that single responses explain, 0 for i = j."""
+    means = kernels.mean(axis=-1)
+    whole = means.mean(axis=-1)[..., None, None]
+    made = kernels - (means[..., :, None] + means[..., None, :] - whole)
+    diagonal = np.arange(kernels.shape[-1])
+    made[..., diagonal, diagonal] = 0.0
+    return np.asarray(made)
+
+
+def covariance_of_kernels(kernels: Array) -> Array:
+    """Covariances (M, M) of the pairs' parts of the means over i != j of M symmetric kernels (M, N, N)."""
+    return covariance_of_centred(centred(kernels))
+
+
+def covariance_of_centred(kernels: Array) -> Array:
+    """The same of kernels that are `centred` already."""
+    n = kernels.shape[-1]
+    flat = kernels.reshape(len(kernels), -1)
+    return np.asarray(2.0 / (n * (n - 1.0)) ** 2 * (flat @ flat.T))
+
+
 def pair_covariance(gram: Array, updates: Array, direction: Array) -> Array:
     """Covariances (2 K, 2 K) of the pairs' parts of the K ||E ghat||^2, then of the K <E ghat, E h>.
 
@@ -38,53 +69,5 @@ def pair_covariance(gram: Array, updates: Array, direction: Array) -> Array:
         updates: (K, N) of `mean_coefficients`.
         direction: (N,) the same of the direction h.
     """
-    n, count = gram.shape[0], len(updates)
-    kernels = np.empty((2 * count, n, n))
-    for k, z in enumerate(updates):
-        kernels[k] = gram * np.outer(z, z)
-        crossed = np.outer(z, direction)
-        kernels[count + k] = gram * (0.5 * (crossed + crossed.T))
-    return covariance_of_kernels(kernels)
-
-
-def covariance_of_kernels(kernels: Array) -> Array:
-    """Covariances (M, M) of the pairs' parts of the means over i != j of M symmetric kernels (M, N, N)."""
-    n = kernels.shape[1]
-    means = kernels.mean(axis=2)
-    centred = kernels - (means[:, :, None] + means[:, None, :] - means.mean(axis=1)[:, None, None])
-    centred[:, np.arange(n), np.arange(n)] = 0.0
-    flat = centred.reshape(len(kernels), -1)
-    return np.asarray(2.0 / (n * (n - 1.0)) ** 2 * (flat @ flat.T))
-
-
-def of_log_efficiency(prompts: Sequence[Products], covariances: Array, group_size: int) -> Array:
-    """Covariances (K, K) of the pairs' part of log eta of K updates, from the sum over prompts of `pair_covariance`."""
-    same, _, mixed = _totals(prompts)
-    return _of_parts(covariances, -_share(group_size) / same, 2.0 / mixed)
-
-
-def of_log_rho(prompts: Sequence[Products], covariances: Array, group_size: int) -> Array:
-    """The same of log rho."""
-    same, cross, mixed = _totals(prompts)
-    return _of_parts(covariances, 1.0 / cross - _share(group_size) / same, 0.0 * mixed)
-
-
-def _share(group_size: int) -> float:
-    """E||ghat||^2 holds the pairs inside a group: n (n - 1) of them, where ||E ghat||^2 has n^2."""
-    return (group_size - 1) / group_size
-
-
-def _totals(prompts: Sequence[Products]) -> tuple[Array, Array, Array]:
-    return (
-        np.sum([p.same[0] for p in prompts], axis=0),
-        np.sum([p.cross[0] for p in prompts], axis=0),
-        np.sum([p.mixed[0, :, 0] for p in prompts], axis=0),
-    )
-
-
-def _of_parts(covariances: Array, squares: Array, mixed: Array) -> Array:
-    """By the derivatives to ||E ghat||^2 and to <E ghat, grad J>."""
-    k = len(squares)
-    slopes = np.concatenate([squares, mixed])
-    whole = covariances * np.outer(slopes, slopes)
-    return np.asarray(whole[:k, :k] + whole[:k, k:] + whole[k:, :k] + whole[k:, k:])
+    squares = [kernel(gram, z, z) for z in updates]
+    return covariance_of_kernels(np.stack([*squares, *(kernel(gram, z, direction) for z in updates)]))

@@ -34,7 +34,7 @@ from gradvar.estimators.bias import (
     reward_direction,
 )
 from gradvar.estimators.cv import SILENT, cv_from_rho, pooled_rho, resolution
-from gradvar.estimators.groups import PERMUTATIONS, GroupMoments, draw_groups, group_coefficients, second_order_variance
+from gradvar.estimators.groups import PERMUTATIONS, GroupMoments, draw_groups, group_coefficients, pairs_of_kinds
 from gradvar.estimators.groups import silent_share as share_of_silent
 from gradvar.estimators.inputs import arrange, generator, is_silent
 from gradvar.estimators.intervals import (
@@ -44,7 +44,7 @@ from gradvar.estimators.intervals import (
     check_level,
     t_quantile,
 )
-from gradvar.estimators.ratios import ShortResponses, short_responses
+from gradvar.estimators.tails import LengthTails, length_tails
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
 
 SIZES = (4, 8, 16, 32, 64, 128)
@@ -117,10 +117,17 @@ def planning_table(
                 )
         moments = {n: {name: one[0] for name, one in own.items()} for n, own in drawn[target].items()}
         aimed = {n: {name: one[1] for name, one in own.items()} for n, own in drawn[target].items()}
-        short: dict[str, ShortResponses] = {}
+        tails: dict[str, LengthTails] = {}
         for name, scores in used.items():
             count = len(scores.lengths)
-            short[name] = short_responses(scores.gram, scores.rewards, scores.lengths, found, None, advantage=advantage)
+            tails[name] = length_tails(
+                scores.gram,
+                scores.rewards,
+                scores.lengths,
+                (found, a),
+                advantage=advantage,
+                max_length=scores.max_length,
+            )
             for n in ordered:
                 if n <= count:
                     share = _plain(
@@ -151,9 +158,9 @@ def planning_table(
             for across in (False, True) if label is None else (False,):
                 extra = {"estimand": PROMPTS_LIKE_THESE if across else THESE_PROMPTS}
                 named = {**labels, "prompt_id": label, "extra": extra}
-                shorter = [short[name] for name in names]
-                rows += _rows_of_pool(held, ordered, named, shorter, across=across, level=level, seed=seed)
-                rows += _efficiency_rows(pointed, ordered, named, across=across, level=level, seed=seed)
+                ends = [tails[name] for name in names]
+                rows += _rows_of_pool(held, ordered, named, ends, across=across, level=level, seed=seed)
+                rows += _efficiency_rows(pointed, ordered, named, ends, across=across, level=level, seed=seed)
     return estimate_table(rows)
 
 
@@ -174,10 +181,11 @@ def _products_of_targets(
         groups, scores.rewards, scores.lengths, variant[0], advantage=advantage, alpha=variant[1], max_length=limit
     )
     aim = reward_direction(scores.rewards, groups)[None]
-    times = np.bincount(groups.reshape(-1), minlength=len(scores.lengths)).astype(np.float64)
     made: dict[str, tuple[GroupMoments, Products]] = {}
     for target, gram in grams.items():
         own = products(gram, groups, c[None], aim)
+        everywhere = np.ones(groups.shape[:2])
+        pairs, bends = pairs_of_kinds(gram, groups, c[None], everywhere, own.same[1:], own.cross[1:])
         moments = GroupMoments(
             same=float(own.same[0, 0]),
             cross=float(own.cross[0, 0]),
@@ -185,7 +193,9 @@ def _products_of_targets(
             cross_without=own.cross[1:, 0],
             same_noise=own.noise[0][:, 0],
             cross_noise=own.noise[1][:, 0],
-            second_order=second_order_variance(gram, groups, c, times),
+            kind=0,
+            pairs=pairs,
+            bend=bends[0],
         )
         made[target] = moments, own
     return made
@@ -231,6 +241,7 @@ def _efficiency_rows(
     held: dict[int, list[Products]],
     sizes: Sequence[int],
     labels: dict[str, Any],
+    tails: Sequence[LengthTails],
     *,
     across: bool,
     level: float,
@@ -254,7 +265,8 @@ def _efficiency_rows(
             eta = _not_given(sum(p.responses for p in parts), len(parts), method, level=level, seed=seed)
         else:
             noise = jackknifed(parts, _noise_at(largest / n if far else 1.0), across=across)
-            eta = replace(eta_estimate(parts, noise, 0, level=level, method=method, across=across), seed=seed)
+            eta = eta_estimate(parts, noise, 0, level=level, method=method, across=across, tails=tails)
+            eta = replace(eta, seed=seed)
         verdict = "unresolved" if math.isnan(eta.value) else "extrapolated" if far else "resolved"
         rows.append(TableRow(quantity="eta", estimate=eta, group_size=n, verdict=verdict, **labels))
     return rows
@@ -280,7 +292,7 @@ def _rows_of_pool(
     held: dict[int, list[GroupMoments]],
     sizes: Sequence[int],
     labels: dict[str, Any],
-    short: Sequence[ShortResponses],
+    tails: Sequence[LengthTails],
     *,
     across: bool,
     level: float,
@@ -289,7 +301,7 @@ def _rows_of_pool(
     rows: list[TableRow] = []
     estimated: dict[int, Estimate] = {}
     for n, parts in held.items():
-        rho = replace(pooled_rho(parts, group_size=n, level=level, short=short)[int(across)], seed=seed)
+        rho = replace(pooled_rho(parts, group_size=n, level=level, tails=tails)[int(across)], seed=seed)
         estimated[n], verdict = cv_from_rho(rho), resolution(rho)
         rows += [
             TableRow(quantity=name, estimate=estimate, group_size=n, verdict=verdict, **labels)

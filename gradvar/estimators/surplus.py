@@ -1,7 +1,7 @@
 """What a jackknife of inner products of groups has too much in it.
 
-A delete-one jackknife was 1.1 to 2 times too wide for cosines, eta and ratios (coverage 98 to 100%), for two reasons
-that together explain it: the estimated errors without them are 1.0 to 1.1 times the sampling errors.
+A delete-one jackknife is 1.1 to 2 times too wide for rho, eta, cosines and ratios, for two reasons that together
+explain it: without them the estimated errors are the sampling errors to within some percent.
 
     noise   A response's replicate rests on the P groups that hold it. That these are few adds n sigma^2 / (B P) to the
             variance, sigma^2 that of a group's own value: 7% for a length pressure, 80% for a cosine near 1 (P = 128).
@@ -60,3 +60,36 @@ def jackknife_surplus(
             noise += jackknife_variance(np.asarray(moved))
             pairs += np.einsum("ri,rij,rj->r", g, p.pairs[: len(g)], g)
     return noise, pairs
+
+
+def of_log_efficiency(prompts: Sequence[Products], covariances: Array, group_size: int) -> Array:
+    """Covariances (K, K) of the pairs' part of log eta of K updates, from the sum over prompts of `pair_covariance`."""
+    same, _, mixed = _totals(prompts)
+    return _of_parts(covariances, -_share(group_size) / same, 2.0 / mixed)
+
+
+def of_log_rho(prompts: Sequence[Products], covariances: Array, group_size: int) -> Array:
+    """The same of log rho."""
+    same, cross, mixed = _totals(prompts)
+    return _of_parts(covariances, 1.0 / cross - _share(group_size) / same, 0.0 * mixed)
+
+
+def _share(group_size: int) -> float:
+    """E||ghat||^2 holds the pairs inside a group: n (n - 1) of them, where ||E ghat||^2 has n^2."""
+    return (group_size - 1) / group_size
+
+
+def _totals(prompts: Sequence[Products]) -> tuple[Array, Array, Array]:
+    return (
+        np.sum([p.same[0] for p in prompts], axis=0),
+        np.sum([p.cross[0] for p in prompts], axis=0),
+        np.sum([p.mixed[0, :, 0] for p in prompts], axis=0),
+    )
+
+
+def _of_parts(covariances: Array, squares: Array, mixed: Array) -> Array:
+    """By the derivatives to ||E ghat||^2 and to <E ghat, grad J>."""
+    k = len(squares)
+    slopes = np.concatenate([squares, mixed])
+    whole = covariances * np.outer(slopes, slopes)
+    return np.asarray(whole[:k, :k] + whole[:k, k:] + whole[k:, :k] + whole[k:, k:])

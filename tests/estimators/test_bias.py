@@ -153,6 +153,7 @@ def test_table_rows(table, groups):
         "eta",
         "cosine",
         "scale",
+        "length_product",
         "length_pressure",
         "alpha_star_eta",
         "alpha_star_cv",
@@ -186,6 +187,25 @@ def test_log_probs_give_entropy_pressure(groups):
     both = [only(table, quantity=f"{q}_pressure", prompt_id="p0", rule="grpo")["value"] for q in ("length", "entropy")]
     # H's score is 0.5 L: half the length pressure.
     assert both[1] == pytest.approx(both[0] / 2)
+
+
+def test_nothing_is_said_relative_to_a_gradient_that_is_not_told_from_zero():
+    """grad J = 0: eta, cosine, scale and pressures are unresolved; the raw product keeps its interval."""
+    group = prompts(count=1, n=48, signal=0.0)[0]
+    table = alpha_table([group], seed=1, grid=(0.0, 1.0), permutations=64)
+    rows = table[table["rule"] == "grpo"].set_index("quantity")
+    for quantity in ("eta", "cosine", "scale", "length_pressure"):
+        assert math.isnan(rows.loc[quantity, "value"]), quantity
+        assert "unresolved" in rows.loc[quantity, "method"]
+    assert rows.loc["length_product", "low"] < rows.loc["length_product", "value"] < rows.loc["length_product", "high"]
+    assert rows.loc["length_product", "verdict"] == rows.loc["length_pressure", "verdict"]
+
+
+def test_pressure_is_the_product_over_the_gain(table):
+    raw = only(table, quantity="length_product", prompt_id="p1", rule="dapo")
+    ratio = only(table, quantity="length_pressure", prompt_id="p1", rule="dapo")
+    assert ratio["verdict"] == raw["verdict"]
+    assert math.copysign(1.0, ratio["value"]) == math.copysign(1.0, raw["value"])
 
 
 def test_silent_and_small_prompts_say_why(groups):
@@ -346,7 +366,7 @@ def test_a_scale_curved_in_the_share_of_correct_responses_is_covered():
         scores, rewards, lengths = simulator.draw(64, rng=rng, **law)
         got = parts(scores, rewards, lengths, draw_groups(64, 8, 64, rng=rng), [("dr_grpo", None)])
         made = jackknifed([got], scale)
-        for result in (made, replace(made, missing=None)):
+        for result in (made, replace(made, curved=None)):
             found = estimate_of(result, 0, level=0.95, method="m")
             inside = found.low <= truth <= found.high
             if result is made:

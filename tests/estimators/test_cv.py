@@ -289,7 +289,9 @@ def test_pooled_is_the_ratio_of_sums_and_silent_prompts_count_with_zeros():
     assert math.isnan(few.low)
     assert "below 4 prompts" in few.method
     zero = np.zeros(40)
-    silent = replace(ms[0], same=0.0, cross=0.0, same_without=zero, cross_without=zero, second_order=0.0)
+    silent = replace(
+        ms[0], same=0.0, cross=0.0, same_without=zero, cross_without=zero, bend=np.zeros((2, 2)), pairs=np.zeros((1, 1))
+    )
     assert pooled_rho([*ms, silent], group_size=8, level=0.95)[0].value == pytest.approx(here.value)
     single = pooled_rho(ms[:1], group_size=8, level=0.95)[0]
     alone = rho_estimate(ms[0], group_size=8, level=0.95)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from gradvar.estimators.additive import Sums, of_these_prompts, ratio_of_signals
-from gradvar.estimators.groups import draw_groups
+from gradvar.estimators.groups import draw_groups, moments_of_kinds
 from gradvar.estimators.length_bins import bin_products
 from gradvar.estimators.pairs import covariance_of_kernels, mean_coefficients, pair_covariance
 
@@ -42,6 +42,38 @@ def test_kernels_of_squares_and_directions():
     kernels = [kernel(z[0], z[0]), kernel(z[1], z[1]), kernel(z[0], w), kernel(z[1], w)]
     expected = [[2 * (a * b).sum() / (9 * 8) ** 2 for b in kernels] for a in kernels]
     assert got == pytest.approx(np.array(expected))
+
+
+def test_pairs_and_bend_of_group_moments():
+    rng = np.random.default_rng(5)
+    n, size = 24, 4
+    scores = rng.normal(size=(n, 3))
+    gram, groups = scores @ scores.T, draw_groups(n, size, 40, rng=rng)
+    kinds = rng.normal(size=(2, *groups.shape))
+    one, two = moments_of_kinds(gram, groups, kinds)
+    means = mean_coefficients(groups, kinds, n)
+
+    def kernel(z):
+        h = np.outer(z, z) * gram
+        h = h - h.mean(0) - h.mean(1)[:, None] + h.mean()
+        return h - np.diag(np.diag(h))
+
+    h, g = kernel(means[0]), kernel(means[1])
+    assert one.pairs[0, 0] == pytest.approx(2 * (h * h).sum() / (n * (n - 1)) ** 2)
+    assert two.pairs[1, 1] == pytest.approx(2 * (g * g).sum() / (n * (n - 1)) ** 2)
+    assert one.pairs_of_difference(two, 0.5, 2.0) == pytest.approx(
+        2 * ((0.5 * h - 2.0 * g) ** 2).sum() / (n * (n - 1)) ** 2
+    )
+    # Of kinds that were not measured together nothing is known.
+    assert one.pairs_of_difference(moments_of_kinds(gram, groups, kinds[1:])[0], 0.5, 2.0) == 0.0
+    a, b = -0.3, 1.7
+    u = a * (one.same_without.mean() - one.same_without) + b * (one.cross_without.mean() - one.cross_without)
+    slope = b + a * (size - 1) / size
+    variance, bend = one.combined(a, b, size)
+    assert variance == pytest.approx(slope**2 * one.pairs[0, 0])
+    assert bend == pytest.approx(
+        sum(u[i] * slope * 2 * h[i, j] / (n * (n - 1)) * u[j] for i in range(n) for j in range(n))
+    )
 
 
 def test_between_lengths_error_counts_pairs_once():

@@ -1,0 +1,103 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from gradvar.estimators import find_rule
+from gradvar.estimators.ratios import cv_ratio
+from gradvar.estimators.tails import LengthTails, Tail, angle_tails, length_tails
+from tests.estimators import references
+from tests.estimators.test_ratios import moments
+
+NEITHER = Tail(side=0, power=0.0)
+
+
+def variant(name, alpha=None):
+    return find_rule(name), alpha
+
+
+def test_growth_and_sides():
+    _, scores, rewards, lengths = moments(n=40)
+    gram = references.gram_of(scores)
+    norms = references.advantage(rewards, "grpo") ** 2 * np.array([s @ s for s in scores])
+    growth = np.polyfit(np.log(lengths), np.log(norms), 1)[0]
+
+    def tails(rule, reference=None):
+        return length_tails(gram, rewards, lengths, rule, reference, advantage="grpo", max_length=3000)
+
+    # Over grpo: a short response would lower the ratio, a long one raise it unless the weights fall as fast or faster.
+    expected = {("dapo", None): (-1, 1, 0.0), ("vl_norm", 0.5): (-1, 1, 0.5), ("vl_norm", 2.0): (-1, -1, 1.0)}
+    for (name, alpha), (short, long, falls) in expected.items():
+        found = tails(variant(name, alpha), variant("grpo"))
+        assert (found.short.side, found.long.side) == (short, long)
+        assert found.short.power == pytest.approx(4 + falls / 2 - growth)
+        assert found.long.power == pytest.approx(2 * growth - 2 * falls)
+    assert tails(variant("grpo"), variant("dapo")).short.side == 1
+    assert tails(variant("vl_norm", 1.0), variant("grpo")).long.side == 0
+    # Alone: a longer response can only make the noise larger, a shorter one grpo's.
+    alone = tails(variant("dr_grpo"))
+    assert (alone.short.side, alone.long.side) == (0, 1)
+    assert alone.long.power == pytest.approx(growth)
+    grpo = tails(variant("grpo"))
+    assert (grpo.short.side, grpo.long.side) == (1, 1)
+    assert (grpo.short.power, grpo.long.power) == pytest.approx((2 - growth, growth - 2))
+    turned = angle_tails(gram, rewards, lengths, variant("vl_norm", 2.0), advantage="grpo")
+    assert (turned.short.side, turned.long.side) == (-1, -1)
+    assert turned.short.power == pytest.approx(8 - growth)
+    silent = length_tails(gram, np.ones(40), lengths, variant("dapo"), variant("grpo"), advantage="grpo")
+    assert silent.short.power == 4.0
+    plain = length_tails(gram, np.zeros(40), lengths, variant("grpo"), advantage="score")
+    slope = np.polyfit(np.log(lengths), np.log(np.diagonal(gram)), 1)[0]
+    assert plain.short.power == pytest.approx(2 - slope)
+
+
+def test_unseen_responses_by_their_definition():
+    lengths = np.array([100.0, 110.0, 120.0, 130.0, 140.0, 150.0, 160.0, 170.0, 180.0, 190.0])
+    influence = np.linspace(0.01, 0.1, 10)
+    logs = [math.log(x) for x in lengths]
+    mean = sum(logs) / 10
+    reach = math.sqrt(sum((x - mean) ** 2 for x in logs) / 9) * stats.norm.ppf(1 - 1 / 40)
+
+    def unseen(lengths=lengths, influence=influence, **ends):
+        return LengthTails(**{"lengths": lengths, "short": NEITHER, "long": NEITHER, **ends}).unseen(influence)
+
+    size = math.sqrt(sum(u**2 for u in influence[:8]) / 8)
+    step = sum(logs[:8]) / 8 - (mean - reach)
+    assert unseen(short=Tail(side=-1, power=2.5)) == pytest.approx((size * math.exp(2.5 * step), 0.0))
+    assert unseen(short=Tail(side=1, power=-3.0)) == pytest.approx((0.0, size))
+    size = math.sqrt(sum(u**2 for u in influence[2:]) / 8)
+    step = mean + reach - sum(logs[2:]) / 8
+    long = Tail(side=1, power=1.5)
+    assert unseen(long=long) == pytest.approx((0.0, size * math.exp(1.5 * step)))
+    # No response is longer than the run allows.
+    capped = math.log(195.0) - sum(logs[2:]) / 8
+    assert unseen(long=long, longest=195.0) == pytest.approx((0.0, size * math.exp(1.5 * capped)))
+    assert unseen(long=long, longest=190.0) == (0.0, 0.0)
+    seen = np.concatenate([[5.0], lengths])
+    assert unseen(seen, np.append(influence, 0.1), short=Tail(side=-1, power=2.5)) == (0.0, 0.0)
+    assert unseen(np.full(10, 7.0), short=Tail(side=1, power=1.0), long=long) == (0.0, 0.0)
+    both = unseen(short=Tail(side=1, power=0.0), long=Tail(side=1, power=0.0))
+    one, two = unseen(short=Tail(side=1, power=0.0))[1], unseen(long=Tail(side=1, power=0.0))[1]
+    assert both == pytest.approx((0.0, math.hypot(one, two)))
+
+
+def test_only_the_side_that_an_unseen_response_would_take_is_widened():
+    (a, b), _, _, lengths = moments(seed=3)
+    assert lengths.min() > 20
+    plain = cv_ratio(a, b, group_size=8, level=0.95)
+    below, above = (
+        cv_ratio(
+            a,
+            b,
+            group_size=8,
+            level=0.95,
+            tails=LengthTails(lengths=lengths, short=Tail(side=side, power=4.0), long=NEITHER),
+        )
+        for side in (-1, 1)
+    )
+    assert below.low < plain.low
+    assert below.high == plain.high
+    assert above.low == plain.low
+    assert above.high > plain.high
+    assert below.value == above.value == plain.value
