@@ -255,10 +255,14 @@ def _print_aggregators(cv: pd.DataFrame) -> None:
             "" if rho is None else f"{number(rho['value'])} {interval(rho)}",
             "" if ratio is None else f"{number(ratio['value'])} {interval(ratio)}",
         ]
-        rows.append([*cells, "" if pd.notna(row["value"]) else count(row["n_needed"])] if unresolved else cells)
+        needed = at_least(count(row["n_needed"]), row.get("n_needed_at_least"))
+        rows.append([*cells, "" if pd.notna(row["value"]) else needed] if unresolved else cells)
     first = values.iloc[0]
     columns = ["aggregator", "CV", "interval", "rho = 1/(1+CV²)", "CV over grpo's"]
-    open_ended = " > : unresolved (rho's interval reaches 0), lower bound, and the responses a prompt that would do."
+    open_ended = (
+        " > : unresolved (rho's interval reaches 0), lower bound, and the responses a prompt that would do; ≥ : at "
+        "least, where rho is not above 0 or has no interval."
+    )
     console.table(
         f"Total CV of each aggregator's update: {target_label(last)}, group of {first['group_size']}, "
         f"{first['advantage']} advantages, {first['clusters']} prompts",
@@ -294,6 +298,11 @@ def _print_prompts(cv: pd.DataFrame) -> None:
         "(> : unresolved, lower bound)"
     )
     console.table(title, ["prompt", *columns, ""], shown)
+
+
+def at_least(needed: str, only: Any) -> str:
+    """Return a number of responses, marked where it is a lower bound only."""
+    return f"≥ {needed}" if only is not None and bool(only) and needed[:1].isdigit() else needed
 
 
 def one_row(table: pd.DataFrame, **labels: Any) -> Any:

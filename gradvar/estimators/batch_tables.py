@@ -8,7 +8,8 @@ Quantities, for every target, rule, scope and number of prompts B of a batch (co
     scope_ratio          CV weighted over the whole batch over CV weighted inside prompt groups
     cv_ratio             CV over the reference rule's at the same scope
 Scope is "batch", "prompt group", or "either" where the rule's weights differ by a constant only. Further columns:
-    prompts_needed       prompts that would resolve the CV
+    prompts_needed       prompts that would resolve the CV; a lower bound only where prompts_needed_at_least is true, as
+                         rho is not positive
     sketch_error         standard error of the value that the sketch makes; it is inside the interval; 0 where exact
     products             "exact" or "sketch of d"
     extrapolated         whether B exceeds K / 3, so that no batches of that size were formed
@@ -54,7 +55,7 @@ from gradvar.estimators.batches import (
     scoped_parts,
 )
 from gradvar.estimators.cross_products import CrossProducts
-from gradvar.estimators.cv import SILENT, UNRESOLVED, cv_from_rho, n_to_resolve, resolution
+from gradvar.estimators.cv import SILENT, UNRESOLVED, Needed, cv_from_rho, n_to_resolve, resolution
 from gradvar.estimators.groups import draw_groups, group_coefficients
 from gradvar.estimators.inputs import generator
 from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
@@ -330,7 +331,7 @@ class _Adder:
         sketch: float,
         *,
         verdict: str | None = None,
-        needed: float = math.nan,
+        needed: Needed | None = None,
         estimand: str = PROMPTS_LIKE_THESE,
     ) -> TableRow:
         rule, alpha = self.variant
@@ -347,7 +348,8 @@ class _Adder:
             extra={
                 "batch_prompts": self.size,
                 "estimand": estimand,
-                "prompts_needed": needed,
+                "prompts_needed": math.nan if needed is None else needed.n,
+                "prompts_needed_at_least": needed is not None and needed.at_least,
                 "sketch_error": sketch,
                 "products": self.study.source,
                 "extrapolated": self.extrapolated,
@@ -356,8 +358,8 @@ class _Adder:
         )
 
 
-def _needed(rho: Estimate, size: int) -> float:
+def _needed(rho: Estimate, size: int) -> Needed:
     """Prompts at which rho's lower end would leave 0."""
     if math.isnan(rho.value) or math.isnan(rho.low):
-        return math.nan
+        return Needed(math.nan, at_least=False)
     return n_to_resolve(replace(rho, n=rho.clusters, clusters=1), size)

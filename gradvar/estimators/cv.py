@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -256,24 +256,37 @@ def resolution(rho: Estimate) -> str:
     return RESOLVED if rho.low > 0.0 else UNRESOLVED
 
 
-def n_to_resolve(rho: Estimate, group_size: int) -> float:
+class Needed(NamedTuple):
+    """Responses (or prompts) that would settle a verdict."""
+
+    n: float
+    at_least: bool
+    """Whether `n` is a lower bound only: nothing says how many more it takes."""
+
+
+def n_to_resolve(rho: Estimate, group_size: int) -> Needed:
     """Responses (a prompt) at which rho's lower end would leave 0: N (half-width / distance)^2 on its own scale.
 
-    The N used where it is resolved; 3 group_size where there were too few for an interval; where rho is not positive
-    the most favourable value of its interval stands in, so the answer is "at least"; inf where that fails too.
+    The N used where it is resolved, otherwise always more than it. A lower bound only (`at_least`) where rho is not
+    positive: there is no distance to scale by, and the upper end of its interval, the most favourable value that the
+    data allow, stands in. inf where not even that is positive. Without an interval, what gives one: 3 group_size.
     """
     per_prompt = rho.n / max(rho.clusters, 1)
+    more = math.floor(per_prompt) + 1.0
     if math.isnan(rho.value):
-        return math.inf
+        return Needed(math.inf, at_least=False)
     if math.isnan(rho.low):
-        return float(3 * group_size)
+        return Needed(max(3.0 * group_size, more), at_least=True)
     if rho.low > 0.0:
-        return float(math.ceil(per_prompt))
-    hopeful = rho.value if rho.value > 0 else rho.high
-    if not 0.0 < hopeful < 1.0:
-        return math.inf
+        return Needed(float(math.ceil(per_prompt)), at_least=False)
+    hopeful = rho.value if rho.value > 0.0 else rho.high
+    if hopeful <= 0.0:
+        return Needed(math.inf, at_least=False)
+    if hopeful >= 1.0 or rho.value >= 1.0:
+        return Needed(more, at_least=True)
     half = math.log1p(-rho.low) - math.log1p(-rho.value)
-    return float(math.ceil(per_prompt * (half / math.log1p(-hopeful)) ** 2))
+    times = (half / math.log1p(-hopeful)) ** 2
+    return Needed(max(float(math.ceil(per_prompt * times)), more), at_least=rho.value <= 0.0)
 
 
 def pooled_rho(

@@ -50,6 +50,7 @@ class CvStudy:
         variant: tuple[Rule, float | None] | None = None,
         verdict: str | None = None,
         n_needed: float = math.nan,
+        at_least: bool = False,
         estimand: str = THESE_PROMPTS,
         paper: str | None = None,
         holds: str | None = None,
@@ -74,6 +75,7 @@ class CvStudy:
             verdict=verdict,
             extra={
                 "n_needed": n_needed,
+                "n_needed_at_least": at_least,
                 "left_out": sum(self.left_out[name] for name in prompts),
                 "silent": sum(name in self.silent for name in prompts),
                 "estimand": estimand,
@@ -116,7 +118,8 @@ def rho_and_cv_rows(
             pooled=pooled,
             variant=variant,
             verdict=verdict,
-            n_needed=needed,
+            n_needed=needed.n,
+            at_least=needed.at_least,
             estimand=estimand,
         )
         for quantity, estimate in (("rho", rho), ("cv", cv_from_rho(rho)))

@@ -1,7 +1,8 @@
 """The total CV of every rule, prompt and target, and over prompts.
 
 Rows that cannot be estimated are there once, with NaN and a verdict that says why; columns beside the common ones:
-    n_needed    responses that would settle the verdict
+    n_needed    responses that would settle the verdict; a lower bound only where n_needed_at_least is true: rho is not
+                positive, or there are too few responses for an interval
     left_out    responses left out of this row because they are unverified
     silent      prompts of this row whose rewards are all equal
     estimand    "these prompts" or, for pooled rows that come twice, "prompts like these"
@@ -181,7 +182,7 @@ def _rows_of_target(
             method = f"fewer than {2 * study.group_size} verified responses: two disjoint groups are needed"
             estimate = study.plain(math.nan, method, name)
             needed = float(3 * study.group_size)
-            rows.append(study.row("cv", estimate, [name], verdict=UNRESOLVED, n_needed=needed))
+            rows.append(study.row("cv", estimate, [name], verdict=UNRESOLVED, n_needed=needed, at_least=True))
             continue
         spoken.append(name)
         if name in study.silent:

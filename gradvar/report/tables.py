@@ -103,11 +103,16 @@ def verdict_cell(row: Any) -> Cell:
         return cell("")
     needed = row.get("n_needed")
     open_ = tone(verdict) == "open" and needed is not None and pd.notna(needed)
-    return cell(f"{verdict} (N {_count(needed)} would tell)" if open_ else verdict, tone(verdict))
+    only = row.get("n_needed_at_least")
+    least = "at least " if only is not None and bool(only) and needed <= _MOST else ""
+    return cell(f"{verdict} ({least}N {_count(needed)} would tell)" if open_ else verdict, tone(verdict))
+
+
+_MOST = 100_000
 
 
 def _count(needed: Any) -> str:
-    return "> 100000" if needed > 100_000 else f"{needed:.0f}"
+    return f"> {_MOST}" if needed > _MOST else f"{needed:.0f}"
 
 
 QUANTITIES = {
