@@ -96,7 +96,8 @@ def _print_differences(table: pd.DataFrame, name: str, reference: str) -> None:
         ["quantity", "difference", "interval", "verdict", "prompts", "prompts like these"],
         rows,
         caption="Over the shared prompts that have an estimate in both runs, other than above: a prompt whose rewards "
-        "are all equal\nin one of them, or with too few responses there, is left out of both.",
+        "are all equal in "
+        "one of them, or with too few responses there, is left out of both.",
     )
 
 

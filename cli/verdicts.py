@@ -123,8 +123,11 @@ def _print_identity(identity: pd.DataFrame) -> None:
         row = signals[signals["target"] == last_target(signals)].iloc[0]
         p_values = rows[(rows["quantity"] == "identity_p_value") & rows["target"].isin(signals["target"])]
         worst = p_values.sort_values("value").iloc[0]
+        known = pd.notna(row["value"])
         console.result.print(
-            f"[bold]Rollouts come from this policy (E s = 0):[/bold] {verdict(row['verdict'])}, ||E s||² is "
+            f"[bold]Rollouts come from this policy (E s = 0):[/bold] {verdict(row['verdict'])}"
+            if not known
+            else f"[bold]Rollouts come from this policy (E s = 0):[/bold] {verdict(row['verdict'])}, ||E s||² is "
             f"{number(row['value'])} {interval(row)} of the noise in a group of {row['group_size']}; smallest p "
             f"{number(worst['value'])} ({target_label(str(worst['target']))})"
         )
@@ -240,7 +243,7 @@ def _print_aggregators(cv: pd.DataFrame) -> None:
     overall = overall_rows(cv[(cv["target"] == last) & cv["rule"].notna()])
     values = overall[overall["quantity"] == "cv"]
     if values.empty:
-        console.result.print("[yellow]No aggregator can be compared: every reward is equal within its prompt.[/yellow]")
+        console.result.print(f"No aggregator can be compared: {_reasons(cv)}.", style="yellow", markup=False)
         return
     rows = []
     unresolved = bool(values["value"].isna().any())
@@ -272,6 +275,11 @@ def _print_aggregators(cv: pd.DataFrame) -> None:
         "again.\nRatios are paired; grpo's side is widened for shorter responses than the sample holds."
         + (open_ended if unresolved else ""),
     )
+
+
+def _reasons(table: pd.DataFrame) -> str:
+    """Return why prompts have no estimate, each reason once."""
+    return "; ".join(dict.fromkeys(table[table["rule"].isna()]["verdict"].dropna().astype(str)))
 
 
 def _print_prompts(cv: pd.DataFrame) -> None:

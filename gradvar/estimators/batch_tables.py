@@ -2,7 +2,8 @@
 
 Quantities, for every target, rule, scope and number of prompts B of a batch (column batch_prompts):
     rho, cv              of the whole update, estimand "prompts like these"; around its mean on the batch's own prompts,
-                         estimand "these prompts"; verdict "resolved", "unresolved" or "silent: all rewards equal"
+                         estimand "these prompts"; verdict "resolved", "unresolved", "silent: all rewards equal"
+                         or "no gradient: all are 0"
     between_share        part of the variance that lies between prompts
     intra_variance, between_variance, squared_signal    in the rule's own units
     scope_ratio          CV weighted over the whole batch over CV weighted inside prompt groups
@@ -55,9 +56,9 @@ from gradvar.estimators.batches import (
     scoped_parts,
 )
 from gradvar.estimators.cross_products import CrossProducts
-from gradvar.estimators.cv import SILENT, UNRESOLVED, Needed, cv_from_rho, n_to_resolve, resolution
+from gradvar.estimators.cv import NO_GRADIENT, SILENT, UNRESOLVED, Needed, cv_from_rho, n_to_resolve, resolution
 from gradvar.estimators.groups import draw_groups, group_coefficients
-from gradvar.estimators.inputs import generator
+from gradvar.estimators.inputs import generator, has_gradient
 from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
 
@@ -99,6 +100,11 @@ class _Study:
             clusters=len(self.prompts),
             seed=self.seed,
         )
+
+    @property
+    def nothing(self) -> str:
+        """The verdict where every update is 0."""
+        return SILENT if any(has_gradient(p) for p in self.prompts) else NO_GRADIENT
 
     def coefficients(self, rule: Rule, alpha: float | None) -> dict[str, Array]:
         """Return (P, M, n) coefficients by prompt, weights inside the group."""
@@ -276,7 +282,8 @@ def _rows(
     for (scope, size), (moments, extrapolated) in batches.items():
         add = _Adder(study=study, variant=variant, scope=scope, size=size, extrapolated=extrapolated)
         if not moments.power.mean() > 0.0:
-            rows.append(add.row("cv", replace(study.none(), method=f"{METHOD}; {SILENT}"), 0.0, verdict=SILENT))
+            none = replace(study.none(), method=f"{METHOD}; {study.nothing}")
+            rows.append(add.row("cv", none, 0.0, verdict=study.nothing))
             continue
         for estimand, statistic in ((PROMPTS_LIKE_THESE, total_rho), (THESE_PROMPTS, given_rho)):
             found = spread(statistic, moments)

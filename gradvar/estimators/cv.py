@@ -51,6 +51,7 @@ Array = NDArray[np.float64]
 RESOLVED = "resolved"
 UNRESOLVED = "unresolved"
 SILENT = "silent: all rewards equal"
+NO_GRADIENT = "no gradient: all are 0"
 
 _JACKKNIFE = "permutation groups, delete-one jackknife of log(1 - rho), t with skewness correction"
 
@@ -169,7 +170,7 @@ def rho_estimate(
         value=math.nan, low=math.nan, high=math.nan, level=level, method=_JACKKNIFE, n=n, clusters=1, seed=None
     )
     if not moments.same > 0.0:
-        return replace(none, method=f"{_JACKKNIFE}; {SILENT}")
+        return replace(none, method=f"{_JACKKNIFE}; {NO_GRADIENT}")
     value = moments.cross / moments.same
     if math.isnan(value):
         return replace(none, method=f"{_JACKKNIFE}; no two groups with differing rewards in a permutation")
@@ -250,9 +251,10 @@ def cv_from_rho(rho: Estimate) -> Estimate:
 
 
 def resolution(rho: Estimate) -> str:
-    """Return "resolved" where rho's interval lies above 0, else "unresolved", or that the prompt is silent."""
-    if math.isnan(rho.value) and SILENT in rho.method:
-        return SILENT
+    """Return "resolved" where rho's interval lies above 0, else "unresolved", or that there is no update at all."""
+    for nothing in (SILENT, NO_GRADIENT):
+        if math.isnan(rho.value) and nothing in rho.method:
+            return nothing
     return RESOLVED if rho.low > 0.0 else UNRESOLVED
 
 
@@ -319,7 +321,8 @@ def pooled_rho(
     )
     across = replace(none, method=f"permutation groups, delete-one-prompt jackknife, t; {PROMPTS_LIKE_THESE}")
     if same <= 0.0:
-        return replace(none, method=f"{none.method}; {SILENT}"), replace(across, method=f"{across.method}; {SILENT}")
+        note = f"; {NO_GRADIENT}"
+        return replace(none, method=none.method + note), replace(across, method=across.method + note)
     value = cross / same
     replicates = []
     for m in prompts:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from gradvar.estimators.aggregation import Rule
 from gradvar.estimators.cv import (
+    SILENT,
     UNRESOLVED,
     cv_from_rho,
     n_to_resolve,
@@ -29,7 +30,8 @@ class CvStudy:
     target: str
     prompts: dict[str, PromptScores]
     left_out: dict[str, int]
-    silent: set[str]
+    nothing: dict[str, str]
+    """Prompts without any update, with the verdict that says why."""
     moments: Mapping[MomentsKey, GroupMoments]
     """Of the prompts that hold two groups."""
     conditional: bool
@@ -77,7 +79,7 @@ class CvStudy:
                 "n_needed": n_needed,
                 "n_needed_at_least": at_least,
                 "left_out": sum(self.left_out[name] for name in prompts),
-                "silent": sum(name in self.silent for name in prompts),
+                "silent": sum(self.nothing.get(name) == SILENT for name in prompts),
                 "estimand": estimand,
                 "paper": paper,
                 "holds": holds,

@@ -20,7 +20,6 @@ from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import check_advantage
 from gradvar.estimators.aggregation import Rule, expand_rules
 from gradvar.estimators.cv import (
-    SILENT,
     UNRESOLVED,
     pooled_rho,
     rho_estimate,
@@ -35,7 +34,7 @@ from gradvar.estimators.groups import (
     moments_of_kinds,
     silent_share,
 )
-from gradvar.estimators.inputs import arrange, generator, is_silent
+from gradvar.estimators.inputs import arrange, generator, why_nothing
 from gradvar.estimators.intervals import PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
 from gradvar.estimators.ratios import ShortResponses, cv_ratio, cv_ratio_across, pooled_cv_ratio, short_responses
 from gradvar.runs.records import PromptScores, TableRow, estimate_table
@@ -69,8 +68,9 @@ def cv_table(
                         order asks of the ratio ("at least 1", "at most 1", "equal", "nothing") and `holds` whether it
                         does ("holds", "violated", "undetermined", "not claimed")
         "silent_share"  share of groups of this size whose rewards are all equal
-    A prompt whose rewards are all equal, or with fewer than two groups of verified responses, gets one "cv" row
-    without rule that says so. Silent prompts count in the pooled rows with their zeros; too small ones do not.
+    A prompt whose rewards are all equal, whose gradients are all 0 ("no gradient"), or with fewer than two groups of
+    verified responses, gets one "cv" row without rule that says so. The first two count in the pooled rows with their
+    zeros; too small ones do not.
 
     Args:
         groups: Prompts by targets; several targets get their sum as well.
@@ -109,7 +109,6 @@ def cv_table(
         )
     left_out = {name: len(everyone[name].lengths) - len(s.lengths) for name, s in usable.items()}
     conditional = dynamic_sampling and advantage != "score"
-    silent = {name for name, s in everyone.items() if advantage not in ("score", "raw") and is_silent(s)}
     studied = list(dict.fromkeys([*variants, *references]))
     moments: dict[str, dict[MomentsKey, GroupMoments]] = {target: {} for target in targets}
     for name, scores in usable.items():
@@ -145,7 +144,7 @@ def cv_table(
                 target=target,
                 prompts={n: s if advantage == "score" else s.verified() for n, s in prompts.items()},
                 left_out={n: left_out[n] for n in prompts},
-                silent=silent & set(prompts),
+                nothing={n: why for n, s in prompts.items() if (why := why_nothing(s, advantage)) is not None},
                 moments=moments[target],
                 conditional=conditional,
                 extras=", ".join(
@@ -185,10 +184,11 @@ def _rows_of_target(
             rows.append(study.row("cv", estimate, [name], verdict=UNRESOLVED, n_needed=needed, at_least=True))
             continue
         spoken.append(name)
-        if name in study.silent:
-            estimate = study.plain(math.nan, f"not estimated; {SILENT}", name)
-            rows.append(study.row("cv", estimate, [name], verdict=SILENT, n_needed=math.inf))
-    loud = [name for name in spoken if name not in study.silent]
+        if name in study.nothing:
+            why = study.nothing[name]
+            estimate = study.plain(math.nan, f"not estimated; {why}", name)
+            rows.append(study.row("cv", estimate, [name], verdict=why, n_needed=math.inf))
+    loud = [name for name in spoken if name not in study.nothing]
     if study.conditional:
         spoken = loud
     references = [

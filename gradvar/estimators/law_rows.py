@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradvar.errors import GradvarError
+from gradvar.estimators.cv import SILENT
 from gradvar.estimators.intervals import (
     PROMPTS_LIKE_THESE,
     THESE_PROMPTS,
@@ -34,7 +35,8 @@ class LawWriter:
 
     target: str
     advantage: str
-    silent: set[str]
+    nothing: dict[str, str]
+    """Prompts whose every gradient is 0, with the verdict that says why."""
     margin: float
     level: float
     seed: int
@@ -65,7 +67,7 @@ class LawWriter:
             extra={
                 "n_needed": n_needed,
                 "left_out": left_out,
-                "silent": sum(name in self.silent for name in prompts),
+                "silent": sum(self.nothing.get(name) == SILENT for name in prompts),
                 "reference_length": reference_length,
                 "estimand": estimand,
             },

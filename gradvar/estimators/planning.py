@@ -33,10 +33,10 @@ from gradvar.estimators.bias import (
     products,
     reward_direction,
 )
-from gradvar.estimators.cv import SILENT, cv_from_rho, pooled_rho, resolution
+from gradvar.estimators.cv import UNRESOLVED, cv_from_rho, pooled_rho, resolution
 from gradvar.estimators.groups import PERMUTATIONS, GroupMoments, draw_groups, group_coefficients, second_order_variance
 from gradvar.estimators.groups import silent_share as share_of_silent
-from gradvar.estimators.inputs import arrange, generator, is_silent
+from gradvar.estimators.inputs import arrange, generator, has_gradient, is_silent, why_nothing
 from gradvar.estimators.intervals import (
     MINIMUM_PROMPTS,
     PROMPTS_LIKE_THESE,
@@ -99,7 +99,11 @@ def planning_table(
     loud = {name: s.verified() for own in targets.values() for name, s in own.items() if not is_silent(s)}
     drawn: Drawn = {target: {n: {} for n in ordered} for target in targets}
     for name, scores in loud.items():
-        grams = {target: own[name].verified().gram for target, own in targets.items() if name in own}
+        grams = {
+            target: own[name].verified().gram
+            for target, own in targets.items()
+            if name in own and has_gradient(own[name])
+        }
         for n in ordered:
             if 3 * n <= len(scores.lengths):
                 chosen = draw_groups(len(scores.lengths), n, permutations, rng=generator(seed, name, "groups"))
@@ -107,13 +111,14 @@ def planning_table(
                     drawn[target][n][name] = one
     for target, prompts in targets.items():
         labels: dict[str, Any] = {"target": target, "rule": found.name, "alpha": a, "advantage": advantage}
-        used = {name: s.verified() for name, s in prompts.items() if not is_silent(s)}
+        nothing = {name: why for name, s in prompts.items() if (why := why_nothing(s, "grpo")) is not None}
+        used = {name: s.verified() for name, s in prompts.items() if name not in nothing}
         for name, scores in prompts.items():
             if name not in used:
-                none = _plain(math.nan, level, f"not estimated; {SILENT}", len(scores.verified().lengths), seed)
+                none = _plain(math.nan, level, f"not estimated; {nothing[name]}", len(scores.verified().lengths), seed)
                 told = {"estimand": THESE_PROMPTS}
                 rows.append(
-                    TableRow(quantity="cv", estimate=none, prompt_id=name, verdict=SILENT, **labels, extra=told)
+                    TableRow(quantity="cv", estimate=none, prompt_id=name, verdict=nothing[name], **labels, extra=told)
                 )
         moments = {n: {name: one[0] for name, one in own.items()} for n, own in drawn[target].items()}
         aimed = {n: {name: one[1] for name, one in own.items()} for n, own in drawn[target].items()}
@@ -301,10 +306,14 @@ def _rows_of_pool(
     for n in sizes:
         if n > largest:
             far = _scaled(estimated[largest], math.sqrt(largest / n), f"extrapolated from n = {largest}, CV^2 as 1/n")
-            rows.append(TableRow(quantity="cv", estimate=far, group_size=n, verdict="extrapolated", **labels))
+            rows.append(TableRow(quantity="cv", estimate=far, group_size=n, verdict=_extrapolated(far), **labels))
     size, needed, verdict = responses_for_cv_1(estimated)
     rows.append(TableRow(quantity="responses_for_cv_1", estimate=needed, group_size=size, verdict=verdict, **labels))
     return rows
+
+
+def _extrapolated(cv: Estimate) -> str:
+    return UNRESOLVED if math.isnan(cv.value) else "extrapolated"
 
 
 def responses_for_cv_1(estimated: Mapping[int, Estimate]) -> tuple[int, Estimate, str]:
