@@ -52,7 +52,7 @@ def show_cv(run: Run, *, extras: bool = False, as_json: bool) -> None:
     _print_aggregators(table)
     _print_prompts(table)
     if extras:
-        print_extras(run.table("extras"))
+        print_extras(run)
     batching.print_batches(run)
     console.result.print(f"every number: {run.path / 'tables' / 'cv.parquet'}", markup=False, soft_wrap=True)
 

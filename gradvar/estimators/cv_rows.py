@@ -34,9 +34,6 @@ class CvStudy:
     """Prompts without any update, with the verdict that says why."""
     moments: Mapping[MomentsKey, GroupMoments]
     """Of the prompts that hold two groups."""
-    conditional: bool
-    """Whether silent groups, hence silent prompts, are left out (dynamic sampling)."""
-    extras: str
     advantage: str
     group_size: int
     level: float
@@ -62,11 +59,7 @@ class CvStudy:
         rule, alpha = variant if variant is not None else (None, None)
         return TableRow(
             quantity=quantity,
-            estimate=replace(
-                estimate,
-                seed=self.seed,
-                method=f"{estimate.method}; with {self.extras}" if self.extras else estimate.method,
-            ),
+            estimate=replace(estimate, seed=self.seed),
             target=self.target,
             prompt_id=None if pooled else prompts[0],
             rule=None if rule is None else rule.name,

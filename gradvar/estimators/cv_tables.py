@@ -30,7 +30,6 @@ from gradvar.estimators.groups import (
     GroupMoments,
     draw_groups,
     group_coefficients,
-    loud_groups,
     moments_of_kinds,
     silent_share,
 )
@@ -54,8 +53,6 @@ def cv_table(
     further_references: Sequence[str] = (),
     level: float = 0.95,
     permutations: int = PERMUTATIONS,
-    overlong_filtering: bool = False,
-    dynamic_sampling: bool = False,
     seed: int,
 ) -> pd.DataFrame:
     """Total CV of the aggregation rules, per prompt and pooled, with paired ratios against a reference rule.
@@ -82,9 +79,6 @@ def cv_table(
         further_references: Further rules likewise.
         level: Nominal coverage.
         permutations: Random permutations a prompt.
-        overlong_filtering: Take truncated responses out of the loss, as DAPO does; their reward stays in the baseline.
-        dynamic_sampling: Estimate given that a group's rewards differ, as DAPO's resampling makes them; pooled rows
-            then leave silent prompts out.
         seed: Of the permutations; each prompt's are its own.
 
     Returns:
@@ -108,7 +102,6 @@ def cv_table(
             f"groups), the most any prompt has is {largest}: sample more, or ask for a smaller group"
         )
     left_out = {name: len(everyone[name].lengths) - len(s.lengths) for name, s in usable.items()}
-    conditional = dynamic_sampling and advantage != "score"
     studied = list(dict.fromkeys([*variants, *references]))
     moments: dict[str, dict[MomentsKey, GroupMoments]] = {target: {} for target in targets}
     for name, scores in usable.items():
@@ -126,16 +119,14 @@ def cv_table(
                 advantage=advantage,
                 alpha=alpha,
                 max_length=limit,
-                masked=scores.truncated if overlong_filtering else None,
             )
             for rule, alpha in studied
         ]
-        kept = loud_groups(drawn, scores.rewards) if conditional else None
         # All targets of a prompt at once, so that only one prompt's groups are held at a time.
         for target, prompts in targets.items():
             if name in prompts:
                 gram = prompts[name].gram if advantage == "score" else prompts[name].verified().gram
-                found = moments_of_kinds(gram, drawn, np.stack(coefficients), kept)
+                found = moments_of_kinds(gram, drawn, np.stack(coefficients))
                 for (rule, alpha), own in zip(studied, found, strict=True):
                     moments[target][name, rule.name, alpha] = own
     for target, prompts in targets.items():
@@ -146,15 +137,6 @@ def cv_table(
                 left_out={n: left_out[n] for n in prompts},
                 nothing={n: why for n, s in prompts.items() if (why := why_nothing(s, advantage)) is not None},
                 moments=moments[target],
-                conditional=conditional,
-                extras=", ".join(
-                    word
-                    for word, on in (
-                        ("overlong filtering", overlong_filtering),
-                        ("dynamic sampling", dynamic_sampling),
-                    )
-                    if on
-                ),
                 advantage=advantage,
                 group_size=group_size,
                 level=level,
@@ -189,8 +171,6 @@ def _rows_of_target(
             estimate = study.plain(math.nan, f"not estimated; {why}", name)
             rows.append(study.row("cv", estimate, [name], verdict=why, n_needed=math.inf))
     loud = [name for name in spoken if name not in study.nothing]
-    if study.conditional:
-        spoken = loud
     references = [
         (compared, [study.moments[name, compared[0].name, compared[1]] for name in spoken])
         for compared in compared_with
