@@ -55,6 +55,8 @@ PUNISHMENT = "soft overlong punishment"
 SAMPLING = "dynamic sampling"
 ORDER = (FILTERING, PUNISHMENT, NONE, SAMPLING)
 """Of a prompt's kinds of update."""
+ROUNDING = 1e-9
+"""What may be left of a difference between equal directions."""
 BUFFER_SHARE = 0.2
 """DAPO's punishment interval over its maximum length: 4096 of 20480 tokens."""
 
@@ -261,6 +263,8 @@ def _rows_of_direction(pool: Sequence[_Prompt], extras: Sequence[str], level: fl
         rows.append(_row("cosine", angle, extra, None))
         if extra != NONE:
             turned = estimate_of(change, k, level=level, method=f"paired difference; {method}")
+            if max(abs(turned.low), abs(turned.high)) < ROUNDING:
+                turned = replace(turned, value=0.0, low=0.0, high=0.0)
             rows.append(_row("cosine_difference", turned, extra, _side(turned, 0.0)))
     return rows
 
