@@ -49,7 +49,6 @@ from gradvar.estimators.batches import (
     BatchMoments,
     ScopedParts,
     depends_on_scope,
-    formed_moments,
     group_scales,
     mean_weights,
     prompt_parts,
@@ -57,6 +56,7 @@ from gradvar.estimators.batches import (
 )
 from gradvar.estimators.cross_products import CrossProducts
 from gradvar.estimators.cv import NO_GRADIENT, SILENT, UNRESOLVED, Needed, cv_from_rho, n_to_resolve, resolution
+from gradvar.estimators.formed_batches import formed_moments
 from gradvar.estimators.groups import draw_groups, group_coefficients
 from gradvar.estimators.inputs import generator, has_gradient
 from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level

@@ -17,13 +17,13 @@ from gradvar.estimators.batch_estimates import spread, total_rho
 from gradvar.estimators.batch_tables import batch_table
 from gradvar.estimators.batches import (
     depends_on_scope,
-    formed_moments,
     group_scales,
     mean_weights,
     prompt_parts,
     scoped_parts,
 )
 from gradvar.estimators.cross_products import SummedProducts, sketch_error
+from gradvar.estimators.formed_batches import formed_moments
 from gradvar.estimators.groups import draw_groups, group_coefficients
 from tests.estimators.population import Population, exact_products, prompt_scores, signed_sketch
 
