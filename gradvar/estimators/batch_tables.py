@@ -1,13 +1,15 @@
 """The table `batches`: the update of a batch of prompts, rule by rule and scope by scope.
 
 Quantities, for every target, rule, scope and number of prompts B of a batch (column batch_prompts):
-    rho, cv              of the whole update, estimand "prompts like these"; around its mean on the batch's own prompts,
-                         estimand "these prompts"; verdict "resolved", "unresolved", "silent: all rewards equal"
-                         or "no gradient: all are 0"
+    rho, cv              of the whole update, prompts and responses drawn again; verdict "resolved", "unresolved",
+                         "silent: all rewards equal" or "no gradient: all are 0"
+    rho_given_prompts, cv_given_prompts    of the update around its mean on the batch's own prompts, responses alone
+                         drawn again: the mean over batches of such prompts
     between_share        part of the variance that lies between prompts
     intra_variance, between_variance, squared_signal    in the rule's own units
     scope_ratio          CV weighted over the whole batch over CV weighted inside prompt groups
     cv_ratio             CV over the reference rule's at the same scope
+Every interval is a delete-one-prompt jackknife, so the estimand of every row is "prompts like these".
 Scope is "batch", "prompt group", or "either" where the rule's weights differ by a constant only. Further columns:
     prompts_needed       prompts that would resolve the CV; a lower bound only where prompts_needed_at_least is true, as
                          rho is not positive
@@ -59,7 +61,7 @@ from gradvar.estimators.cv import NO_GRADIENT, SILENT, UNRESOLVED, Needed, cv_fr
 from gradvar.estimators.formed_batches import formed_moments
 from gradvar.estimators.groups import draw_groups, group_coefficients
 from gradvar.estimators.inputs import generator, has_gradient
-from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
+from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, check_level
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
 
 Array = NDArray[np.float64]
@@ -285,12 +287,12 @@ def _rows(
             none = replace(study.none(), method=f"{METHOD}; {study.nothing}")
             rows.append(add.row("cv", none, 0.0, verdict=study.nothing))
             continue
-        for estimand, statistic in ((PROMPTS_LIKE_THESE, total_rho), (THESE_PROMPTS, given_rho)):
+        for suffix, statistic in (("", total_rho), ("_given_prompts", given_rho)):
             found = spread(statistic, moments)
             rho = rho_interval(found, add.none())
-            about: dict[str, Any] = {"verdict": resolution(rho), "needed": _needed(rho, size), "estimand": estimand}
-            rows.append(add.row("rho", rho, found.sketch, **about))
-            rows.append(add.row("cv", cv_from_rho(rho), math.nan, **about))
+            about: dict[str, Any] = {"verdict": resolution(rho), "needed": _needed(rho, size)}
+            rows.append(add.row(f"rho{suffix}", rho, found.sketch, **about))
+            rows.append(add.row(f"cv{suffix}", cv_from_rho(rho), math.nan, **about))
         for name, part in _PARTS.items():
             found = spread(part, moments)
             rows.append(add.row(name, plain_estimate(found, add.none()), found.sketch))
@@ -339,7 +341,6 @@ class _Adder:
         *,
         verdict: str | None = None,
         needed: Needed | None = None,
-        estimand: str = PROMPTS_LIKE_THESE,
     ) -> TableRow:
         rule, alpha = self.variant
         return TableRow(
@@ -354,7 +355,7 @@ class _Adder:
             verdict=verdict,
             extra={
                 "batch_prompts": self.size,
-                "estimand": estimand,
+                "estimand": PROMPTS_LIKE_THESE,
                 "prompts_needed": math.nan if needed is None else needed.n,
                 "prompts_needed_at_least": needed is not None and needed.at_least,
                 "sketch_error": sketch,

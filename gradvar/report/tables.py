@@ -123,6 +123,7 @@ QUANTITIES = {
     "cv_ratio_form_2": "2: given the lengths, measured variance",
     "cv_ratio_form_3": "3: total, lengths random",
     "cv_ratio": "CV over the reference's",
+    "cv_given_prompts": "CV given the prompts",
     "scope_ratio": "CV weighted over the batch over weighted in groups",
     "rank_correlation": "rank correlation",
     "explained_variance": "explained variance",

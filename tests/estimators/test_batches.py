@@ -324,7 +324,11 @@ def test_the_table_labels_scopes_sizes_and_estimands():
         group_size=4, seed=3,
     )  # fmt: skip
     cv = table[table["quantity"] == "cv"]
-    scopes = cv[cv["estimand"] == "prompts like these"].groupby("rule")["scope"].apply(sorted).to_dict()
+    assert set(table["estimand"]) == {"prompts like these"}, "every interval leaves out prompts"
+    given = table[table["quantity"] == "cv_given_prompts"].set_index(["rule", "scope", "batch_prompts"])["value"]
+    whole = cv.set_index(["rule", "scope", "batch_prompts"])["value"]
+    assert (given < whole).all(), "prompts drawn again add to the noise"
+    scopes = cv.groupby("rule")["scope"].apply(sorted).to_dict()
     assert scopes == {"grpo": ["either"] * 3, "dapo": ["batch"] * 3 + ["prompt group"] * 3}
     assert set(cv[cv["extrapolated"]]["batch_prompts"]) == {50}
     assert (table["sketch_error"].dropna() == 0).all()
@@ -348,7 +352,7 @@ def test_few_prompts_get_no_interval_and_silent_ones_count_with_their_zeros():
     exact = exact_products(prompts, gradients)
     table = batch_table(prompts, {"layer": exact}, rules=("grpo",), batch_prompts=(2,), group_size=4, seed=0)
     assert table["method"].str.contains("no interval below 4 prompts").all()
-    assert table[table["quantity"] != "cv"]["low"].isna().all()
+    assert table[~table["quantity"].str.startswith("cv")]["low"].isna().all()
     silent = [replace(p, rewards=np.ones(16)) for p in prompts]
     table = batch_table(silent, {"layer": exact}, rules=("grpo",), batch_prompts=(2,), group_size=4, seed=0)
     assert list(table["verdict"]) == ["silent: all rewards equal"]
@@ -397,12 +401,8 @@ def test_intervals_cover_the_population(prompts_measured, kind):
         products = exact if kind == "exact" else signed_sketch(prompts, gradients, seed=index, width=16)
         table = batch_table(prompts, {"layer": products}, rules=("grpo",), batch_prompts=(size,), group_size=4,
                             permutations=8, advantage="mean", seed=index)  # fmt: skip
-        for name, quantity, estimand in (
-            ("rho", "rho", "prompts like these"),
-            ("given", "rho", "these prompts"),
-            ("share", "between_share", "prompts like these"),
-        ):
-            row = table[(table["quantity"] == quantity) & (table["estimand"] == estimand)].iloc[0]
+        for name, quantity in (("rho", "rho"), ("given", "rho_given_prompts"), ("share", "between_share")):
+            row = table[table["quantity"] == quantity].iloc[0]
             hits[name].append(bool(row["low"] <= truth[name] <= row["high"]))
     coverage = {name: float(np.mean(values)) for name, values in hits.items()}
     assert all(value >= 0.895 for value in coverage.values()), coverage
