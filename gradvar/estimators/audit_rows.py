@@ -45,7 +45,7 @@ from gradvar.estimators.law_tables import law_table
 from gradvar.estimators.length_bins import SMALLEST_BIN, BinProducts, bin_products, cosine_of_pair, length_bins
 from gradvar.estimators.token_covariance import METHOD as SHARE_METHOD
 from gradvar.estimators.token_covariance import probe_part, share_estimate, share_statistic, share_sums
-from gradvar.runs.records import Estimate, PromptScores, TableRow
+from gradvar.runs.records import Estimate, PromptScores, TableRow, no_estimate
 
 NOT_MEASURED = "not measured"
 MEASURE_TAUS = "gradvar measure RUN --probes 4"
@@ -128,17 +128,7 @@ class Audit:
 
     def nothing(self, assumption: int, quantity: str, why: str, verdict: str, n: int, **more: Any) -> None:
         """Write a row without a number."""
-        none = Estimate(
-            value=math.nan,
-            low=math.nan,
-            high=math.nan,
-            level=self.level,
-            method=why,
-            n=n,
-            clusters=1,
-            seed=None,
-        )
-        self.add(assumption, quantity, none, verdict=verdict, **more)
+        self.add(assumption, quantity, no_estimate(why, n=n, level=self.level), verdict=verdict, **more)
 
 
 def identity_rows(audit: Audit, target: str, prompts: Mapping[str, PromptScores], margin: float) -> None:

@@ -62,7 +62,7 @@ from gradvar.estimators.formed_batches import formed_moments
 from gradvar.estimators.groups import draw_groups, group_coefficients
 from gradvar.estimators.inputs import generator, has_gradient
 from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, check_level
-from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
+from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, no_estimate
 
 Array = NDArray[np.float64]
 
@@ -92,16 +92,8 @@ class _Study:
         """Return the estimate with nothing in it."""
         if len(self.prompts) < MINIMUM_PROMPTS:
             method = f"{method}; no interval below {MINIMUM_PROMPTS} prompts"
-        return Estimate(
-            value=math.nan,
-            low=math.nan,
-            high=math.nan,
-            level=self.level,
-            method=method,
-            n=sum(len(p.lengths) for p in self.prompts),
-            clusters=len(self.prompts),
-            seed=self.seed,
-        )
+        n = sum(len(p.lengths) for p in self.prompts)
+        return no_estimate(method, n=n, clusters=len(self.prompts), level=self.level, seed=self.seed)
 
     @property
     def nothing(self) -> str:

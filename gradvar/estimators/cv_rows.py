@@ -17,7 +17,7 @@ from gradvar.estimators.cv import (
 from gradvar.estimators.groups import GroupMoments
 from gradvar.estimators.intervals import THESE_PROMPTS
 from gradvar.estimators.paper_order import claim, judge
-from gradvar.runs.records import Estimate, PromptScores, TableRow
+from gradvar.runs.records import Estimate, PromptScores, TableRow, no_estimate
 
 MomentsKey = tuple[str, str, float | None]
 """Prompt, rule and alpha."""
@@ -82,16 +82,8 @@ class CvStudy:
 
     def plain(self, value: float, method: str, prompt_id: str) -> Estimate:
         """Return a number of one prompt that has no interval."""
-        return Estimate(
-            value=value,
-            low=math.nan,
-            high=math.nan,
-            level=self.level,
-            method=method,
-            n=len(self.prompts[prompt_id].lengths),
-            clusters=1,
-            seed=None,
-        )
+        n = len(self.prompts[prompt_id].lengths)
+        return no_estimate(method, n=n, level=self.level, value=value)
 
 
 def rho_and_cv_rows(

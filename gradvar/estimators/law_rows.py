@@ -24,7 +24,7 @@ from gradvar.estimators.law import (
     fit_variance_law,
 )
 from gradvar.estimators.law_samples import ALL_RESPONSES, Sample, spread_of, usable_samples
-from gradvar.runs.records import Estimate, TableRow
+from gradvar.runs.records import Estimate, TableRow, no_estimate
 
 Array = NDArray[np.float64]
 
@@ -86,16 +86,7 @@ class LawWriter:
         pooled: bool,
     ) -> TableRow:
         """Return the row of a fit that cannot be made, its reason in `method`."""
-        estimate = Estimate(
-            value=math.nan,
-            low=math.nan,
-            high=math.nan,
-            level=self.level,
-            method=why,
-            n=n,
-            clusters=len(prompts),
-            seed=None,
-        )
+        estimate = no_estimate(why, n=n, clusters=len(prompts), level=self.level)
         return self.row(
             f"{what}_exponent",
             estimate,

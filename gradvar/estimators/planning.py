@@ -45,7 +45,7 @@ from gradvar.estimators.intervals import (
     t_quantile,
 )
 from gradvar.estimators.ratios import ShortResponses, short_responses
-from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
+from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, no_estimate
 
 SIZES = (4, 8, 16, 32, 64, 128)
 AT_MOST = "at most"
@@ -115,7 +115,9 @@ def planning_table(
         used = {name: s.verified() for name, s in prompts.items() if name not in nothing}
         for name, scores in prompts.items():
             if name not in used:
-                none = _plain(math.nan, level, f"not estimated; {nothing[name]}", len(scores.verified().lengths), seed)
+                none = no_estimate(
+                    f"not estimated; {nothing[name]}", n=len(scores.verified().lengths), level=level, seed=seed
+                )
                 told = {"estimand": THESE_PROMPTS}
                 rows.append(
                     TableRow(quantity="cv", estimate=none, prompt_id=name, verdict=nothing[name], **labels, extra=told)
@@ -128,8 +130,12 @@ def planning_table(
             short[name] = short_responses(scores.gram, scores.rewards, scores.lengths, found, None, advantage=advantage)
             for n in ordered:
                 if n <= count:
-                    share = _plain(
-                        share_of_silent(scores.rewards, n), level, "exact over groups, no interval", count, seed
+                    share = no_estimate(
+                        "exact over groups, no interval",
+                        n=count,
+                        level=level,
+                        seed=seed,
+                        value=share_of_silent(scores.rewards, n),
                     )
                     rows.append(
                         TableRow(
@@ -256,7 +262,9 @@ def _efficiency_rows(
         if far:
             method = f"extrapolated from n = {largest}, variance as 1/n; {method}"
         if across and len(parts) < MINIMUM_PROMPTS:
-            eta = _not_given(sum(p.responses for p in parts), len(parts), method, level=level, seed=seed)
+            note = f"{method}; not given below {MINIMUM_PROMPTS} prompts"
+            count = sum(p.responses for p in parts)
+            eta = no_estimate(note, n=count, clusters=len(parts), level=level, seed=seed)
         else:
             noise = jackknifed(parts, _noise_at(largest / n if far else 1.0), across=across)
             eta = replace(eta_estimate(parts, noise, 0, level=level, method=method, across=across), seed=seed)
@@ -273,12 +281,6 @@ def _noise_at(share: float) -> Statistic:
         return log_noise(left, cross, mixed, direction)
 
     return statistic
-
-
-def _not_given(n: int, clusters: int, method: str, *, level: float, seed: int) -> Estimate:
-    note = f"{method}; not given below {MINIMUM_PROMPTS} prompts"
-    nan = math.nan
-    return Estimate(value=nan, low=nan, high=nan, level=level, method=note, n=n, clusters=clusters, seed=seed)
 
 
 def _rows_of_pool(
@@ -354,7 +356,3 @@ def _scaled(estimate: Estimate, factor: float, note: str) -> Estimate:
         high=estimate.high * factor,
         method=f"{note}; {estimate.method}",
     )
-
-
-def _plain(value: float, level: float, method: str, n: int, seed: int) -> Estimate:
-    return Estimate(value=value, low=math.nan, high=math.nan, level=level, method=method, n=n, clusters=1, seed=seed)

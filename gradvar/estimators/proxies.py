@@ -24,7 +24,7 @@ from gradvar.estimators.inputs import arrange, generator, why_nothing
 from gradvar.estimators.intervals import check_level
 from gradvar.estimators.prediction import Pair, predictions
 from gradvar.estimators.spread import NEIGHBOURS, within_length_variance
-from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
+from gradvar.runs.records import PromptScores, TableRow, estimate_table, no_estimate
 
 Array = NDArray[np.float64]
 
@@ -112,7 +112,8 @@ def proxy_table(
             nothing = why_nothing(raw, advantage)
             if nothing is not None or n < 3:
                 why = nothing or "undetermined"
-                none = _none(level, f"not estimated; {nothing or 'fewer than 3 responses'}", n)
+                why_none = f"not estimated; {nothing or 'fewer than 3 responses'}"
+                none = no_estimate(why_none, n=n, level=level)
                 extra = {"proxy": None, "truth": None}
                 rows.append(
                     TableRow(
@@ -219,7 +220,3 @@ def _rows(prompts: list[PromptPairs], labels: dict[str, Any], scope: str, level:
                     TableRow(quantity=quantity, estimate=estimate, scope=scope, verdict=verdict, extra=extra, **labels)
                 )
     return rows
-
-
-def _none(level: float, method: str, n: int) -> Estimate:
-    return Estimate(value=math.nan, low=math.nan, high=math.nan, level=level, method=method, n=n, clusters=1, seed=None)
