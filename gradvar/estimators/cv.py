@@ -133,7 +133,10 @@ def aggregator_rho(
     groups = draw_groups(len(r), group_size, permutations, rng=rng)
     coefficients = group_coefficients(groups, r, sizes, found, advantage=advantage, alpha=alpha, max_length=limit)
     moments = group_moments(matrix, groups, coefficients)
-    return rho_estimate(moments, group_size=group_size, level=level), moments
+    rho = rho_estimate(moments, group_size=group_size, level=level)
+    if advantage not in ("score", "raw") and np.ptp(r) == 0.0 and np.trace(matrix) > 0.0:
+        rho = replace(rho, method=f"{_JACKKNIFE}; {SILENT}")
+    return rho, moments
 
 
 def checked_prompt(gram: Any, rewards: Any, lengths: Any, advantage: str) -> tuple[Array, Array, Array]:

@@ -263,6 +263,8 @@ def test_equal_rewards_are_silent_not_a_crash():
     assert math.isnan(rho.value)
     assert "all rewards equal" in rho.method
     assert math.isnan(cv_from_rho(rho).low)
+    nothing, _ = aggregator_rho(np.zeros((48, 48)), np.arange(48) % 2.0, lengths, "dapo", rng=np.random.default_rng(0))
+    assert resolution(nothing) == "no gradient: all are 0"
 
 
 def test_repeated_responses_have_a_defined_answer():
