@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.calibration_draws import HERE, LIKE, Found
+from benchmarks.calibration_draws import LIKE, Found
 from gradvar.estimators import find_rule
 from gradvar.estimators.aggregation import scope_weights
 from gradvar.estimators.batch_tables import batch_table
@@ -93,7 +93,7 @@ def batch_truths(name: str) -> dict[str, float]:
             label = _label(rule, alpha, scope, size)
             cv = math.sqrt(power / signal - 1.0)
             found[f"rho {label}|{LIKE}"], found[f"cv {label}|{LIKE}"] = signal / power, cv
-            found[f"rho {label}|{HERE}"] = given / power
+            found[f"rho given the prompts {label}|{LIKE}"] = given / power
             found[f"between-prompt share {label}|{LIKE}"] = (given - signal) / (power - signal)
             if rule != "grpo":
                 top, _, below = moments["grpo", None, scope]
@@ -114,7 +114,13 @@ def _label(rule: str, alpha: float | None, scope: str, size: int) -> str:
     return f"{name}, batch of {size}" + ("" if rule == "grpo" else f" weighted by {scope}")
 
 
-_QUANTITIES = {"rho": "rho", "cv": "cv", "between_share": "between-prompt share", "cv_ratio": "cv ratio"}
+_QUANTITIES = {
+    "rho": "rho",
+    "rho_given_prompts": "rho given the prompts",
+    "cv": "cv",
+    "between_share": "between-prompt share",
+    "cv_ratio": "cv ratio",
+}
 
 
 def batch_intervals(name: str, prompts: int, n: int, seed: list[int], *, sketched: bool) -> list[Found]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.synthetic import simulated_prompt, write_run
+from benchmarks.synthetic import simulated_prompt, write_run, write_sketches
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = Path(__file__).with_suffix(".md")
@@ -59,10 +59,15 @@ def main(arguments: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder) / "run"
             prompts = [simulated_prompt(f"p{q}", ROLLOUTS, TARGETS, rng=np.random.default_rng(q)) for q in range(count)]
-            write_run(run, prompts)
+            made = write_run(run, prompts)
             found = {stage: timed(stage, run) for stage in STAGES}
+            write_sketches(made, prompts)
+            batches = timed("cv", run)
         for stage, (wall, cpu, peak) in found.items():
             rows.append(f"| {count} | `{stage}` | {wall:.1f} s | {cpu:.1f} s | {peak:.2f} GiB |")
+        wall, cpu, peak = batches
+        told = f"{wall:.1f} s | {cpu:.1f} s | {peak:.2f} GiB"
+        rows.append(f"| {count} | `cv` again, with batches of several prompts (`--cross sketch`) | {told} |")
         total, cpu = sum(f[0] for f in found.values()), sum(f[1] for f in found.values())
         limit = f", limit {LIMITS[count]:.0f} s" if count in LIMITS else ""
         largest = max(f[2] for f in found.values())

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from gradvar.runs import (
+    GradientSketch,
     MeasureConfig,
     Measures,
     PrefixNorms,
@@ -23,6 +24,8 @@ from gradvar.runs import (
 )
 
 MAX_TOKENS = 1024
+RANK = 20
+"""Dimensions of the simulated gradients."""
 
 
 def simulated_prompt(
@@ -48,10 +51,10 @@ def simulated_prompt(
     """
     lengths = np.clip(np.round(150.0 * np.exp(rng.normal(0.0, 0.6, n))), 2, MAX_TOKENS)
     rewards = (rng.random(n) < success).astype(np.float64)
-    scale = 0.8 ** np.arange(20)
+    scale = 0.8 ** np.arange(RANK)
     found = []
     for target in targets:
-        scores = rng.normal(size=(n, 20)) * scale / np.linalg.norm(scale)
+        scores = rng.normal(size=(n, RANK)) * scale / np.linalg.norm(scale)
         scores *= np.sqrt((lengths / 150.0) ** beta)[:, None]
         scores[:, -1] += signal * (rewards - success)
         found.append(
@@ -136,6 +139,26 @@ def write_run(
     run.begin("measure", MeasureConfig(targets=tuple(one.target for one in prompts[0])))
     run.finish("measure", targets=[one.target for one in prompts[0]])
     return run
+
+
+def write_sketches(run: Run, prompts: Sequence[Sequence[PromptScores]], *, dimension: int = 4096) -> None:
+    """Write sketches as `--cross sketch` does, of gradients whose products within a prompt are its Gram's.
+
+    How prompts lie to one another is made up: each prompt's gradients are known from its Gram but for a rotation.
+    """
+    for targets in prompts:
+        made = {}
+        for number, one in enumerate(targets):
+            values, axes = np.linalg.eigh(one.gram)
+            root = axes[:, -RANK:] * np.sqrt(np.maximum(values[-RANK:], 0.0))
+            signs = np.random.default_rng([11, number]).choice([-1.0, 1.0], (root.shape[1], dimension))
+            matrix = (root @ signs / np.sqrt(dimension)).astype(np.float32)
+            ids = tuple(range(len(matrix)))
+            made[one.target] = GradientSketch(
+                target=one.target, matrix=matrix, rollout_ids=ids, seed=0, parts=8, include_bias=True
+            )
+        name = targets[0].prompt_id
+        run.write_sketches(name, made, rollouts_digest=rollouts_digest(run.rollouts(name)))
 
 
 def _tau(one: PromptScores, rng: np.random.Generator) -> TauEstimate:

@@ -44,14 +44,14 @@ def print_batches(run: Run) -> None:
     for rule, alpha, scope in cv[["rule", "alpha", "scope"]].drop_duplicates().itertuples(index=False):
         labels = {"rule": rule, "alpha": alpha, "scope": scope}
         name = str(rule) + ("" if pd.isna(alpha) else f" α={alpha:g}")
-        cells = [_cell(rows, size, labels, "prompts like these") for size in sizes]
+        cells = [_cell(rows, size, labels) for size in sizes]
         share = one_row(rows, quantity="between_share", batch_prompts=sizes[0], **labels)
         shown.append(
             [
                 name,
                 str(scope).removeprefix("prompt "),
                 *cells,
-                _cell(rows, sizes[0], labels, "these prompts"),
+                _cell(rows, sizes[0], labels, "cv_given_prompts"),
                 "–" if share is None else f"{number(share['value'])} {interval(share)}",
             ]
         )
@@ -78,8 +78,8 @@ def _exists(run: Run) -> bool:
     return (run.path / "tables" / "batches.parquet").exists()
 
 
-def _cell(rows: pd.DataFrame, size: int, labels: dict[str, Any], estimand: str) -> str:
-    row = one_row(rows, quantity="cv", batch_prompts=size, estimand=estimand, **labels)
+def _cell(rows: pd.DataFrame, size: int, labels: dict[str, Any], quantity: str = "cv") -> str:
+    row = one_row(rows, quantity=quantity, batch_prompts=size, **labels)
     if row is None:
         return "–"
     star = "*" if row["extrapolated"] else ""
@@ -92,7 +92,7 @@ def _cell(rows: pd.DataFrame, size: int, labels: dict[str, Any], estimand: str) 
 def _products(rows: pd.DataFrame) -> str:
     """Return what the products are, and how much of the error a sketch makes."""
     source = str(rows["products"].iloc[0])
-    rho = rows[(rows["quantity"] == "rho") & (rows["estimand"] == "prompts like these")].dropna(subset=["low", "high"])
+    rho = rows[rows["quantity"] == "rho"].dropna(subset=["low", "high"])
     if source == "exact" or rho.empty:
         return f", {source} products"
     part = (2 * rho["sketch_error"] / (rho["high"] - rho["low"])).max()

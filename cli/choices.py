@@ -51,7 +51,8 @@ def _print_efficiency(table: pd.DataFrame) -> None:
         )
     if not shown:
         console.result.print(
-            "[yellow]No efficiency: every reward is equal or unverified, or there are too few rollouts.[/yellow]"
+            "No efficiency: rewards are equal or unverified, gradients are 0, or there are too few rollouts.",
+            style="yellow",
         )
         return
     console.table(

@@ -56,16 +56,15 @@ def _print_runs(table: pd.DataFrame, names: list[str]) -> None:
     own = table[table["against"].isna() & table["prompt_id"].isna() & (table["target"] == last)]
     rows = []
     for quantity, words in QUANTITIES.items():
-        cells = [_cell(one_row(own, quantity=quantity, run=name)) for name in names]
-        rows.append([words, *cells])
+        found = [one_row(own, quantity=quantity, run=name) for name in names]
+        rows.append([words, *[cell for row in found for cell in (_cell(row), _prompts(row))]])
     first = one_row(own, quantity="cv")
     rule = "" if first is None else _rule(first)
     console.table(
         f"Runs side by side: {target_label(last)}{rule}",
-        ["quantity", *names],
+        ["quantity", *[heading for name in names for heading in (name, "prompts")]],
         rows,
-        caption="Over all prompts of each run, which may differ: differences are taken over shared prompts only. > : "
-        "unresolved, lower bound.",
+        caption="Over all prompts of each run, which may differ. > : unresolved, lower bound.",
     )
 
 
@@ -86,6 +85,7 @@ def _print_differences(table: pd.DataFrame, name: str, reference: str) -> None:
                     number(these["value"]),
                     interval(these),
                     _side(these),
+                    _prompts(these),
                     ""
                     if across is None or pd.isna(across["value"])
                     else f"{number(across['value'])} {interval(across)}",
@@ -93,8 +93,11 @@ def _print_differences(table: pd.DataFrame, name: str, reference: str) -> None:
             )
     console.table(
         f"{name} against {reference}, shared prompts",
-        ["quantity", "difference", "interval", "verdict", "prompts like these"],
+        ["quantity", "difference", "interval", "verdict", "prompts", "prompts like these"],
         rows,
+        caption="Over the shared prompts that have an estimate in both runs, other than above: a prompt whose rewards "
+        "are all equal in "
+        "one of them, or with too few responses there, is left out of both.",
     )
 
 
@@ -104,6 +107,10 @@ def _cell(row: Any) -> str:
     if pd.isna(row["value"]):
         return f"> {number(row['low'])}" if pd.notna(row["low"]) else "–"
     return f"{number(row['value'])} {interval(row)}"
+
+
+def _prompts(row: Any) -> str:
+    return "" if row is None or (pd.isna(row["value"]) and pd.isna(row["low"])) else str(row["clusters"])
 
 
 def _side(row: Any) -> str:

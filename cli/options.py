@@ -171,13 +171,21 @@ LogprobLimit = _option(
     panel=_G,
 )
 
+RULE_NAMES = (
+    "grpo, seq-mean-token-mean, sequence_mean, dapo, token-mean, token_mean, bnpo, prompt_mean, dr_grpo, "
+    "seq-mean-token-sum-norm, seq_mean_token_sum_norm, vl_norm, token_sum, token-sum, token_sum_norm, "
+    "seq_mean_token_sum, seq-mean-token-sum"
+)
+"""Every name of a rule, written down so that `--help` need not import the registry; a test compares."""
+
 GroupSize = _option(int, "--group-size", "Responses an aggregator sums over.", default=8, panel=_E)
 Advantage = _option(str, "--advantage", "grpo, mean, rloo, raw, score or opo.", default="grpo", panel=_E)
 Rules = Annotated[
     list[str] | None,
     typer.Option(
         "--rule",
-        help="An aggregator to compare; several times.",
+        help=f"An aggregator to compare; several times, each rule once under any name: {RULE_NAMES}. Framework by "
+        "framework, with arguments and scope: docs/aggregators.md.",
         show_default="grpo, dapo, dr_grpo, vl_norm",
         rich_help_panel=_E,
     ),
@@ -227,7 +235,7 @@ OverlongBuffer = _option(
     default="a fifth of the limit",
     panel=_E,
 )
-Rule = _option(str, "--rule", "The aggregator studied.", default="grpo", panel=_E)
+Rule = _option(str, "--rule", "The aggregator studied, by any name that `cv --rule` takes.", default="grpo", panel=_E)
 Alpha = _option(float, "--alpha", "Its exponent, where it is vl_norm.", panel=_E)
 
 

@@ -52,7 +52,7 @@ def show_cv(run: Run, *, extras: bool = False, as_json: bool) -> None:
     _print_aggregators(table)
     _print_prompts(table)
     if extras:
-        print_extras(run.table("extras"))
+        print_extras(run)
     batching.print_batches(run)
     console.result.print(f"every number: {run.path / 'tables' / 'cv.parquet'}", markup=False, soft_wrap=True)
 
@@ -123,8 +123,11 @@ def _print_identity(identity: pd.DataFrame) -> None:
         row = signals[signals["target"] == last_target(signals)].iloc[0]
         p_values = rows[(rows["quantity"] == "identity_p_value") & rows["target"].isin(signals["target"])]
         worst = p_values.sort_values("value").iloc[0]
+        known = pd.notna(row["value"])
         console.result.print(
-            f"[bold]Rollouts come from this policy (E s = 0):[/bold] {verdict(row['verdict'])}, ||E s||² is "
+            f"[bold]Rollouts come from this policy (E s = 0):[/bold] {verdict(row['verdict'])}"
+            if not known
+            else f"[bold]Rollouts come from this policy (E s = 0):[/bold] {verdict(row['verdict'])}, ||E s||² is "
             f"{number(row['value'])} {interval(row)} of the noise in a group of {row['group_size']}; smallest p "
             f"{number(worst['value'])} ({target_label(str(worst['target']))})"
         )
@@ -240,7 +243,7 @@ def _print_aggregators(cv: pd.DataFrame) -> None:
     overall = overall_rows(cv[(cv["target"] == last) & cv["rule"].notna()])
     values = overall[overall["quantity"] == "cv"]
     if values.empty:
-        console.result.print("[yellow]No aggregator can be compared: every reward is equal within its prompt.[/yellow]")
+        console.result.print(f"No aggregator can be compared: {_reasons(cv)}.", style="yellow", markup=False)
         return
     rows = []
     unresolved = bool(values["value"].isna().any())
@@ -255,10 +258,14 @@ def _print_aggregators(cv: pd.DataFrame) -> None:
             "" if rho is None else f"{number(rho['value'])} {interval(rho)}",
             "" if ratio is None else f"{number(ratio['value'])} {interval(ratio)}",
         ]
-        rows.append([*cells, "" if pd.notna(row["value"]) else count(row["n_needed"])] if unresolved else cells)
+        needed = at_least(count(row["n_needed"]), row.get("n_needed_at_least"))
+        rows.append([*cells, "" if pd.notna(row["value"]) else needed] if unresolved else cells)
     first = values.iloc[0]
     columns = ["aggregator", "CV", "interval", "rho = 1/(1+CV²)", "CV over grpo's"]
-    open_ended = " > : unresolved (rho's interval reaches 0), lower bound, and the responses a prompt that would do."
+    open_ended = (
+        " > : unresolved (rho's interval reaches 0), lower bound, and the responses a prompt that would do; ≥ : at "
+        "least, where rho is not above 0 or has no interval."
+    )
     console.table(
         f"Total CV of each aggregator's update: {target_label(last)}, group of {first['group_size']}, "
         f"{first['advantage']} advantages, {first['clusters']} prompts",
@@ -268,6 +275,11 @@ def _print_aggregators(cv: pd.DataFrame) -> None:
         "again.\nRatios are paired; grpo's side is widened for shorter responses than the sample holds."
         + (open_ended if unresolved else ""),
     )
+
+
+def _reasons(table: pd.DataFrame) -> str:
+    """Return why prompts have no estimate, each reason once."""
+    return "; ".join(dict.fromkeys(table[table["rule"].isna()]["verdict"].dropna().astype(str)))
 
 
 def _print_prompts(cv: pd.DataFrame) -> None:
@@ -294,6 +306,11 @@ def _print_prompts(cv: pd.DataFrame) -> None:
         "(> : unresolved, lower bound)"
     )
     console.table(title, ["prompt", *columns, ""], shown)
+
+
+def at_least(needed: str, only: Any) -> str:
+    """Return a number of responses, marked where it is a lower bound only."""
+    return f"≥ {needed}" if only is not None and bool(only) and needed[:1].isdigit() else needed
 
 
 def one_row(table: pd.DataFrame, **labels: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Write docs/python.md from the docstrings of gradvar's public names: `python docs/public_names.py`."""
+"""Write docs/python.md and docs/aggregators.md from gradvar's code: `python docs/public_names.py`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 
 import gradvar
 from gradvar import estimators, figures
+from gradvar.estimators.aggregation import REFUSED
 
 OUTPUT = Path(__file__).with_name("python.md")
+AGGREGATORS = Path(__file__).with_name("aggregators.md")
 
 HEAD = """# Public Python names
 
@@ -34,6 +36,37 @@ def page() -> str:
         parts.append(f"## {title}\n")
         parts += [_entry(title, name, getattr(module, name)) for name in names]
     return "\n".join(parts)
+
+
+def aggregators() -> str:
+    """Return the page of rules and of what gives them in the training frameworks."""
+    lines = [
+        "# Aggregators, and what the frameworks call them",
+        "",
+        "Weights x_i of the n responses in scope, L_i tokens long; M is the longest response allowed. Any name here",
+        "is taken by `--rule`, `aggregation_weights` and `aggregate_loss`. Read in verl (volcengine/verl b178a3c,",
+        "January 2026; what pull request 5417 changed, by its description), TRL (huggingface/trl f2cd577, 1.10.0.dev0)",
+        "and SkyRL (NovaSky-AI/SkyRL a956457). The scope is what the framework sums over; verl's workers that pass no",
+        "global counts do it in each micro-batch. This page is made from the registry (`make docs`).",
+        "",
+        "| rule | x_i | other names | framework's argument | scope | M |",
+        "|---|---|---|---|---|---|",
+    ]
+    for rule in estimators.RULES.values():
+        names = ", ".join(f"`{name}`" for name in rule.aliases)
+        for k, setting in enumerate(rule.settings or (None,)):
+            head = [f"`{rule.name}`", rule.weight, names] if k == 0 else ["", "", ""]
+            told = ["none ships it", "", ""]
+            if setting is not None:
+                told = [
+                    f'{setting.framework}: `{setting.argument}="{setting.name}"`',
+                    setting.scope,
+                    setting.max_length,
+                ]
+            lines.append("| " + " | ".join([*head, *told]) + " |")
+    lines += ["", "Refused by name:", ""]
+    lines += [f"- `{name}`: {why}." for name, why in REFUSED.items()]
+    return "\n".join([*lines, ""])
 
 
 def _entry(module: str, name: str, value: object) -> str:
@@ -93,4 +126,5 @@ def _text(value: object) -> list[str]:
 
 if __name__ == "__main__":
     OUTPUT.write_text(page(), encoding="utf-8")
-    print(OUTPUT)
+    AGGREGATORS.write_text(aggregators(), encoding="utf-8")
+    print(OUTPUT, AGGREGATORS)

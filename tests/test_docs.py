@@ -14,6 +14,18 @@ def test_the_page_of_public_names_has_not_drifted():
     assert page == (ROOT / "docs" / "python.md").read_text(), "run `make docs`"
 
 
+def test_the_page_of_aggregators_has_not_drifted():
+    page = runpy.run_path(str(ROOT / "docs" / "public_names.py"))["aggregators"]()
+    assert page == (ROOT / "docs" / "aggregators.md").read_text(), "run `make docs`"
+
+
+def test_help_names_every_aggregator():
+    from cli.options import RULE_NAMES
+    from gradvar.estimators import RULES
+
+    assert RULE_NAMES.split(", ") == [name for rule in RULES.values() for name in (rule.name, *rule.aliases)]
+
+
 def test_the_page_of_the_command_line_has_not_drifted(tmp_path):
     made = tmp_path / "cli.md"
     command = "-m typer cli.main utils docs --name gradvar --title"

@@ -5,19 +5,9 @@ and torch tensors in `gradvar.losses`. Shape letters: n responses in scope.
 
     ghat = sum_i x_i A_i s_i
 
-What the frameworks call each rule, read in verl (commit b178a3c, 0.8.0.dev of January 2026), TRL (commit f2cd577,
-1.10.0.dev0) and SkyRL (commit a956457). verl's seq-mean-token-sum-norm divides by M only up to that commit (here
-token_sum_norm), later by n M as Dr. GRPO does; a constant factor changes no CV.
-
-| rule | x_i | verl | TRL | SkyRL |
-|---|---|---|---|---|
-| grpo | 1/(n L_i) | seq-mean-token-mean | loss_type="grpo" | sequence_mean |
-| dapo | 1/sum_j L_j | token-mean | "dapo" (global batch), "bnpo" (local) | token_mean, prompt_mean (prompt scope) |
-| dr_grpo | 1/(n M) | seq-mean-token-sum-norm (newer) | "dr_grpo" | seq_mean_token_sum_norm |
-| token_sum_norm | 1/M | seq-mean-token-sum-norm (older) | | |
-| vl_norm | L_i^-alpha / (M sum_j L_j^-alpha) | none ships it | | |
-| token_sum | 1 | | | |
-| seq_mean_token_sum | 1/n | seq-mean-token-sum | | |
+What verl, TRL and SkyRL call each rule, with which arguments and over which responses, is in `Rule.settings`, read in
+verl (volcengine/verl, commit b178a3c, 0.8.0.dev of January 2026), TRL (huggingface/trl, commit f2cd577, 1.10.0.dev0)
+and SkyRL (NovaSky-AI/SkyRL, commit a956457); docs/aggregators.md is made of it. A constant factor changes no CV.
 """
 
 from __future__ import annotations
@@ -36,6 +26,28 @@ Total = Callable[[Any], Any]
 """Sum of a quantity over the responses in scope, shaped so that it broadcasts against the quantity."""
 
 
+BATCH_SCOPE, PROMPT_SCOPE, MICRO_SCOPE = "mini-batch", "prompt group", "micro-batch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What gives a rule in a training framework."""
+
+    framework: str
+    """"verl", "TRL" or "SkyRL", with the version where they differ."""
+    argument: str
+    """The framework's argument."""
+    name: str
+    """Its value, by which `find_rule` knows the rule, unless another version's rule has it."""
+    scope: str = BATCH_SCOPE
+    """The responses that the rule's sums run over."""
+    max_length: str = ""
+    """Which argument is M, where the rule has one."""
+
+    def __str__(self) -> str:
+        return f'{self.framework} {self.argument}="{self.name}"' + (f", M = {self.max_length}" * bool(self.max_length))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """One way to weight the responses of a scope."""
@@ -46,12 +58,16 @@ class Rule:
     """How people write it."""
     formula: Callable[[Any, Any, Total, Any, Any], Any]
     """(lengths, n, total, max_length, alpha) to weights."""
+    weight: str = ""
+    """x_i for people."""
     takes_max_length: bool = False
     """Whether M, the maximum response length, enters."""
     takes_alpha: bool = False
     """Whether the exponent alpha enters."""
     aliases: tuple[str, ...] = ()
-    """What verl, TRL and SkyRL call it."""
+    """Further names of it."""
+    settings: tuple[Setting, ...] = ()
+    """What gives it in verl, TRL and SkyRL."""
 
 
 def _grpo(lengths: Any, n: Any, total: Total, max_length: Any, alpha: Any) -> Any:
@@ -67,9 +83,17 @@ def _dr_grpo(lengths: Any, n: Any, total: Total, max_length: Any, alpha: Any) ->
 
 
 def _vl_norm(lengths: Any, n: Any, total: Total, max_length: Any, alpha: Any) -> Any:
-    # The mean length cancels in the ratio; with it no power over- or underflows (the authors' code does the same).
-    shrunk = (lengths * n / total(lengths)) ** (-alpha)
+    # The mean length cancels in the ratio; with it small powers neither over- nor underflow (the authors' code does the
+    # same). Large ones are reached by squaring shares, of which one is always at least 1/n: no alpha overflows.
+    doublings = max(0, math.ceil(math.log2(abs(alpha) / _PLAIN_POWER))) if alpha else 0
+    shrunk = (lengths * n / total(lengths)) ** (-alpha / 2**doublings)
+    for _ in range(doublings):
+        shrunk = (shrunk / total(shrunk)) ** 2
     return shrunk / (max_length * total(shrunk))
+
+
+_PLAIN_POWER = 4.0
+"""Powers of a length over the mean up to it stay inside float32 for every length."""
 
 
 def _token_sum(lengths: Any, n: Any, total: Total, max_length: Any, alpha: Any) -> Any:
@@ -84,35 +108,97 @@ def _seq_mean_token_sum(lengths: Any, n: Any, total: Total, max_length: Any, alp
     return 1.0 / n + 0.0 * lengths
 
 
+def _verl(name: str, version: str = "", max_length: str = "") -> Setting:
+    argument = "actor_rollout_ref.actor.loss_agg_mode"
+    return Setting(framework=f"verl{version}", argument=argument, name=name, max_length=max_length)
+
+
+def _trl(name: str, scope: str = BATCH_SCOPE, max_length: str = "") -> Setting:
+    return Setting(framework="TRL", argument="GRPOConfig loss_type", name=name, scope=scope, max_length=max_length)
+
+
+def _skyrl(name: str, scope: str = BATCH_SCOPE, max_length: str = "") -> Setting:
+    argument = "trainer.algorithm.loss_reduction"
+    return Setting(framework="SkyRL", argument=argument, name=name, scope=scope, max_length=max_length)
+
+
+_SCALE = "actor_rollout_ref.actor.loss_scale_factor (None: the padded length)"
+
 RULES: dict[str, Rule] = {
     rule.name: rule
     for rule in (
-        Rule(name="grpo", label="GRPO", formula=_grpo, aliases=("seq-mean-token-mean", "sequence_mean")),
-        Rule(name="dapo", label="DAPO", formula=_dapo, aliases=("token-mean", "token_mean", "bnpo", "prompt_mean")),
+        Rule(
+            name="grpo",
+            label="GRPO",
+            formula=_grpo,
+            weight="1/(n L_i)",
+            aliases=("seq-mean-token-mean", "sequence_mean"),
+            settings=(_verl("seq-mean-token-mean"), _trl("grpo"), _skyrl("sequence_mean")),
+        ),
+        Rule(
+            name="dapo",
+            label="DAPO",
+            formula=_dapo,
+            weight="1/sum_j L_j",
+            aliases=("token-mean", "token_mean", "bnpo", "prompt_mean"),
+            settings=(
+                _verl("token-mean"),
+                _trl("dapo"),
+                _trl("bnpo", MICRO_SCOPE),
+                _skyrl("token_mean"),
+                _skyrl("prompt_mean", PROMPT_SCOPE),
+            ),
+        ),
         Rule(
             name="dr_grpo",
             label="Dr. GRPO",
             formula=_dr_grpo,
+            weight="1/(n M)",
             takes_max_length=True,
             aliases=("seq-mean-token-sum-norm", "seq_mean_token_sum_norm"),
+            settings=(
+                # Before that pull request the mean over sequences was missing: token_sum_norm.
+                _verl("seq-mean-token-sum-norm", " from pull request 5417 (February 2026)", _SCALE),
+                _trl("dr_grpo", max_length="max_completion_length"),
+                _skyrl("seq_mean_token_sum_norm", max_length="trainer.algorithm.max_seq_len"),
+            ),
         ),
-        Rule(name="vl_norm", label="VL Norm", formula=_vl_norm, takes_max_length=True, takes_alpha=True),
-        Rule(name="token_sum", label="token sum", formula=_token_sum, aliases=("token-sum",)),
+        Rule(
+            name="vl_norm",
+            label="VL Norm",
+            formula=_vl_norm,
+            weight="L_i^-alpha / (M sum_j L_j^-alpha)",
+            takes_max_length=True,
+            takes_alpha=True,
+        ),
+        Rule(name="token_sum", label="token sum", formula=_token_sum, weight="1", aliases=("token-sum",)),
         Rule(
             name="token_sum_norm",
             label="token sum / M",
             formula=_token_sum_norm,
+            weight="1/M",
             takes_max_length=True,
+            settings=(_verl("seq-mean-token-sum-norm", " before pull request 5417", _SCALE),),
         ),
         Rule(
             name="seq_mean_token_sum",
             label="sequence mean of token sums",
             formula=_seq_mean_token_sum,
+            weight="1/n",
             aliases=("seq-mean-token-sum",),
+            settings=(_verl("seq-mean-token-sum"),),
         ),
     )
 }
 """Every rule by its name."""
+
+REFUSED = {
+    "token_mean_legacy": "SkyRL's token_mean_legacy averages the token means of its micro-batches, so a response's "
+    "weight depends on which others share its micro-batch (trainer.micro_train_batch_size_per_gpu), which no run of "
+    'gradvar knows: study "dapo", which is its limit for large micro-batches; in a loss it is '
+    'aggregate_loss(..., "dapo", groups=labels of the micro-batches)',
+}
+"""Names that are no rule of responses, and why."""
 
 _BY_ANY_NAME = {name: rule for rule in RULES.values() for name in (rule.name, *rule.aliases)}
 
@@ -131,17 +217,24 @@ def register_rule(rule: Rule) -> None:
 
 
 def find_rule(rule: str) -> Rule:
-    """Return the rule of that name or alias.
+    """Return the rule of that name or alias; which framework means what by it is in its `settings`.
 
     Raises:
         GradvarError: No rule has the name.
     """
+    if rule in REFUSED:
+        raise GradvarError(f"rule {rule!r} is refused: {REFUSED[rule]}")
     try:
         return _BY_ANY_NAME[rule]
     except KeyError:
         near = difflib.get_close_matches(rule, _BY_ANY_NAME, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise GradvarError(f"unknown rule {rule!r}{hint}: expected one of {', '.join(sorted(_BY_ANY_NAME))}") from None
+
+
+def needs_groups(name: str) -> bool:
+    """Whether a name means a rule inside each prompt group, so that a batch without labels cannot have it."""
+    return any(setting.name == name and setting.scope == PROMPT_SCOPE for setting in find_rule(name).settings)
 
 
 def check_rule_arguments(rule: Rule, *, alpha: float | None, max_length: float | None) -> None:
@@ -197,14 +290,14 @@ def aggregation_weights(
         lengths: (N,) response lengths in tokens that carry loss: a sequence, an array or a torch tensor.
         alpha: Exponent of vl_norm; other rules ignore it.
         max_length: M in tokens, the longest response allowed; required by dr_grpo, vl_norm and token_sum_norm.
-        groups: (N,) labels of the prompt groups; None makes all N responses one scope.
+        groups: (N,) labels of the prompt groups; None makes all N responses one scope. Required by "prompt_mean".
 
     Returns:
         (N,) weights in 1/token units of the rule: float64 array, or a tensor where a tensor came in.
 
     Raises:
-        GradvarError: Unknown rule, missing or impossible alpha or max_length, lengths that are not positive, or
-            labels that do not match the lengths.
+        GradvarError: Unknown rule, missing or impossible alpha or max_length, lengths that are not positive, labels
+            that do not match the lengths, or none where the name means prompt groups.
     """
     found = find_rule(rule)
     check_rule_arguments(found, alpha=alpha, max_length=max_length)
@@ -215,6 +308,11 @@ def aggregation_weights(
     if not bool((values > 0).all()):
         raise GradvarError("lengths must all be positive: leave out responses without a token that carries loss")
     if groups is None:
+        if needs_groups(rule):
+            raise GradvarError(
+                f"rule {rule!r} is {found.name} inside each prompt group: give groups, or ask for {found.name!r} to "
+                "have all responses as one scope"
+            )
         return scope_weights(found, values, lambda x: x.sum(), alpha=alpha, max_length=max_length)
     labels = np.asarray(groups.tolist() if hasattr(groups, "tolist") else list(groups))
     if labels.shape != tuple(values.shape):
@@ -228,17 +326,19 @@ def aggregation_weights(
 
 
 def expand_rules(rules: Sequence[str], alphas: Sequence[float]) -> list[tuple[Rule, float | None]]:
-    """Return each rule once, and once per alpha where it takes one.
+    """Return each rule once, and once per alpha where it takes one; names of one rule are one.
+
+    Scopes are no part of it: a table of one prompt's updates has the prompt group as scope, one of batches gives every
+    rule whose weights depend on it at both scopes, in the column `scope`.
 
     Raises:
         GradvarError: Unknown rule, an alpha that is not a finite number, or no alpha for a rule that takes one.
     """
     variants: list[tuple[Rule, float | None]] = []
-    for name in rules:
-        rule = find_rule(name)
+    for rule in map(find_rule, rules):
         if rule.takes_alpha and not alphas:
             raise GradvarError(f"rule {rule.name!r} needs at least one alpha, for example 1.0")
         for alpha in alphas if rule.takes_alpha else (None,):
             check_rule_arguments(rule, alpha=alpha, max_length=1.0)
             variants.append((rule, None if alpha is None else float(alpha)))
-    return variants
+    return list(dict.fromkeys(variants))

@@ -35,9 +35,9 @@ from gradvar.estimators.bias import (
     reward_direction,
     scale,
 )
-from gradvar.estimators.cv import SILENT, UNRESOLVED
+from gradvar.estimators.cv import NO_GRADIENT, SILENT, UNRESOLVED
 from gradvar.estimators.groups import PERMUTATIONS, draw_groups, group_coefficients
-from gradvar.estimators.inputs import arrange, generator, is_silent
+from gradvar.estimators.inputs import arrange, generator, has_gradient, is_silent
 from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
 from gradvar.estimators.pairs import mean_coefficients, pair_covariance
 from gradvar.estimators.surplus import of_log_efficiency, of_log_rho
@@ -89,8 +89,8 @@ def alpha_table(
         seed: Of the permutations.
 
     Returns:
-        The table. Prompts with equal rewards, or with fewer than 3 group_size verified responses, are left out of the
-        pooled rows and get one "eta" row that says why.
+        The table. Prompts with equal rewards, without gradient, or with fewer than 3 group_size verified responses, are
+        left out of the pooled rows and get one "eta" row that says why.
 
     Raises:
         GradvarError: Unknown rule or advantage, fewer than two alphas, or every prompt too small.
@@ -141,13 +141,14 @@ def alpha_table(
     for target, prompts in targets.items():
         found: dict[str, tuple[Products, Array]] = {}
         for name, scores in prompts.items():
-            if name in reasons:
+            why = NO_GRADIENT if not has_gradient(scores) else reasons.get(name)
+            if why is not None:
                 estimate = Estimate(
                     value=math.nan,
                     low=math.nan,
                     high=math.nan,
                     level=level,
-                    method=f"not estimated; {reasons[name]}",
+                    method=f"not estimated; {why}",
                     n=len(scores.verified().lengths),
                     clusters=1,
                     seed=seed,
@@ -160,7 +161,7 @@ def alpha_table(
                         prompt_id=name,
                         advantage=advantage,
                         group_size=group_size,
-                        verdict=reasons[name].split(":")[0] if reasons[name] != SILENT else SILENT,
+                        verdict=UNRESOLVED if why.startswith(UNRESOLVED) else why,
                         extra={"estimand": THESE_PROMPTS},
                     )
                 )

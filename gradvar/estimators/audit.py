@@ -31,7 +31,7 @@ from gradvar.estimators.audit_rows import (
 )
 from gradvar.estimators.cv import SILENT
 from gradvar.estimators.groups import PERMUTATIONS
-from gradvar.estimators.inputs import arrange, is_silent
+from gradvar.estimators.inputs import arrange, why_nothing
 from gradvar.estimators.intervals import check_level
 from gradvar.runs.records import PromptScores, estimate_table
 
@@ -106,17 +106,17 @@ def audit_table(
         usable: dict[str, PromptScores] = {}
         for name, raw in prompts.items():
             scores = raw if advantage == "score" else raw.verified()
-            if advantage not in ("score", "raw") and is_silent(raw):
+            if (why := why_nothing(raw, advantage)) is not None:
                 for assumption, quantity in ((3, "baseline_ratio"), (4, "between_length_share")):
                     audit.nothing(
                         assumption,
                         quantity,
-                        f"not estimated; {SILENT}",
-                        SILENT,
+                        f"not estimated; {why}",
+                        why,
                         len(scores.lengths),
                         target=target,
                         prompt_id=name,
-                        silent=1,
+                        silent=int(why == SILENT),
                     )
             else:
                 usable[name] = scores

@@ -21,6 +21,7 @@ from gradvar.estimators.baselines import (
     log_variance_ratio,
 )
 from gradvar.estimators.bias import within_one
+from gradvar.estimators.cv import NO_GRADIENT
 from gradvar.estimators.groups import draw_groups
 from gradvar.estimators.identity import (
     REJECTED,
@@ -31,7 +32,7 @@ from gradvar.estimators.identity import (
     identity_from_parts,
     identity_parts,
 )
-from gradvar.estimators.inputs import SUM_TARGET, generator
+from gradvar.estimators.inputs import SUM_TARGET, generator, has_gradient
 from gradvar.estimators.intervals import (
     PROMPTS_LIKE_THESE,
     THESE_PROMPTS,
@@ -44,7 +45,7 @@ from gradvar.estimators.law_tables import law_table
 from gradvar.estimators.length_bins import SMALLEST_BIN, BinProducts, bin_products, cosine_of_pair, length_bins
 from gradvar.estimators.token_covariance import METHOD as SHARE_METHOD
 from gradvar.estimators.token_covariance import probe_part, share_estimate, share_statistic, share_sums
-from gradvar.runs.records import Estimate, PromptScores, TableRow
+from gradvar.runs.records import Estimate, PromptScores, TableRow, no_estimate
 
 NOT_MEASURED = "not measured"
 MEASURE_TAUS = "gradvar measure RUN --probes 4"
@@ -127,39 +128,35 @@ class Audit:
 
     def nothing(self, assumption: int, quantity: str, why: str, verdict: str, n: int, **more: Any) -> None:
         """Write a row without a number."""
-        none = Estimate(
-            value=math.nan,
-            low=math.nan,
-            high=math.nan,
-            level=self.level,
-            method=why,
-            n=n,
-            clusters=1,
-            seed=None,
-        )
-        self.add(assumption, quantity, none, verdict=verdict, **more)
+        self.add(assumption, quantity, no_estimate(why, n=n, level=self.level), verdict=verdict, **more)
 
 
 def identity_rows(audit: Audit, target: str, prompts: Mapping[str, PromptScores], margin: float) -> None:
     """Assumption 0."""
-    parts = {n: identity_parts(s.gram, rng=generator(audit.seed, n, "identity")) for n, s in prompts.items()}
+    common: dict[str, Any] = {"target": target, "advantage": "score", "group_size": audit.group_size}
+    parts: dict[str, IdentityParts] = {}
+    for name, scores in prompts.items():
+        if has_gradient(scores):
+            parts[name] = identity_parts(scores.gram, rng=generator(audit.seed, name, "identity"))
+        else:
+            why, n = f"not estimated; {NO_GRADIENT}", len(scores.lengths)
+            audit.nothing(0, "identity_signal", why, NO_GRADIENT, n, prompt_id=name, **common)
     pools: list[tuple[str | None, list[IdentityParts]]] = [(name, [part]) for name, part in parts.items()]
     if len(parts) > 1:
         pools.append((None, list(parts.values())))
-    common: dict[str, Any] = {"target": target, "advantage": "score", "group_size": audit.group_size}
-    for name, pool in pools:
+    for label, pool in pools:
         check = identity_from_parts(pool, group_size=audit.group_size, margin=margin, level=audit.level)
         audit.add(
             0,
             "identity_signal",
             check.signal,
-            prompt_id=name,
+            prompt_id=label,
             margin=(-math.inf, margin),
             verdict=check.verdict,
             n_needed=check.n_needed,
             **common,
         )
-        audit.add(0, "identity_p_value", check.p_value, prompt_id=name, **common)
+        audit.add(0, "identity_p_value", check.p_value, prompt_id=label, **common)
     if len(parts) > 1:
         sums = [
             Sums(
@@ -204,6 +201,11 @@ def token_rows(
     scopes: dict[str, list[Sums]] = {}
     common: dict[str, Any] = {"target": target, "advantage": "score"}
     for name, scores in prompts.items():
+        if not has_gradient(scores):
+            why, n = f"not estimated; {NO_GRADIENT}", len(scores.lengths)
+            edges = (-margin, margin)
+            audit.nothing(1, "token_covariance_share", why, NO_GRADIENT, n, prompt_id=name, margin=edges, **common)
+            continue
         if name not in taus or np.isnan(np.asarray(taus[name], dtype=np.float64)).all():
             audit.nothing(
                 1,

@@ -1,14 +1,18 @@
 """The table `batches`: the update of a batch of prompts, rule by rule and scope by scope.
 
 Quantities, for every target, rule, scope and number of prompts B of a batch (column batch_prompts):
-    rho, cv              of the whole update, estimand "prompts like these"; around its mean on the batch's own prompts,
-                         estimand "these prompts"; verdict "resolved", "unresolved" or "silent: all rewards equal"
+    rho, cv              of the whole update, prompts and responses drawn again; verdict "resolved", "unresolved",
+                         "silent: all rewards equal" or "no gradient: all are 0"
+    rho_given_prompts, cv_given_prompts    of the update around its mean on the batch's own prompts, responses alone
+                         drawn again: the mean over batches of such prompts
     between_share        part of the variance that lies between prompts
     intra_variance, between_variance, squared_signal    in the rule's own units
     scope_ratio          CV weighted over the whole batch over CV weighted inside prompt groups
     cv_ratio             CV over the reference rule's at the same scope
+Every interval is a delete-one-prompt jackknife, so the estimand of every row is "prompts like these".
 Scope is "batch", "prompt group", or "either" where the rule's weights differ by a constant only. Further columns:
-    prompts_needed       prompts that would resolve the CV
+    prompts_needed       prompts that would resolve the CV; a lower bound only where prompts_needed_at_least is true, as
+                         rho is not positive
     sketch_error         standard error of the value that the sketch makes; it is inside the interval; 0 where exact
     products             "exact" or "sketch of d"
     extrapolated         whether B exceeds K / 3, so that no batches of that size were formed
@@ -47,18 +51,18 @@ from gradvar.estimators.batches import (
     BatchMoments,
     ScopedParts,
     depends_on_scope,
-    formed_moments,
     group_scales,
     mean_weights,
     prompt_parts,
     scoped_parts,
 )
 from gradvar.estimators.cross_products import CrossProducts
-from gradvar.estimators.cv import SILENT, UNRESOLVED, cv_from_rho, n_to_resolve, resolution
+from gradvar.estimators.cv import NO_GRADIENT, SILENT, UNRESOLVED, Needed, cv_from_rho, n_to_resolve, resolution
+from gradvar.estimators.formed_batches import formed_moments
 from gradvar.estimators.groups import draw_groups, group_coefficients
-from gradvar.estimators.inputs import generator
-from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
-from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
+from gradvar.estimators.inputs import generator, has_gradient
+from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, check_level
+from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, no_estimate
 
 Array = NDArray[np.float64]
 
@@ -88,16 +92,13 @@ class _Study:
         """Return the estimate with nothing in it."""
         if len(self.prompts) < MINIMUM_PROMPTS:
             method = f"{method}; no interval below {MINIMUM_PROMPTS} prompts"
-        return Estimate(
-            value=math.nan,
-            low=math.nan,
-            high=math.nan,
-            level=self.level,
-            method=method,
-            n=sum(len(p.lengths) for p in self.prompts),
-            clusters=len(self.prompts),
-            seed=self.seed,
-        )
+        n = sum(len(p.lengths) for p in self.prompts)
+        return no_estimate(method, n=n, clusters=len(self.prompts), level=self.level, seed=self.seed)
+
+    @property
+    def nothing(self) -> str:
+        """The verdict where every update is 0."""
+        return SILENT if any(has_gradient(p) for p in self.prompts) else NO_GRADIENT
 
     def coefficients(self, rule: Rule, alpha: float | None) -> dict[str, Array]:
         """Return (P, M, n) coefficients by prompt, weights inside the group."""
@@ -275,14 +276,15 @@ def _rows(
     for (scope, size), (moments, extrapolated) in batches.items():
         add = _Adder(study=study, variant=variant, scope=scope, size=size, extrapolated=extrapolated)
         if not moments.power.mean() > 0.0:
-            rows.append(add.row("cv", replace(study.none(), method=f"{METHOD}; {SILENT}"), 0.0, verdict=SILENT))
+            none = replace(study.none(), method=f"{METHOD}; {study.nothing}")
+            rows.append(add.row("cv", none, 0.0, verdict=study.nothing))
             continue
-        for estimand, statistic in ((PROMPTS_LIKE_THESE, total_rho), (THESE_PROMPTS, given_rho)):
+        for suffix, statistic in (("", total_rho), ("_given_prompts", given_rho)):
             found = spread(statistic, moments)
             rho = rho_interval(found, add.none())
-            about: dict[str, Any] = {"verdict": resolution(rho), "needed": _needed(rho, size), "estimand": estimand}
-            rows.append(add.row("rho", rho, found.sketch, **about))
-            rows.append(add.row("cv", cv_from_rho(rho), math.nan, **about))
+            about: dict[str, Any] = {"verdict": resolution(rho), "needed": _needed(rho, size)}
+            rows.append(add.row(f"rho{suffix}", rho, found.sketch, **about))
+            rows.append(add.row(f"cv{suffix}", cv_from_rho(rho), math.nan, **about))
         for name, part in _PARTS.items():
             found = spread(part, moments)
             rows.append(add.row(name, plain_estimate(found, add.none()), found.sketch))
@@ -330,8 +332,7 @@ class _Adder:
         sketch: float,
         *,
         verdict: str | None = None,
-        needed: float = math.nan,
-        estimand: str = PROMPTS_LIKE_THESE,
+        needed: Needed | None = None,
     ) -> TableRow:
         rule, alpha = self.variant
         return TableRow(
@@ -346,8 +347,9 @@ class _Adder:
             verdict=verdict,
             extra={
                 "batch_prompts": self.size,
-                "estimand": estimand,
-                "prompts_needed": needed,
+                "estimand": PROMPTS_LIKE_THESE,
+                "prompts_needed": math.nan if needed is None else needed.n,
+                "prompts_needed_at_least": needed is not None and needed.at_least,
                 "sketch_error": sketch,
                 "products": self.study.source,
                 "extrapolated": self.extrapolated,
@@ -356,8 +358,8 @@ class _Adder:
         )
 
 
-def _needed(rho: Estimate, size: int) -> float:
+def _needed(rho: Estimate, size: int) -> Needed:
     """Prompts at which rho's lower end would leave 0."""
     if math.isnan(rho.value) or math.isnan(rho.low):
-        return math.nan
+        return Needed(math.nan, at_least=False)
     return n_to_resolve(replace(rho, n=rho.clusters, clusters=1), size)

@@ -14,7 +14,7 @@ products of updates that share what the expectation holds fixed and nothing else
 Where a rule weights inside prompt groups, ghat is the mean of B independent group updates u, and from a single group's
     power_B = power_1 / B + (1 - 1/B) signal,   given_B = given_1 / B + (1 - 1/B) signal,   signal_B = signal
 hold for every B. Where a rule weights over the whole batch (dapo and vl_norm there depend on all its lengths), batches
-are formed: `formed_moments` cuts the prompts into disjoint batches. Beyond K / 3 prompts, too few batches could be
+are formed (`formed_batches`). Beyond K / 3 prompts, too few batches could be
 formed; there ghat = N / S, divided by a sum S over the batch, is linearised around the mean of S (delta method):
     ghat  =  N / E S  -  E ghat (S / E S - 1)  +  O(1 / (B n)).
 With u a group's update under weights whose sum is at its mean (`mean_weights`), and v its own sum over that mean, ghat
@@ -43,9 +43,6 @@ from gradvar.estimators.groups import group_moments
 from gradvar.runs.records import PromptScores
 
 Array = NDArray[np.float64]
-
-CUTS = 4
-"""Random cuts of the prompts into batches for each permutation of the responses."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -270,136 +267,3 @@ def group_scales(
         )
         found[p.prompt_id] = np.asarray((weights[p.prompt_id][rows] / inside)[..., 0])
     return found
-
-
-@dataclass(kw_only=True, eq=False)
-class _Sums:
-    """Totals of one moment over batches or pairs of batches, and what is lost without each prompt."""
-
-    total: Array
-    lost: Array
-    count: float
-    lost_count: Array
-
-    @classmethod
-    def empty(cls, repeats: int, prompts: int) -> _Sums:
-        return cls(total=np.zeros(repeats), lost=np.zeros((repeats, prompts)), count=0.0, lost_count=np.zeros(prompts))
-
-    def add(self, values: Array, members: NDArray[np.intp]) -> None:
-        """Add one value (R, b) for each batch b, whose prompts are members (b, B)."""
-        self.total += values.sum(axis=1)
-        self.count += values.shape[1]
-        self.lost[:, members] += values[:, :, None]
-        self.lost_count[members] += 1.0
-
-    def add_pairs(self, values: Array, members: NDArray[np.intp]) -> None:
-        """Add one value (R, b, b) for each pair of batches; the diagonal is left out."""
-        batches = values.shape[1]
-        off = values * (1.0 - np.eye(batches))
-        self.total += off.sum(axis=(1, 2))
-        self.count += batches * (batches - 1)
-        self.lost[:, members] += 2.0 * off.sum(axis=2)[:, :, None]
-        self.lost_count[members] += 2.0 * (batches - 1)
-
-    def result(self) -> tuple[Array, Array]:
-        left = self.count - self.lost_count
-        return self.total / self.count, (self.total[:, None] - self.lost) / np.where(left > 0.5, left, np.nan)
-
-
-def formed_moments(
-    prompts: Sequence[PromptScores],
-    products: CrossProducts,
-    groups: Mapping[str, NDArray[np.intp]],
-    coefficients: Mapping[str, Array],
-    rule: Rule,
-    sizes: Sequence[int],
-    *,
-    alpha: float | None,
-    max_length: float,
-    rng: np.random.Generator,
-) -> dict[int, BatchMoments]:
-    """Moments of a rule that weights over the whole batch, from disjoint batches formed of the measured responses.
-
-    In every permutation the prompts are cut at random into floor(K / B) disjoint batches; batch b's m-th update takes
-    the m-th group of each of its prompts. Updates of one b and different m share prompts and no response (given);
-    those of different b share nothing (signal).
-
-    Args:
-        prompts: K prompts of one target.
-        products: Between their responses.
-        groups: (P, M, n) disjoint groups of each prompt; P permutations, the same for all, are used up to the smallest.
-        coefficients: (P, M, n) of the groups' updates, weights inside the group.
-        rule: The rule, weighted over a batch here.
-        sizes: B of each kind of batch, at most K / 2.
-        alpha: Exponent of vl_norm.
-        max_length: M in tokens.
-        rng: Cuts the prompts.
-    """
-    names = [p.prompt_id for p in prompts]
-    count = len(names)
-    rounds = min(len(groups[name]) for name in names)
-    updates = min(groups[name].shape[1] for name in names)
-    sums = {size: [_Sums.empty(products.repeats, count) for _ in range(3)] for size in sizes}
-    for index in range(rounds):
-        drawn = [groups[name][index, :updates] for name in names]
-        spread = {}
-        for p, rows in zip(prompts, drawn, strict=True):
-            dense = np.zeros((updates, len(p.lengths)))
-            np.put_along_axis(dense, rows, coefficients[p.prompt_id][index, :updates], axis=1)
-            spread[p.prompt_id] = dense
-        inner = products.of_updates(spread)
-        for k, p in enumerate(prompts):  # what is known exactly
-            block = slice(k * updates, (k + 1) * updates)
-            inner[:, block, block] = spread[p.prompt_id] @ p.gram @ spread[p.prompt_id].T
-        lengths = np.stack([p.lengths[rows] for p, rows in zip(prompts, drawn, strict=True)])  # (K, M, n)
-        inside = scope_weights(
-            rule, lengths, lambda x: x.sum(axis=-1, keepdims=True), alpha=alpha, max_length=max_length
-        )
-        for size in sizes:
-            for _ in range(CUTS):
-                members = rng.permutation(count)[: count // size * size].reshape(-1, size)
-                ratio = _ratios(rule, lengths[members], inside[members], alpha=alpha, max_length=max_length)
-                _add(sums[size], inner, members, ratio)
-    return {size: _moments(*parts) for size, parts in sums.items()}
-
-
-def _ratios(rule: Rule, lengths: Array, inside: Array, *, alpha: float | None, max_length: float) -> Array:
-    """Weight over the batch by weight inside the group, (b, B, M): the scope enters as one factor of each group."""
-    across = scope_weights(
-        rule, lengths, lambda x: x.sum(axis=(1, 3), keepdims=True), alpha=alpha, max_length=max_length
-    )
-    return np.asarray(across[..., 0] / inside[..., 0])
-
-
-def _add(sums: Sequence[_Sums], inner: Array, members: NDArray[np.intp], ratio: Array) -> None:
-    """Add one cut: inner (R, K M, K M) of groups, members (b, B), ratio (b, B, M)."""
-    batches, _, updates = ratio.shape
-    count = inner.shape[1] // updates
-    factors = np.zeros((batches, updates, count, updates))
-    each = np.arange(updates)
-    for b in range(batches):
-        for prompt, part in zip(members[b], ratio[b], strict=True):
-            factors[b, each, prompt, each] = part
-    flat = factors.reshape(batches * updates, count * updates)
-    products = (flat @ inner @ flat.T).reshape(-1, batches, updates, batches, updates)
-    power, given, signal = sums
-    own = np.einsum("rbmbn->rbmn", products)
-    diagonal = np.einsum("rbmm->rb", own)
-    power.add(diagonal / updates, members)
-    if updates > 1:
-        given.add((own.sum(axis=(2, 3)) - diagonal) / (updates * (updates - 1)), members)
-    if batches > 1:
-        signal.add_pairs(products.mean(axis=(2, 4)), members)
-
-
-def _moments(power: _Sums, given: _Sums, signal: _Sums) -> BatchMoments:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        values = [part.result() for part in (power, given, signal)]
-    return BatchMoments(
-        power=values[0][0],
-        given=values[1][0],
-        signal=values[2][0],
-        power_without=values[0][1],
-        given_without=values[1][1],
-        signal_without=values[2][1],
-    )

@@ -1,7 +1,9 @@
 """Runs side by side: checkpoints of one training, or models, each with its numbers, and their differences.
 
-A run's own numbers are those of `law_table`, `cv_table` and `alpha_table` at the same options. Differences are taken
-where prompts are shared. Two runs sample their responses independently, so for these prompts the interval of a
+A run's own numbers are those of `law_table`, `cv_table` and `alpha_table` at the same options, over all its prompts.
+Differences are taken over shared prompts, for each quantity over those that have an estimate in both runs: where a
+checkpoint has solved a prompt, its rewards are equal and it says nothing there, so the other run's numbers leave it out
+too (`run_numbers.has_estimate`). Two runs sample their responses independently, so for these prompts the interval of a
 difference follows from the two runs' own intervals (MOVER, Zou and Donner 2008):
 
     low = d - sqrt((v1 - low1)^2 + (high2 - v2)^2),   high = d + sqrt((high1 - v1)^2 + (v2 - low2)^2)
@@ -13,17 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 
 from gradvar.errors import GradvarError
 from gradvar.estimators.aggregation import expand_rules
-from gradvar.estimators.alpha_tables import ALPHA_GRID, alpha_table
+from gradvar.estimators.alpha_tables import ALPHA_GRID
 from gradvar.estimators.cv import RESOLVED, UNRESOLVED
-from gradvar.estimators.cv_tables import cv_table
 from gradvar.estimators.groups import PERMUTATIONS
 from gradvar.estimators.inputs import arrange
 from gradvar.estimators.intervals import (
@@ -32,100 +32,11 @@ from gradvar.estimators.intervals import (
     THESE_PROMPTS,
     t_quantile,
 )
-from gradvar.estimators.law_samples import ALL_RESPONSES
-from gradvar.estimators.law_tables import law_table
-from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
+from gradvar.estimators.run_numbers import COMPARED, FAMILIES, Found, Options, has_estimate
+from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, no_estimate
 
-COMPARED = (
-    "deviation_exponent",
-    "within_exponent",
-    "cv",
-    "noise_scale",
-    "eta",
-    "alpha_star_eta",
-    "alpha_star_cv",
-)
 _RATIOS = ("cv", "noise_scale")
 _SETS = ("alpha_star_eta", "alpha_star_cv")
-
-Found = dict[tuple[str, str | None, str], Estimate]
-"""(target, prompt_id or None for all prompts, quantity) to the estimate."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Options:
-    rule: str
-    alpha: float | None
-    group_size: int
-    advantage: str
-    grid: tuple[float, ...]
-    level: float
-    permutations: int
-    seed: int
-
-    def estimates(self, name: str, groups: Sequence[PromptScores]) -> Found:
-        """Return every compared quantity of one run, per prompt and over all of them."""
-        common: dict[str, Any] = {"level": self.level, "seed": self.seed}
-        drawn: dict[str, Any] = {**common, "group_size": self.group_size, "permutations": self.permutations}
-        rules = () if self.alpha is not None else (self.rule,)
-        alphas = (1.0,) if self.alpha is None else (self.alpha,)
-        try:
-            law = law_table(groups, advantages_studied=(self.advantage,), subsets=False, **common)
-            cv = cv_table(
-                groups, rules=(self.rule,), alphas=alphas, reference=self.rule, advantage=self.advantage, **drawn
-            )
-            alpha = alpha_table(groups, rules=rules, grid=self.grid, advantage=self.advantage, **drawn)
-        except GradvarError as error:
-            raise GradvarError(f"run {name!r}: {error}") from error
-        eta = alpha[(alpha["quantity"] == "eta") & ((alpha["rule"] == self.rule) | alpha["rule"].isna())]
-        if self.alpha is not None:
-            eta = eta[(eta["alpha"] == self.alpha) | eta["alpha"].isna()]
-        tables = {"cv": cv[cv["quantity"] == "cv"], "eta": eta}
-        for quantity in ("deviation_exponent", "within_exponent"):
-            tables[quantity] = law[(law["quantity"] == quantity) & (law["scope"] == ALL_RESPONSES)]
-        for quantity in _SETS:
-            tables[quantity] = alpha[alpha["quantity"] == quantity]
-        found: Found = {}
-        for quantity, table in tables.items():
-            kept = table[table["estimand"].isna() | (table["estimand"] == THESE_PROMPTS)]
-            for row in kept.to_dict("records"):
-                prompt = row["prompt_id"] if isinstance(row["prompt_id"], str) else None
-                found[row["target"], prompt, quantity] = _estimate(row, self.seed)
-        return self._completed(found, groups)
-
-    def _completed(self, found: Found, groups: Sequence[PromptScores]) -> Found:
-        """Add the noise scale, and for all prompts the only prompt's number where tables pool nothing."""
-        for target, prompts in arrange(groups).items():
-            for quantity in COMPARED:
-                if quantity == "noise_scale" or (target, None, quantity) in found:
-                    continue
-                alone = [found[target, p, quantity] for p in prompts if (target, p, quantity) in found]
-                usable = [e for e in alone if not math.isnan(e.value)] or alone
-                if usable:
-                    found[target, None, quantity] = usable[0]
-        for (target, prompt, quantity), estimate in list(found.items()):
-            if quantity == "cv":
-                found[target, prompt, "noise_scale"] = replace(
-                    estimate,
-                    value=self.group_size * estimate.value**2,
-                    low=self.group_size * estimate.low**2,
-                    high=self.group_size * estimate.high**2,
-                    method=f"n CV^2, responses; {estimate.method}",
-                )
-        return found
-
-
-def _estimate(row: Mapping[Any, Any], seed: int) -> Estimate:
-    return Estimate(
-        value=float(row["value"]),
-        low=float(row["low"]),
-        high=float(row["high"]),
-        level=float(row["level"]),
-        method=str(row["method"]),
-        n=int(row["n"]),
-        clusters=int(row["clusters"]),
-        seed=seed,
-    )
 
 
 def compare_table(
@@ -143,15 +54,18 @@ def compare_table(
 ) -> pd.DataFrame:
     """Exponent, CV, noise scale, efficiency and best alpha of every run, and differences to one of them.
 
-    Quantities, for every target, over all prompts of a run and for each prompt (columns `run`, `against`):
+    Quantities, for every target, over all prompts of a run and for each prompt (columns `run`, `against`; `clusters`
+    counts the prompts, silent ones too in a pooled CV):
         "deviation_exponent", "within_exponent"   of the advantage-weighted gradient
         "cv", "noise_scale", "eta"                of one rule; noise scale n CV^2 in responses
         "alpha_star_eta", "alpha_star_cv"         of VL Norm, with the set of alphas not told apart
-    Against the reference run, over shared prompts only, for each of them and pooled:
+    Against the reference run, for each shared prompt, and pooled over those that have an estimate of the quantity in
+    both runs (`clusters` counts them; silent and too small prompts have none, unresolved ones count):
         "<quantity>_difference", for cv and noise_scale "<quantity>_ratio"; verdict "higher", "lower", "undetermined",
-        or "unresolved" where either run's number is. Pooled for both estimands: these prompts (MOVER on the pooled
-        numbers; for alpha* the outermost difference of the two sets), and prompts like these (mean of the prompts' own
-        differences, of their logs for ratios, t over K - 1; from 4 prompts on and only where every prompt has one).
+        or "unresolved" where either run's number is or no prompt is left. Pooled for both estimands: these prompts
+        (MOVER on both runs' numbers over those prompts; for alpha* the outermost difference of the two sets), and
+        prompts like these (mean of their own differences, of their logs for ratios, t over K - 1; from 4 prompts on
+        and only where each of them is resolved).
 
     Args:
         runs: Prompts by targets of every run, at least one run. Equal prompt_ids are taken for the same prompt.
@@ -174,7 +88,7 @@ def compare_table(
     if first not in runs:
         raise GradvarError(f"reference {first!r} is none of the runs: {', '.join(runs)}")
     found_rule, a = expand_rules((rule,), () if alpha is None else (alpha,))[0]
-    options = _Options(
+    options = Options(
         rule=found_rule.name,
         alpha=a,
         group_size=group_size,
@@ -184,49 +98,78 @@ def compare_table(
         permutations=permutations,
         seed=seed,
     )
+    scores = {name: {t: list(own.values()) for t, own in arrange(groups).items()} for name, groups in runs.items()}
+    made = _Made(options=options, scores=scores)
     rows: list[TableRow] = []
-    own = {name: options.estimates(name, groups) for name, groups in runs.items()}
-    for name, found in own.items():
-        for (target, prompt, quantity), estimate in found.items():
-            verdict = UNRESOLVED if math.isnan(estimate.value) else RESOLVED
-            rows.append(_row(options, quantity, estimate, target, prompt, name, None, verdict, THESE_PROMPTS))
-    held = {name: {(g.target, g.prompt_id) for g in groups} for name, groups in runs.items()}
-    for name, groups in runs.items():
-        if name == first:
-            continue
-        shared = held[name] & held[first]
-        sides = []
-        for other, whole in ((name, groups), (first, runs[first])):
-            mine = [g for g in whole if (g.target, g.prompt_id) in shared]
-            same = len(mine) == len(whole)
-            sides.append(own[other] if same else options.estimates(other, mine) if mine else {})
-        rows += _differences(options, sides[0], sides[1], name, first)
+    for name, targets in scores.items():
+        for target in targets:
+            for quantity in COMPARED:
+                for (prompt, other), estimate in made.of(name, target, quantity).items():
+                    if other == quantity:
+                        verdict = UNRESOLVED if math.isnan(estimate.value) else RESOLVED
+                        rows.append(_row(options, quantity, estimate, target, prompt, name, None, verdict))
+    for name, targets in scores.items():
+        for target in targets:
+            if name != first and target in scores[first]:
+                for quantity in COMPARED:
+                    rows += _differences(made, name, first, target, quantity)
     return estimate_table(rows)
 
 
-def _differences(options: _Options, one: Found, two: Found, name: str, reference: str) -> list[TableRow]:
-    rows = []
-    paired: dict[tuple[str, str], list[Estimate]] = {}
-    for key, estimate in one.items():
-        if key not in two:
-            continue
-        target, prompt, quantity = key
-        difference = estimate_difference(quantity, estimate, two[key])
-        label = f"{quantity}_{'ratio' if quantity in _RATIOS else 'difference'}"
-        rows.append(
-            _row(
-                options, label, difference, target, prompt, name, reference, _side(quantity, difference), THESE_PROMPTS
-            )
-        )
-        if prompt is not None:
-            paired.setdefault((target, quantity), []).append(difference)
-    for (target, quantity), differences in paired.items():
-        if len(differences) > 1:
-            across = mean_of_pairs(quantity, differences, level=options.level)
-            label = f"{quantity}_{'ratio' if quantity in _RATIOS else 'difference'}"
-            side = _side(quantity, across)
-            across = replace(across, seed=options.seed)
-            rows.append(_row(options, label, across, target, None, name, reference, side, PROMPTS_LIKE_THESE))
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """Every run's numbers, each made once."""
+
+    options: Options
+    scores: Mapping[str, Mapping[str, Sequence[PromptScores]]]
+    """Prompts by run and target."""
+    kept: dict[tuple[str, str, str, tuple[str, ...]], Found] = field(default_factory=dict)
+
+    def names(self, run: str, target: str) -> list[str]:
+        """Return a run's prompts of one target."""
+        return [one.prompt_id for one in self.scores[run][target]]
+
+    def of(self, run: str, target: str, quantity: str, prompts: Sequence[str] | None = None) -> Found:
+        """Return the quantity's family over these prompts; None: over all of the run."""
+        family = next(name for name, quantities in FAMILIES.items() if quantity in quantities)
+        chosen = self.names(run, target) if prompts is None else list(prompts)
+        key = (run, target, family, tuple(sorted(chosen)))
+        if key not in self.kept:
+            mine = [one for one in self.scores[run][target] if one.prompt_id in chosen]
+            self.kept[key] = self.options.estimates(family, mine, run)
+        return self.kept[key]
+
+
+def _differences(made: _Made, name: str, reference: str, target: str, quantity: str) -> list[TableRow]:
+    """Return the rows of one quantity: every shared prompt, then those with an estimate in both runs pooled."""
+    options = made.options
+    one, two = (made.of(run, target, quantity) for run in (name, reference))
+    label = f"{quantity}_{'ratio' if quantity in _RATIOS else 'difference'}"
+
+    def row(difference: Estimate, prompt: str | None, estimand: str = THESE_PROMPTS) -> TableRow:
+        side = _side(quantity, difference)
+        return _row(options, label, difference, target, prompt, name, reference, side, estimand)
+
+    others = set(made.names(reference, target))
+    shared = [prompt for prompt in made.names(name, target) if prompt in others]
+    if not shared:
+        return []
+    alone = {
+        prompt: estimate_difference(quantity, one[prompt, quantity], two[prompt, quantity])
+        for prompt in shared
+        if (prompt, quantity) in one and (prompt, quantity) in two
+    }
+    rows = [row(difference, prompt) for prompt, difference in alone.items()]
+    both = [p for p in shared if has_estimate(quantity, one, p) and has_estimate(quantity, two, p)]
+    if not both:
+        n = sum(len(s.lengths) for run in (name, reference) for s in made.scores[run][target] if s.prompt_id in shared)
+        why = "not estimated; no shared prompt has an estimate in both runs"
+        return [*rows, row(replace(no_estimate(why, n=n, level=options.level), seed=options.seed), None)]
+    pooled = (made.of(run, target, quantity, both)[None, quantity] for run in (name, reference))
+    rows.append(row(replace(estimate_difference(quantity, *pooled), clusters=len(both)), None))
+    if len(both) > 1:
+        across = mean_of_pairs(quantity, [alone[prompt] for prompt in both], level=options.level)
+        rows.append(row(replace(across, seed=options.seed), None, PROMPTS_LIKE_THESE))
     return rows
 
 
@@ -254,16 +197,8 @@ def mean_of_pairs(quantity: str, differences: Sequence[Estimate], *, level: floa
     """Mean of the prompts' differences (of logs, for ratios) with t over K - 1."""
     logs = quantity in _RATIOS
     count = len(differences)
-    none = Estimate(
-        value=math.nan,
-        low=math.nan,
-        high=math.nan,
-        level=level,
-        method=f"mean of paired differences{' of logs' if logs else ''}, t; {PROMPTS_LIKE_THESE}",
-        n=sum(d.n for d in differences),
-        clusters=count,
-        seed=None,
-    )
+    method = f"mean of paired differences{' of logs' if logs else ''}, t; {PROMPTS_LIKE_THESE}"
+    none = no_estimate(method, n=sum(d.n for d in differences), clusters=count, level=level)
     if count < MINIMUM_PROMPTS:
         return replace(none, method=f"{none.method}; not given below {MINIMUM_PROMPTS} prompts")
     values = np.array([_log(d.value) if logs else d.value for d in differences])
@@ -291,7 +226,7 @@ def _side(quantity: str, difference: Estimate) -> str:
 
 
 def _row(
-    options: _Options,
+    options: Options,
     quantity: str,
     estimate: Estimate,
     target: str,
@@ -299,7 +234,7 @@ def _row(
     run: str,
     against: str | None,
     verdict: str,
-    estimand: str,
+    estimand: str = THESE_PROMPTS,
 ) -> TableRow:
     starred = quantity.startswith("alpha_star")
     aggregated = not quantity.startswith(("deviation", "within"))

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,7 @@ Array = NDArray[np.float64]
 RESOLVED = "resolved"
 UNRESOLVED = "unresolved"
 SILENT = "silent: all rewards equal"
+NO_GRADIENT = "no gradient: all are 0"
 
 _JACKKNIFE = "permutation groups, delete-one jackknife of log(1 - rho), t, allowing for unseen lengths"
 
@@ -131,7 +132,10 @@ def aggregator_rho(
     coefficients = group_coefficients(groups, r, sizes, found, advantage=advantage, alpha=alpha, max_length=limit)
     moments = group_moments(matrix, groups, coefficients)
     tails = length_tails(matrix, r, sizes, (found, alpha), advantage=advantage)
-    return rho_estimate(moments, group_size=group_size, level=level, tails=tails), moments
+    rho = rho_estimate(moments, group_size=group_size, level=level, tails=tails)
+    if advantage not in ("score", "raw") and np.ptp(r) == 0.0 and np.trace(matrix) > 0.0:
+        rho = replace(rho, method=f"{_JACKKNIFE}; {SILENT}")
+    return rho, moments
 
 
 def checked_prompt(gram: Any, rewards: Any, lengths: Any, advantage: str) -> tuple[Array, Array, Array]:
@@ -166,7 +170,7 @@ def rho_estimate(moments: GroupMoments, *, group_size: int, level: float, tails:
         value=math.nan, low=math.nan, high=math.nan, level=level, method=_JACKKNIFE, n=n, clusters=1, seed=None
     )
     if not moments.same > 0.0:
-        return replace(none, method=f"{_JACKKNIFE}; {SILENT}")
+        return replace(none, method=f"{_JACKKNIFE}; {NO_GRADIENT}")
     value = moments.cross / moments.same
     if math.isnan(value):
         return replace(none, method=f"{_JACKKNIFE}; no two groups with differing rewards in a permutation")
@@ -246,30 +250,44 @@ def cv_from_rho(rho: Estimate) -> Estimate:
 
 
 def resolution(rho: Estimate) -> str:
-    """Return "resolved" where rho's interval lies above 0, else "unresolved", or that the prompt is silent."""
-    if math.isnan(rho.value) and SILENT in rho.method:
-        return SILENT
+    """Return "resolved" where rho's interval lies above 0, else "unresolved", or that there is no update at all."""
+    for nothing in (SILENT, NO_GRADIENT):
+        if math.isnan(rho.value) and nothing in rho.method:
+            return nothing
     return RESOLVED if rho.low > 0.0 else UNRESOLVED
 
 
-def n_to_resolve(rho: Estimate, group_size: int) -> float:
+class Needed(NamedTuple):
+    """Responses (or prompts) that would settle a verdict."""
+
+    n: float
+    at_least: bool
+    """Whether `n` is a lower bound only: nothing says how many more it takes."""
+
+
+def n_to_resolve(rho: Estimate, group_size: int) -> Needed:
     """Responses (a prompt) at which rho's lower end would leave 0: N (half-width / distance)^2 on its own scale.
 
-    The N used where it is resolved; 3 group_size where there were too few for an interval; where rho is not positive
-    the most favourable value of its interval stands in, so the answer is "at least"; inf where that fails too.
+    The N used where it is resolved, otherwise always more than it. A lower bound only (`at_least`) where rho is not
+    positive: there is no distance to scale by, and the upper end of its interval, the most favourable value that the
+    data allow, stands in. inf where not even that is positive. Without an interval, what gives one: 3 group_size.
     """
     per_prompt = rho.n / max(rho.clusters, 1)
+    more = math.floor(per_prompt) + 1.0
     if math.isnan(rho.value):
-        return math.inf
+        return Needed(math.inf, at_least=False)
     if math.isnan(rho.low):
-        return float(3 * group_size)
+        return Needed(max(3.0 * group_size, more), at_least=True)
     if rho.low > 0.0:
-        return float(math.ceil(per_prompt))
-    hopeful = rho.value if rho.value > 0 else rho.high
-    if not 0.0 < hopeful < 1.0:
-        return math.inf
+        return Needed(float(math.ceil(per_prompt)), at_least=False)
+    hopeful = rho.value if rho.value > 0.0 else rho.high
+    if hopeful <= 0.0:
+        return Needed(math.inf, at_least=False)
+    if hopeful >= 1.0 or rho.value >= 1.0:
+        return Needed(more, at_least=True)
     half = math.log1p(-rho.low) - math.log1p(-rho.value)
-    return float(math.ceil(per_prompt * (half / math.log1p(-hopeful)) ** 2))
+    times = (half / math.log1p(-hopeful)) ** 2
+    return Needed(max(float(math.ceil(per_prompt * times)), more), at_least=rho.value <= 0.0)
 
 
 def pooled_rho(
@@ -302,7 +320,8 @@ def pooled_rho(
     )
     across = replace(none, method=f"permutation groups, delete-one-prompt jackknife, t; {PROMPTS_LIKE_THESE}")
     if same <= 0.0:
-        return replace(none, method=f"{none.method}; {SILENT}"), replace(across, method=f"{across.method}; {SILENT}")
+        note = f"; {NO_GRADIENT}"
+        return replace(none, method=none.method + note), replace(across, method=across.method + note)
     value = cross / same
     replicates = []
     for m in prompts:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from gradvar.estimators.aggregation import Rule
 from gradvar.estimators.cv import (
+    SILENT,
     UNRESOLVED,
     cv_from_rho,
     n_to_resolve,
@@ -16,7 +17,7 @@ from gradvar.estimators.cv import (
 from gradvar.estimators.groups import GroupMoments
 from gradvar.estimators.intervals import THESE_PROMPTS
 from gradvar.estimators.paper_order import claim, judge
-from gradvar.runs.records import Estimate, PromptScores, TableRow
+from gradvar.runs.records import Estimate, PromptScores, TableRow, no_estimate
 
 MomentsKey = tuple[str, str, float | None]
 """Prompt, rule and alpha."""
@@ -29,12 +30,10 @@ class CvStudy:
     target: str
     prompts: dict[str, PromptScores]
     left_out: dict[str, int]
-    silent: set[str]
+    nothing: dict[str, str]
+    """Prompts without any update, with the verdict that says why."""
     moments: Mapping[MomentsKey, GroupMoments]
     """Of the prompts that hold two groups."""
-    conditional: bool
-    """Whether silent groups, hence silent prompts, are left out (dynamic sampling)."""
-    extras: str
     advantage: str
     group_size: int
     level: float
@@ -50,6 +49,7 @@ class CvStudy:
         variant: tuple[Rule, float | None] | None = None,
         verdict: str | None = None,
         n_needed: float = math.nan,
+        at_least: bool = False,
         estimand: str = THESE_PROMPTS,
         paper: str | None = None,
         holds: str | None = None,
@@ -59,11 +59,7 @@ class CvStudy:
         rule, alpha = variant if variant is not None else (None, None)
         return TableRow(
             quantity=quantity,
-            estimate=replace(
-                estimate,
-                seed=self.seed,
-                method=f"{estimate.method}; with {self.extras}" if self.extras else estimate.method,
-            ),
+            estimate=replace(estimate, seed=self.seed),
             target=self.target,
             prompt_id=None if pooled else prompts[0],
             rule=None if rule is None else rule.name,
@@ -74,8 +70,9 @@ class CvStudy:
             verdict=verdict,
             extra={
                 "n_needed": n_needed,
+                "n_needed_at_least": at_least,
                 "left_out": sum(self.left_out[name] for name in prompts),
-                "silent": sum(name in self.silent for name in prompts),
+                "silent": sum(self.nothing.get(name) == SILENT for name in prompts),
                 "estimand": estimand,
                 "paper": paper,
                 "holds": holds,
@@ -85,16 +82,8 @@ class CvStudy:
 
     def plain(self, value: float, method: str, prompt_id: str) -> Estimate:
         """Return a number of one prompt that has no interval."""
-        return Estimate(
-            value=value,
-            low=math.nan,
-            high=math.nan,
-            level=self.level,
-            method=method,
-            n=len(self.prompts[prompt_id].lengths),
-            clusters=1,
-            seed=None,
-        )
+        n = len(self.prompts[prompt_id].lengths)
+        return no_estimate(method, n=n, level=self.level, value=value)
 
 
 def rho_and_cv_rows(
@@ -116,7 +105,8 @@ def rho_and_cv_rows(
             pooled=pooled,
             variant=variant,
             verdict=verdict,
-            n_needed=needed,
+            n_needed=needed.n,
+            at_least=needed.at_least,
             estimand=estimand,
         )
         for quantity, estimate in (("rho", rho), ("cv", cv_from_rho(rho)))

@@ -1,7 +1,8 @@
 """The total CV of every rule, prompt and target, and over prompts.
 
 Rows that cannot be estimated are there once, with NaN and a verdict that says why; columns beside the common ones:
-    n_needed    responses that would settle the verdict
+    n_needed    responses that would settle the verdict; a lower bound only where n_needed_at_least is true: rho is not
+                positive, or there are too few responses for an interval
     left_out    responses left out of this row because they are unverified
     silent      prompts of this row whose rewards are all equal
     estimand    "these prompts" or, for pooled rows that come twice, "prompts like these"
@@ -19,7 +20,6 @@ from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import check_advantage
 from gradvar.estimators.aggregation import Rule, expand_rules
 from gradvar.estimators.cv import (
-    SILENT,
     UNRESOLVED,
     pooled_rho,
     rho_estimate,
@@ -30,11 +30,10 @@ from gradvar.estimators.groups import (
     GroupMoments,
     draw_groups,
     group_coefficients,
-    loud_groups,
     moments_of_kinds,
     silent_share,
 )
-from gradvar.estimators.inputs import arrange, generator, is_silent
+from gradvar.estimators.inputs import arrange, generator, why_nothing
 from gradvar.estimators.intervals import PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
 from gradvar.estimators.ratios import cv_ratio, cv_ratio_across, pooled_cv_ratio
 from gradvar.estimators.tails import LengthTails, length_tails
@@ -55,8 +54,6 @@ def cv_table(
     further_references: Sequence[str] = (),
     level: float = 0.95,
     permutations: int = PERMUTATIONS,
-    overlong_filtering: bool = False,
-    dynamic_sampling: bool = False,
     seed: int,
 ) -> pd.DataFrame:
     """Total CV of the aggregation rules, per prompt and pooled, with paired ratios against a reference rule.
@@ -69,8 +66,9 @@ def cv_table(
                         order asks of the ratio ("at least 1", "at most 1", "equal", "nothing") and `holds` whether it
                         does ("holds", "violated", "undetermined", "not claimed")
         "silent_share"  share of groups of this size whose rewards are all equal
-    A prompt whose rewards are all equal, or with fewer than two groups of verified responses, gets one "cv" row
-    without rule that says so. Silent prompts count in the pooled rows with their zeros; too small ones do not.
+    A prompt whose rewards are all equal, whose gradients are all 0 ("no gradient"), or with fewer than two groups of
+    verified responses, gets one "cv" row without rule that says so. The first two count in the pooled rows with their
+    zeros; too small ones do not.
 
     Args:
         groups: Prompts by targets; several targets get their sum as well.
@@ -82,9 +80,6 @@ def cv_table(
         further_references: Further rules likewise.
         level: Nominal coverage.
         permutations: Random permutations a prompt.
-        overlong_filtering: Take truncated responses out of the loss, as DAPO does; their reward stays in the baseline.
-        dynamic_sampling: Estimate given that a group's rewards differ, as DAPO's resampling makes them; pooled rows
-            then leave silent prompts out.
         seed: Of the permutations; each prompt's are its own.
 
     Returns:
@@ -108,8 +103,6 @@ def cv_table(
             f"groups), the most any prompt has is {largest}: sample more, or ask for a smaller group"
         )
     left_out = {name: len(everyone[name].lengths) - len(s.lengths) for name, s in usable.items()}
-    conditional = dynamic_sampling and advantage != "score"
-    silent = {name for name, s in everyone.items() if advantage not in ("score", "raw") and is_silent(s)}
     studied = list(dict.fromkeys([*variants, *references]))
     moments: dict[str, dict[MomentsKey, GroupMoments]] = {target: {} for target in targets}
     for name, scores in usable.items():
@@ -127,16 +120,14 @@ def cv_table(
                 advantage=advantage,
                 alpha=alpha,
                 max_length=limit,
-                masked=scores.truncated if overlong_filtering else None,
             )
             for rule, alpha in studied
         ]
-        kept = loud_groups(drawn, scores.rewards) if conditional else None
         # All targets of a prompt at once, so that only one prompt's groups are held at a time.
         for target, prompts in targets.items():
             if name in prompts:
                 gram = prompts[name].gram if advantage == "score" else prompts[name].verified().gram
-                found = moments_of_kinds(gram, drawn, np.stack(coefficients), kept)
+                found = moments_of_kinds(gram, drawn, np.stack(coefficients))
                 for (rule, alpha), own in zip(studied, found, strict=True):
                     moments[target][name, rule.name, alpha] = own
     for target, prompts in targets.items():
@@ -145,17 +136,8 @@ def cv_table(
                 target=target,
                 prompts={n: s if advantage == "score" else s.verified() for n, s in prompts.items()},
                 left_out={n: left_out[n] for n in prompts},
-                silent=silent & set(prompts),
+                nothing={n: why for n, s in prompts.items() if (why := why_nothing(s, advantage)) is not None},
                 moments=moments[target],
-                conditional=conditional,
-                extras=", ".join(
-                    word
-                    for word, on in (
-                        ("overlong filtering", overlong_filtering),
-                        ("dynamic sampling", dynamic_sampling),
-                    )
-                    if on
-                ),
                 advantage=advantage,
                 group_size=group_size,
                 level=level,
@@ -182,15 +164,14 @@ def _rows_of_target(
             method = f"fewer than {2 * study.group_size} verified responses: two disjoint groups are needed"
             estimate = study.plain(math.nan, method, name)
             needed = float(3 * study.group_size)
-            rows.append(study.row("cv", estimate, [name], verdict=UNRESOLVED, n_needed=needed))
+            rows.append(study.row("cv", estimate, [name], verdict=UNRESOLVED, n_needed=needed, at_least=True))
             continue
         spoken.append(name)
-        if name in study.silent:
-            estimate = study.plain(math.nan, f"not estimated; {SILENT}", name)
-            rows.append(study.row("cv", estimate, [name], verdict=SILENT, n_needed=math.inf))
-    loud = [name for name in spoken if name not in study.silent]
-    if study.conditional:
-        spoken = loud
+        if name in study.nothing:
+            why = study.nothing[name]
+            estimate = study.plain(math.nan, f"not estimated; {why}", name)
+            rows.append(study.row("cv", estimate, [name], verdict=why, n_needed=math.inf))
+    loud = [name for name in spoken if name not in study.nothing]
     references = [
         (compared, [study.moments[name, compared[0].name, compared[1]] for name in spoken])
         for compared in compared_with

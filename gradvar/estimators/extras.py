@@ -2,7 +2,10 @@
 
 Each is set beside the plain update on the same permutations, so ratios and differences are paired. The reference of
 bias stays grad J of the plain reward: a punished reward is another objective, and how far that turns the update is what
-is asked. Shape letters: N responses, n of a group, B groups, P permutations.
+is asked. A prompt with equal rewards has no plain update, and counts with zeros as it does elsewhere; punishment can
+give it one, all of it bias. Under dynamic sampling E[ghat | loud] = E[ghat 1(loud)] / P(loud): with a baseline a silent
+group's update is 0 and a prompt's direction stays, without ("raw") it is turned; over several prompts it is turned as
+well, for each counts 1 / P(loud) times. Shape letters: N responses, n of a group, B groups, P permutations.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ from numpy.typing import NDArray
 from gradvar.estimators.advantages import check_advantage
 from gradvar.estimators.aggregation import Rule, expand_rules
 from gradvar.estimators.bias import (
-    Jackknifed,
     Products,
     cosine,
     estimate_of,
@@ -28,7 +30,7 @@ from gradvar.estimators.bias import (
     reward_direction,
     within_one,
 )
-from gradvar.estimators.cv import SILENT, cv_from_rho, pooled_rho, resolution
+from gradvar.estimators.cv import UNRESOLVED, cv_from_rho, pooled_rho, resolution
 from gradvar.estimators.groups import (
     PERMUTATIONS,
     GroupMoments,
@@ -38,37 +40,46 @@ from gradvar.estimators.groups import (
     moments_of_kinds,
     silent_share,
 )
-from gradvar.estimators.inputs import arrange, generator, is_silent
+from gradvar.estimators.inputs import arrange, generator, why_nothing
 from gradvar.estimators.intervals import THESE_PROMPTS, check_level
 from gradvar.estimators.ratios import pooled_cv_ratio
 from gradvar.estimators.tails import LengthTails, length_tails
-from gradvar.estimators.transforms import overlong_penalty
-from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
+from gradvar.estimators.transforms import soft_overlong
+from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, no_estimate
 
 Array = NDArray[np.float64]
+Variant = tuple[Rule, float | None]
 
 NONE = "none"
 FILTERING = "overlong filtering"
 PUNISHMENT = "soft overlong punishment"
 SAMPLING = "dynamic sampling"
+ORDER = (FILTERING, PUNISHMENT, NONE, SAMPLING)
+"""Of a prompt's kinds of update."""
+ROUNDING = 1e-9
+"""What may be left of a difference between equal directions."""
 BUFFER_SHARE = 0.2
 """DAPO's punishment interval over its maximum length: 4096 of 20480 tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Prompt:
-    """One prompt and target: moments of each extra, products of those that may turn the update."""
+    """One prompt, target and rule: moments and inner products of the update with each extra."""
 
     moments: dict[str, GroupMoments]
+    """By extra; without dynamic sampling where no group is loud."""
     turned: Products
-    """Of NONE, FILTERING and PUNISHMENT."""
+    """In `ORDER`, without dynamic sampling where that has no moments."""
     tails: dict[str, LengthTails]
+    nothing: str | None
+    """The verdict where the plain update is 0."""
 
 
 def extras_table(
     groups: Sequence[PromptScores],
     *,
     rules: Sequence[str] = ("grpo", "dapo"),
+    alphas: Sequence[float] = (1.0,),
     group_size: int = 8,
     advantage: str = "grpo",
     buffer: float | None = None,
@@ -86,11 +97,11 @@ def extras_table(
         "cosine"              of E ghat with grad J of the plain reward
         "cosine_difference"   to the plain update's, paired; verdict likewise
         "affected"            share of responses (of groups, for dynamic sampling) that the extra changes
-    Dynamic sampling has no rows of direction where a silent group's update is 0: E ghat only grows longer.
 
     Args:
         groups: Prompts by targets; several targets get their sum as well.
-        rules: Rules that take no alpha.
+        rules: Names for `aggregation_weights`.
+        alphas: Exponents for rules that take one.
         group_size: n, responses of one update.
         advantage: Kind of `advantages`, computed inside each group.
         buffer: Length of the punishment interval in tokens; None takes a fifth of the maximum length, as DAPO does.
@@ -99,41 +110,44 @@ def extras_table(
         seed: Of the permutations.
 
     Returns:
-        The table. Silent prompts get one "cv" row that says so, those with fewer than 3 group_size verified responses
-        likewise; neither counts in pooled rows.
+        The table. A prompt whose plain update is 0 ("silent", "no gradient") gets one "cv" row that says so and, where
+        punishment gives it an update, that one's CV; it counts in pooled rows with its zeros, under dynamic sampling
+        not at all. One with fewer than 3 group_size verified responses gets such a row and does not count.
 
     Raises:
-        GradvarError: Unknown rule or advantage, a rule that takes alpha, or a buffer that does not fit.
+        GradvarError: Unknown rule or advantage, no alpha for a rule that takes one, or a buffer that does not fit.
     """
     check_level(level)
     check_advantage(advantage)
-    variants = [rule for rule, _ in expand_rules(rules, ())]
+    variants = expand_rules(rules, alphas)
     targets = arrange(groups)
     rows: list[TableRow] = []
-    found: dict[tuple[str, str], dict[str, _Prompt]] = {}
+    found: dict[tuple[str, Variant], dict[str, _Prompt]] = {}
     everyone = {name: scores for prompts in targets.values() for name, scores in prompts.items()}
     for name, raw in everyone.items():
         scores = raw.verified()
         n = len(scores.lengths)
         common: dict[str, Any] = {"prompt_id": name, "advantage": advantage, "group_size": group_size}
-        if is_silent(raw) or n < 3 * group_size:
-            why = SILENT if is_silent(raw) else f"fewer than {3 * group_size} verified responses"
-            none = _plain(math.nan, level, f"not estimated; {why}", n, seed)
-            verdict = SILENT if is_silent(raw) else "unresolved"
-            extra = {"extra": None, "estimand": THESE_PROMPTS}
-            rows += [
-                TableRow(quantity="cv", estimate=none, target=target, verdict=verdict, extra=extra, **common)
-                for target, prompts in targets.items()
-                if name in prompts
-            ]
+        large = n >= 3 * group_size
+        for target, prompts in targets.items():
+            why = why_nothing(prompts[name], advantage) if name in prompts else None
+            verdict = why or UNRESOLVED
+            if name in prompts and (why is not None or not large):
+                why = why or f"fewer than {3 * group_size} verified responses"
+                none = no_estimate(f"not estimated; {why}", n=n, level=level, seed=seed)
+                told = {"extra": None, "estimand": THESE_PROMPTS}
+                rows.append(
+                    TableRow(quantity="cv", estimate=none, target=target, verdict=verdict, extra=told, **common)
+                )
+        if not large:
             continue
         limit = float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max())
         interval = BUFFER_SHARE * limit if buffer is None else buffer
-        penalty = overlong_penalty(scores.lengths, max_length=limit, buffer=interval)
+        punished = soft_overlong(scores, buffer=interval, max_length=limit)
         drawn = draw_groups(n, group_size, permutations, rng=generator(seed, name, "groups"))
         shares = {
             FILTERING: float(scores.truncated.mean()),
-            PUNISHMENT: float((penalty < 0).mean()),
+            PUNISHMENT: float((punished.rewards < scores.rewards).mean()),
             SAMPLING: silent_share(scores.rewards, group_size),
         }
         for target, prompts in targets.items():
@@ -142,21 +156,21 @@ def extras_table(
             rows += [
                 TableRow(
                     quantity="affected",
-                    estimate=_plain(share, level, "share, no interval", n, seed),
+                    estimate=no_estimate("share, no interval", n=n, level=level, seed=seed, value=share),
                     target=target,
                     extra={"extra": extra, "estimand": THESE_PROMPTS},
                     **common,
                 )
                 for extra, share in shares.items()
             ]
-            gram = prompts[name].verified().gram
-            for rule in variants:
-                mine = found.setdefault((target, rule.name), {})
-                mine[name] = _prompt(gram, scores, drawn, rule, advantage, limit, penalty)
-    for (target, rule_name), prompts_of_rule in found.items():
-        pools = [(name, [one]) for name, one in prompts_of_rule.items()]
+            mine = prompts[name].verified()
+            for variant in variants:
+                made = _prompt(mine, punished.rewards, drawn, variant, advantage, limit, 1.0 - shares[SAMPLING])
+                found.setdefault((target, variant), {})[name] = made
+    for (target, (rule, alpha)), prompts_of_rule in found.items():
+        pools: list[tuple[str | None, list[_Prompt]]] = [(name, [one]) for name, one in prompts_of_rule.items()]
         if len(prompts_of_rule) > 1:
-            pools.append((None, list(prompts_of_rule.values())))  # type: ignore[arg-type]
+            pools.append((None, list(prompts_of_rule.values())))
         for label, pool in pools:
             rows += [
                 replace(
@@ -164,7 +178,8 @@ def extras_table(
                     estimate=replace(row.estimate, seed=seed),
                     target=target,
                     prompt_id=label,
-                    rule=rule_name,
+                    rule=rule.name,
+                    alpha=alpha,
                     advantage=advantage,
                     scope="prompt group",
                     group_size=group_size,
@@ -175,72 +190,95 @@ def extras_table(
 
 
 def _prompt(
-    gram: Array,
     scores: PromptScores,
+    punished: Array,
     drawn: NDArray[np.intp],
-    rule: Rule,
+    variant: Variant,
     advantage: str,
     limit: float,
-    penalty: Array,
+    loud_share: float,
 ) -> _Prompt:
-    options: dict[str, Any] = {"advantage": advantage, "max_length": limit}
+    rule, alpha = variant
+    options: dict[str, Any] = {"advantage": advantage, "alpha": alpha, "max_length": limit}
     plain = group_coefficients(drawn, scores.rewards, scores.lengths, rule, **options)
     filtered = group_coefficients(drawn, scores.rewards, scores.lengths, rule, masked=scores.truncated, **options)
-    punished = group_coefficients(drawn, scores.rewards + penalty, scores.lengths, rule, **options)
-    kinds = np.stack([plain, filtered, punished])
-    three = moments_of_kinds(gram, drawn, kinds)
-    given = moments_of_kinds(gram, drawn, plain[None], loud_groups(drawn, scores.rewards))
+    kinds = [filtered, group_coefficients(drawn, punished, scores.lengths, rule, **options), plain]
+    moments = dict(zip(ORDER[:3], moments_of_kinds(scores.gram, drawn, np.stack(kinds)), strict=True))
     as_is, less = (
-        length_tails(gram, rewards, scores.lengths, (rule, None), advantage=advantage, max_length=limit)
-        for rewards in (scores.rewards, scores.rewards + penalty)
+        length_tails(scores.gram, rewards, scores.lengths, variant, advantage=advantage, max_length=limit)
+        for rewards in (scores.rewards, punished)
     )
+    if loud_share > 0.0:
+        loud = loud_groups(drawn, scores.rewards)
+        moments[SAMPLING] = moments_of_kinds(scores.gram, drawn, plain[None], loud)[0]
+        kinds.append(plain * loud[..., None] / loud_share)
+    aim = reward_direction(scores.rewards, drawn)[None]
     return _Prompt(
         tails={NONE: as_is, FILTERING: as_is, PUNISHMENT: less, SAMPLING: as_is},
-        moments=dict(zip((NONE, FILTERING, PUNISHMENT, SAMPLING), [*three, *given], strict=True)),
-        turned=products(gram, drawn, kinds, reward_direction(scores.rewards, drawn)[None]),
+        moments=moments,
+        turned=products(scores.gram, drawn, np.stack(kinds), aim),
+        nothing=why_nothing(scores, advantage),
     )
 
 
 def _rows_of_pool(pool: Sequence[_Prompt], group_size: int, level: float) -> list[TableRow]:
     rows: list[TableRow] = []
-    plain = [one.moments[NONE] for one in pool]
+    awake = any(one.nothing is None for one in pool)
     for extra in (NONE, FILTERING, PUNISHMENT, SAMPLING):
-        mine = [one.moments[extra] for one in pool]
-        tails = [one.tails[extra] for one in pool]
+        held = [one for one in pool if extra in one.moments]
+        mine = [one.moments[extra] for one in held]
+        if not held or not (awake or any(one.same > 0.0 for one in mine)):
+            continue  # said in one row of the prompt
+        tails = [one.tails[extra] for one in held]
         rho = pooled_rho(mine, group_size=group_size, level=level, tails=tails)[0]
         rows.append(_row("cv", cv_from_rho(rho), extra, resolution(rho)))
-        if extra != NONE:
-            ratio = pooled_cv_ratio(mine, plain, group_size=group_size, level=level)
+        if extra != NONE and awake:
+            beside = [one.moments[NONE] for one in held]
+            ratio = pooled_cv_ratio(mine, beside, group_size=group_size, level=level)
             rows.append(_row("cv_ratio", ratio, extra, _side(ratio, 1.0)))
-    angles = jackknifed([one.turned for one in pool], cosine)
+    if not awake:
+        return rows
+    for extras in ((FILTERING, PUNISHMENT, NONE), (NONE, SAMPLING)):
+        held = [one for one in pool if set(extras) <= set(one.moments)]
+        if held:
+            rows += _rows_of_direction(held, extras, level)
+    return rows
+
+
+def _rows_of_direction(pool: Sequence[_Prompt], extras: Sequence[str], level: float) -> list[TableRow]:
+    """Return cosines, and differences to the plain update's, of extras that stand side by side in `ORDER`."""
     method = "permutation groups, delete-one jackknife, t"
-    for k, extra in enumerate((NONE, FILTERING, PUNISHMENT)):
-        rows.append(_row("cosine", within_one(estimate_of(angles, k, level=level, method=method)), extra, None))
-        if k:
-            turned = estimate_of(_minus_first(angles), k, level=level, method=f"paired difference; {method}")
+    first, plain = ORDER.index(extras[0]), extras.index(NONE)
+    angles = jackknifed([one.turned.of_updates(slice(first, first + len(extras))) for one in pool], cosine)
+    change = replace(
+        angles,
+        value=angles.value - angles.value[plain],
+        replicates=[replicate - replicate[:, plain : plain + 1] for replicate in angles.replicates],
+        surplus=None,
+    )
+    rows: list[TableRow] = []
+    for k, extra in enumerate(extras):
+        if extra == NONE and len(extras) == 2:
+            continue  # of all prompts, with the other two
+        angle = within_one(estimate_of(angles, k, level=level, method=method))
+        rows.append(_row("cosine", angle, extra, None))
+        if extra != NONE:
+            turned = estimate_of(change, k, level=level, method=f"paired difference; {method}")
+            if max(abs(turned.low), abs(turned.high)) < ROUNDING:
+                turned = replace(turned, value=0.0, low=0.0, high=0.0)
             rows.append(_row("cosine_difference", turned, extra, _side(turned, 0.0)))
     return rows
 
 
-def _minus_first(result: Jackknifed) -> Jackknifed:
-    return replace(
-        result,
-        value=result.value - result.value[0],
-        replicates=[replicate - replicate[:, :1] for replicate in result.replicates],
-        surplus=None,
-    )
-
-
 def _side(estimate: Estimate, same: float) -> str:
     if math.isnan(estimate.value):
-        return "unresolved"
-    return "higher" if estimate.low > same else "lower" if estimate.high < same else "undetermined"
+        return UNRESOLVED
+    rounding = 1e-9  # an extra that changes nothing leaves some
+    return (
+        "higher" if estimate.low > same + rounding else "lower" if estimate.high < same - rounding else "undetermined"
+    )
 
 
 def _row(quantity: str, estimate: Estimate, extra: str, verdict: str | None) -> TableRow:
     told = {"extra": extra, "estimand": THESE_PROMPTS}
     return TableRow(quantity=quantity, estimate=estimate, target="", verdict=verdict, extra=told)
-
-
-def _plain(value: float, level: float, method: str, n: int, seed: int) -> Estimate:
-    return Estimate(value=value, low=math.nan, high=math.nan, level=level, method=method, n=n, clusters=1, seed=seed)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import advantages, check_advantage
 from gradvar.estimators.aggregation import aggregation_weights, expand_rules
-from gradvar.estimators.inputs import arrange, generator, is_silent
+from gradvar.estimators.inputs import arrange, generator, why_nothing
 from gradvar.estimators.intervals import (
     MINIMUM_PROMPTS,
     PROMPTS_LIKE_THESE,
@@ -98,8 +98,8 @@ def form_table(
     Column `against` names the reference, `paper` what the paper's order asks of the ratio ("equal", "at least 1",
     "at most 1", "nothing") and `holds` whether it does: "holds", "violated", "undetermined", "by algebra" (equal
     weights for given lengths) or "not claimed".
-    Pooled rows (no prompt_id) average the logs over prompts, form 2 for both estimands (`estimand`). Silent prompts are
-    left out.
+    Pooled rows (no prompt_id) average the logs over prompts, form 2 for both estimands (`estimand`). Prompts that are
+    silent or without gradient are left out.
 
     Args:
         groups: Prompts by targets; several targets get their sum as well.
@@ -124,7 +124,7 @@ def form_table(
         firsts: dict[Variant, list[float]] = {}
         for name, raw in prompts.items():
             scores = raw if advantage == "score" else raw.verified()
-            if (advantage not in ("score", "raw") and is_silent(raw)) or len(scores.lengths) < 3:
+            if why_nothing(raw, advantage) is not None or len(scores.lengths) < 3:
                 continue
             factors = advantages(scores.rewards, advantage, lengths=scores.lengths)
             arguments: dict[str, Any] = {"advantages": factors, "neighbours": neighbours}

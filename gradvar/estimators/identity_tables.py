@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pandas as pd
 
+from gradvar.estimators.cv import NO_GRADIENT
 from gradvar.estimators.identity import IdentityCheck, identity_from_parts, identity_parts
-from gradvar.estimators.inputs import arrange, generator
-from gradvar.runs.records import PromptScores, TableRow, estimate_table
+from gradvar.estimators.inputs import arrange, generator, has_gradient
+from gradvar.runs.records import PromptScores, TableRow, estimate_table, no_estimate
 
 
 def identity_table(
@@ -23,16 +24,22 @@ def identity_table(
 ) -> pd.DataFrame:
     """Check E s = 0 for every prompt and target, and over all prompts together.
 
-    Quantities: "identity_signal" (n ||E s||^2 / E||s||^2, verdict and n_needed) and "identity_p_value".
+    Quantities: "identity_signal" (n ||E s||^2 / E||s||^2, verdict and n_needed) and "identity_p_value". A prompt whose
+    scores are all 0 has the verdict "no gradient" and does not count in pooled rows.
 
     Raises:
         GradvarError: As `score_identity` and `arrange` do.
     """
     rows: list[TableRow] = []
     for target, prompts in arrange(groups).items():
-        parts = {
-            name: identity_parts(scores.gram, rng=generator(seed, name, "identity")) for name, scores in prompts.items()
-        }
+        parts = {}
+        for name, scores in prompts.items():
+            if has_gradient(scores):
+                parts[name] = identity_parts(scores.gram, rng=generator(seed, name, "identity"))
+                continue
+            none = no_estimate(f"not estimated; {NO_GRADIENT}", n=len(scores.lengths), level=level)
+            check = IdentityCheck(signal=none, p_value=none, verdict=NO_GRADIENT, n_needed=math.inf)
+            rows += _identity_rows(check, target, name, group_size, seed)
         for name, part in parts.items():
             check = identity_from_parts([part], group_size=group_size, margin=margin, level=level)
             rows += _identity_rows(check, target, name, group_size, seed)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from gradvar.errors import GradvarError
+from gradvar.estimators.cv import NO_GRADIENT, SILENT
 from gradvar.runs.records import PromptScores
 
 SUM_TARGET = "sum"
@@ -63,3 +64,15 @@ def is_silent(scores: PromptScores) -> bool:
     """Whether all verified rewards are equal (or none is verified): every group advantage is 0."""
     known = scores.rewards[~np.isnan(scores.rewards)]
     return known.size == 0 or float(np.ptp(known)) == 0.0
+
+
+def has_gradient(scores: PromptScores) -> bool:
+    """Whether any response's score is not 0: whether these parameters act on the log-probabilities at all."""
+    return float(np.trace(scores.gram)) > 0.0
+
+
+def why_nothing(scores: PromptScores, advantage: str) -> str | None:
+    """Return the verdict of a prompt and target whose every advantage-weighted gradient is 0, None of any other."""
+    if not has_gradient(scores):
+        return NO_GRADIENT
+    return SILENT if advantage not in ("score", "raw") and is_silent(scores) else None

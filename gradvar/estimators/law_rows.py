@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradvar.errors import GradvarError
+from gradvar.estimators.cv import SILENT
 from gradvar.estimators.intervals import (
     PROMPTS_LIKE_THESE,
     THESE_PROMPTS,
@@ -23,7 +24,7 @@ from gradvar.estimators.law import (
     fit_variance_law,
 )
 from gradvar.estimators.law_samples import ALL_RESPONSES, Sample, spread_of, usable_samples
-from gradvar.runs.records import Estimate, TableRow
+from gradvar.runs.records import Estimate, TableRow, no_estimate
 
 Array = NDArray[np.float64]
 
@@ -34,7 +35,8 @@ class LawWriter:
 
     target: str
     advantage: str
-    silent: set[str]
+    nothing: dict[str, str]
+    """Prompts whose every gradient is 0, with the verdict that says why."""
     margin: float
     level: float
     seed: int
@@ -65,7 +67,7 @@ class LawWriter:
             extra={
                 "n_needed": n_needed,
                 "left_out": left_out,
-                "silent": sum(name in self.silent for name in prompts),
+                "silent": sum(self.nothing.get(name) == SILENT for name in prompts),
                 "reference_length": reference_length,
                 "estimand": estimand,
             },
@@ -84,16 +86,7 @@ class LawWriter:
         pooled: bool,
     ) -> TableRow:
         """Return the row of a fit that cannot be made, its reason in `method`."""
-        estimate = Estimate(
-            value=math.nan,
-            low=math.nan,
-            high=math.nan,
-            level=self.level,
-            method=why,
-            n=n,
-            clusters=len(prompts),
-            seed=None,
-        )
+        estimate = no_estimate(why, n=n, clusters=len(prompts), level=self.level)
         return self.row(
             f"{what}_exponent",
             estimate,

@@ -14,8 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from gradvar.estimators.advantages import check_advantage
-from gradvar.estimators.cv import SILENT
-from gradvar.estimators.inputs import arrange, is_silent
+from gradvar.estimators.inputs import arrange, why_nothing
 from gradvar.estimators.intervals import (
     check_level,
 )
@@ -86,8 +85,8 @@ def law_table(
     for target, prompts in targets.items():
         for kind in advantages_studied:
             studied = {n: s if kind == "score" else s.verified() for n, s in prompts.items()}
-            silent = {n for n, s in prompts.items() if kind not in ("score", "raw") and is_silent(s)}
-            writer = LawWriter(target=target, advantage=kind, silent=silent, margin=margin, level=level, seed=seed)
+            nothing = {n: why for n, s in prompts.items() if (why := why_nothing(s, kind)) is not None}
+            writer = LawWriter(target=target, advantage=kind, nothing=nothing, margin=margin, level=level, seed=seed)
             for scope, keep in subsets_of(prompts, studied, subsets).items():
                 rows += _rows_of_scope(writer, scope, keep, prompts, studied, neighbours)
     return estimate_table(rows)
@@ -106,13 +105,13 @@ def _rows_of_scope(
     alone: dict[str, list[ExponentFit]] = {"deviation": [], "within": []}
     for name, scores in studied.items():
         left_out = len(prompts[name].lengths) - len(scores.lengths)
-        if name in writer.silent:
+        if name in writer.nothing:
             if scope == ALL_RESPONSES:
                 rows += [
                     writer.none(
                         what,
-                        f"not fitted; {SILENT}",
-                        SILENT,
+                        f"not fitted; {writer.nothing[name]}",
+                        writer.nothing[name],
                         scope=scope,
                         prompts=[name],
                         n=len(scores.lengths),

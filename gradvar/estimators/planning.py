@@ -33,10 +33,10 @@ from gradvar.estimators.bias import (
     products,
     reward_direction,
 )
-from gradvar.estimators.cv import SILENT, cv_from_rho, pooled_rho, resolution
+from gradvar.estimators.cv import UNRESOLVED, cv_from_rho, pooled_rho, resolution
 from gradvar.estimators.groups import PERMUTATIONS, GroupMoments, draw_groups, group_coefficients, pairs_of_kinds
 from gradvar.estimators.groups import silent_share as share_of_silent
-from gradvar.estimators.inputs import arrange, generator, is_silent
+from gradvar.estimators.inputs import arrange, generator, has_gradient, is_silent, why_nothing
 from gradvar.estimators.intervals import (
     MINIMUM_PROMPTS,
     PROMPTS_LIKE_THESE,
@@ -45,7 +45,7 @@ from gradvar.estimators.intervals import (
     t_quantile,
 )
 from gradvar.estimators.tails import LengthTails, length_tails
-from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
+from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, no_estimate
 
 SIZES = (4, 8, 16, 32, 64, 128)
 AT_MOST = "at most"
@@ -99,7 +99,11 @@ def planning_table(
     loud = {name: s.verified() for own in targets.values() for name, s in own.items() if not is_silent(s)}
     drawn: Drawn = {target: {n: {} for n in ordered} for target in targets}
     for name, scores in loud.items():
-        grams = {target: own[name].verified().gram for target, own in targets.items() if name in own}
+        grams = {
+            target: own[name].verified().gram
+            for target, own in targets.items()
+            if name in own and has_gradient(own[name])
+        }
         for n in ordered:
             if 3 * n <= len(scores.lengths):
                 chosen = draw_groups(len(scores.lengths), n, permutations, rng=generator(seed, name, "groups"))
@@ -107,13 +111,16 @@ def planning_table(
                     drawn[target][n][name] = one
     for target, prompts in targets.items():
         labels: dict[str, Any] = {"target": target, "rule": found.name, "alpha": a, "advantage": advantage}
-        used = {name: s.verified() for name, s in prompts.items() if not is_silent(s)}
+        nothing = {name: why for name, s in prompts.items() if (why := why_nothing(s, "grpo")) is not None}
+        used = {name: s.verified() for name, s in prompts.items() if name not in nothing}
         for name, scores in prompts.items():
             if name not in used:
-                none = _plain(math.nan, level, f"not estimated; {SILENT}", len(scores.verified().lengths), seed)
+                none = no_estimate(
+                    f"not estimated; {nothing[name]}", n=len(scores.verified().lengths), level=level, seed=seed
+                )
                 told = {"estimand": THESE_PROMPTS}
                 rows.append(
-                    TableRow(quantity="cv", estimate=none, prompt_id=name, verdict=SILENT, **labels, extra=told)
+                    TableRow(quantity="cv", estimate=none, prompt_id=name, verdict=nothing[name], **labels, extra=told)
                 )
         moments = {n: {name: one[0] for name, one in own.items()} for n, own in drawn[target].items()}
         aimed = {n: {name: one[1] for name, one in own.items()} for n, own in drawn[target].items()}
@@ -130,8 +137,12 @@ def planning_table(
             )
             for n in ordered:
                 if n <= count:
-                    share = _plain(
-                        share_of_silent(scores.rewards, n), level, "exact over groups, no interval", count, seed
+                    share = no_estimate(
+                        "exact over groups, no interval",
+                        n=count,
+                        level=level,
+                        seed=seed,
+                        value=share_of_silent(scores.rewards, n),
                     )
                     rows.append(
                         TableRow(
@@ -262,7 +273,9 @@ def _efficiency_rows(
         if far:
             method = f"extrapolated from n = {largest}, variance as 1/n; {method}"
         if across and len(parts) < MINIMUM_PROMPTS:
-            eta = _not_given(sum(p.responses for p in parts), len(parts), method, level=level, seed=seed)
+            note = f"{method}; not given below {MINIMUM_PROMPTS} prompts"
+            count = sum(p.responses for p in parts)
+            eta = no_estimate(note, n=count, clusters=len(parts), level=level, seed=seed)
         else:
             noise = jackknifed(parts, _noise_at(largest / n if far else 1.0), across=across)
             eta = eta_estimate(parts, noise, 0, level=level, method=method, across=across, tails=tails)
@@ -280,12 +293,6 @@ def _noise_at(share: float) -> Statistic:
         return log_noise(left, cross, mixed, direction)
 
     return statistic
-
-
-def _not_given(n: int, clusters: int, method: str, *, level: float, seed: int) -> Estimate:
-    note = f"{method}; not given below {MINIMUM_PROMPTS} prompts"
-    nan = math.nan
-    return Estimate(value=nan, low=nan, high=nan, level=level, method=note, n=n, clusters=clusters, seed=seed)
 
 
 def _rows_of_pool(
@@ -313,10 +320,14 @@ def _rows_of_pool(
     for n in sizes:
         if n > largest:
             far = _scaled(estimated[largest], math.sqrt(largest / n), f"extrapolated from n = {largest}, CV^2 as 1/n")
-            rows.append(TableRow(quantity="cv", estimate=far, group_size=n, verdict="extrapolated", **labels))
+            rows.append(TableRow(quantity="cv", estimate=far, group_size=n, verdict=_extrapolated(far), **labels))
     size, needed, verdict = responses_for_cv_1(estimated)
     rows.append(TableRow(quantity="responses_for_cv_1", estimate=needed, group_size=size, verdict=verdict, **labels))
     return rows
+
+
+def _extrapolated(cv: Estimate) -> str:
+    return UNRESOLVED if math.isnan(cv.value) else "extrapolated"
 
 
 def responses_for_cv_1(estimated: Mapping[int, Estimate]) -> tuple[int, Estimate, str]:
@@ -357,7 +368,3 @@ def _scaled(estimate: Estimate, factor: float, note: str) -> Estimate:
         high=estimate.high * factor,
         method=f"{note}; {estimate.method}",
     )
-
-
-def _plain(value: float, level: float, method: str, n: int, seed: int) -> Estimate:
-    return Estimate(value=value, low=math.nan, high=math.nan, level=level, method=method, n=n, clusters=1, seed=seed)

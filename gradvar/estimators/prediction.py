@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from gradvar.estimators.additive import Sums, of_these_prompts
 from gradvar.estimators.intervals import MINIMUM_PROMPTS
 from gradvar.estimators.least_squares import ranks_of
-from gradvar.runs.records import Estimate
+from gradvar.runs.records import Estimate, no_estimate
 
 Array = NDArray[np.float64]
 
@@ -123,11 +123,11 @@ def _judge(
     least = MINIMUM_PROMPTS if between else MINIMUM_RESPONSES
     if n == 0 or (between and n < least):
         note = f"not given below {least} prompts" if between else "no two responses with proxy and truth"
-        return _none(level, note, n), "undetermined"
+        return no_estimate(note, n=n, level=level), "undetermined"
     total = np.sum([_centred(p.x, p.y, np.ones(len(p.x), dtype=bool)) for p in kept], axis=0)
     size = np.array([sum(float(v @ v) for v in side) for side in ([p.x for p in kept], [p.y for p in kept])])
     if (total[[1, 2]] <= 1e-20 * size).any():
-        return _none(level, "proxy or truth takes one value", n), CONSTANT
+        return no_estimate("proxy or truth takes one value", n=n, level=level), CONSTANT
     estimate = measure(kept, level)
     if n < least:
         note = f"{estimate.method}; no interval below {least} responses"
@@ -196,7 +196,3 @@ def _squared(z: Estimate) -> Estimate:
     if math.isnan(z.low):
         least, ends = math.nan, [math.nan, math.nan]
     return replace(z, value=math.tanh(z.value) ** 2, low=least, high=ends[1])
-
-
-def _none(level: float, method: str, n: int) -> Estimate:
-    return Estimate(value=math.nan, low=math.nan, high=math.nan, level=level, method=method, n=n, clusters=1, seed=None)

@@ -20,12 +20,11 @@ from numpy.typing import NDArray
 from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import advantages, check_advantage
 from gradvar.estimators.baselines import affine_advantage
-from gradvar.estimators.cv import SILENT
-from gradvar.estimators.inputs import arrange, generator, is_silent
+from gradvar.estimators.inputs import arrange, generator, why_nothing
 from gradvar.estimators.intervals import check_level
 from gradvar.estimators.prediction import Pair, predictions
 from gradvar.estimators.spread import NEIGHBOURS, within_length_variance
-from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
+from gradvar.runs.records import PromptScores, TableRow, estimate_table, no_estimate
 
 Array = NDArray[np.float64]
 
@@ -110,10 +109,11 @@ def proxy_table(
         used: dict[str, PromptPairs] = {}
         for name, raw in prompts.items():
             n = len(raw.lengths) if advantage == "score" else int((~np.isnan(raw.rewards)).sum())
-            silent = advantage not in ("score", "raw") and is_silent(raw)
-            if silent or n < 3:
-                why = SILENT if silent else "undetermined"
-                none = _none(level, f"not estimated; {SILENT if silent else 'fewer than 3 responses'}", n)
+            nothing = why_nothing(raw, advantage)
+            if nothing is not None or n < 3:
+                why = nothing or "undetermined"
+                why_none = f"not estimated; {nothing or 'fewer than 3 responses'}"
+                none = no_estimate(why_none, n=n, level=level)
                 extra = {"proxy": None, "truth": None}
                 rows.append(
                     TableRow(
@@ -220,7 +220,3 @@ def _rows(prompts: list[PromptPairs], labels: dict[str, Any], scope: str, level:
                     TableRow(quantity=quantity, estimate=estimate, scope=scope, verdict=verdict, extra=extra, **labels)
                 )
     return rows
-
-
-def _none(level: float, method: str, n: int) -> Estimate:
-    return Estimate(value=math.nan, low=math.nan, high=math.nan, level=level, method=method, n=n, clusters=1, seed=None)

@@ -35,10 +35,11 @@ def aggregate_loss(
         rule: Name for `aggregation_weights`.
         alpha: Exponent of vl_norm.
         max_length: M in tokens, required by dr_grpo and vl_norm.
-        groups: (N,) labels of prompt groups; None makes the batch one scope.
+        groups: (N,) labels of prompt groups; None makes the batch one scope. Required by "prompt_mean".
 
     Returns:
-        Scalar tensor with the dtype of `token_loss`, differentiable; 0 where no token carries loss.
+        Scalar tensor, differentiable; 0 where no token carries loss. Its dtype is that of `token_loss` promoted to at
+        least float32, in which it is summed: a thousand tokens overflow float16, and bfloat16 would lose them.
 
     Raises:
         GradvarError: Shapes that differ, a mask with other values than 0 and 1, or what `aggregation_weights` refuses.
@@ -51,21 +52,23 @@ def aggregate_loss(
     carries = mask.to(torch.bool)
     if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
         raise GradvarError("mask may hold only 0 and 1: put per-token weights into token_loss")
-    sums = torch.where(carries, token_loss, torch.zeros_like(token_loss)).sum(dim=1)
+    # float32 at least: lengths above 256 are not exact in bfloat16, sums above 65504 not finite in float16.
+    dtype = torch.promote_types(token_loss.dtype, torch.float32)
+    sums = torch.where(carries, token_loss, torch.zeros_like(token_loss)).sum(dim=1, dtype=dtype)
     with torch.no_grad():
-        # float32 at least: lengths above 256 are not exact in bfloat16.
-        lengths = carries.sum(dim=1).to(torch.promote_types(token_loss.dtype, torch.float32))
+        lengths = carries.sum(dim=1).to(dtype)
         counted = lengths > 0
         if not bool(counted.any()):
             weights = torch.zeros_like(lengths)
-            aggregation_weights(rule, [1.0], alpha=alpha, max_length=max_length)
+            one = None if groups is None else [0]
+            aggregation_weights(rule, [1.0], alpha=alpha, max_length=max_length, groups=one)
         else:
             labels = None if groups is None else _labels(groups, counted)
             weights = torch.zeros_like(lengths)
             weights[counted] = aggregation_weights(
                 rule, lengths[counted], alpha=alpha, max_length=max_length, groups=labels
             )
-    return (weights * sums).sum().to(token_loss.dtype)
+    return (weights * sums).sum()
 
 
 def _labels(groups: Sequence[Any] | torch.Tensor, counted: torch.Tensor) -> list[Any]:

@@ -130,7 +130,9 @@ def _aggregators(material: Material) -> Section:
     drawings = [drawing for key in keys for drawing in material.drawings.get(key, ())]
     batches = material.tables.get("batches")
     if batches is not None:
-        rows = batches[batches["quantity"].isin(["cv", "scope_ratio"]) & (batches["target"] == material.target)]
+        rows = batches[
+            batches["quantity"].isin(["cv", "cv_given_prompts", "scope_ratio"]) & (batches["target"] == material.target)
+        ]
         if len(rows):
             labels = [("rule", "aggregator"), ("quantity", "quantity"), ("scope", "weighted over")]
             more = _there(rows, "batch_prompts", "estimand")

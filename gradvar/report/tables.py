@@ -103,11 +103,16 @@ def verdict_cell(row: Any) -> Cell:
         return cell("")
     needed = row.get("n_needed")
     open_ = tone(verdict) == "open" and needed is not None and pd.notna(needed)
-    return cell(f"{verdict} (N {_count(needed)} would tell)" if open_ else verdict, tone(verdict))
+    only = row.get("n_needed_at_least")
+    least = "at least " if only is not None and bool(only) and needed <= _MOST else ""
+    return cell(f"{verdict} ({least}N {_count(needed)} would tell)" if open_ else verdict, tone(verdict))
+
+
+_MOST = 100_000
 
 
 def _count(needed: Any) -> str:
-    return "> 100000" if needed > 100_000 else f"{needed:.0f}"
+    return f"> {_MOST}" if needed > _MOST else f"{needed:.0f}"
 
 
 QUANTITIES = {
@@ -118,6 +123,7 @@ QUANTITIES = {
     "cv_ratio_form_2": "2: given the lengths, measured variance",
     "cv_ratio_form_3": "3: total, lengths random",
     "cv_ratio": "CV over the reference's",
+    "cv_given_prompts": "CV given the prompts",
     "scope_ratio": "CV weighted over the batch over weighted in groups",
     "rank_correlation": "rank correlation",
     "explained_variance": "explained variance",

@@ -215,6 +215,15 @@ class Estimate:
     """Seed of the random numbers used; None where none were."""
 
 
+def no_estimate(
+    method: str, *, n: int, level: float, clusters: int = 1, seed: int | None = None, value: float = math.nan
+) -> Estimate:
+    """Return an estimate without interval, and without value where none is given; `method` says why."""
+    return Estimate(
+        value=value, low=math.nan, high=math.nan, level=level, method=method, n=n, clusters=clusters, seed=seed
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class TableRow:
     """One row of a tidy table: an Estimate with its labels."""

@@ -86,7 +86,7 @@ def cv(run: Run, given: Mapping[str, Any], listener: Listener | None = None, *, 
         run: A run with Grams and rewards.
         given: Settings of `EstimateConfig` given now.
         listener: Who is told.
-        extras: Also set updates with DAPO's extras beside plain ones, for the rules without alpha: table `extras`.
+        extras: Also set updates with DAPO's extras beside plain ones: table `extras`.
 
     Raises:
         GradvarError: Nothing was measured, or the group is larger than the rollouts.
@@ -111,7 +111,8 @@ def cv(run: Run, given: Mapping[str, Any], listener: Listener | None = None, *, 
         if extras:
             beside = extras_table(
                 groups,
-                rules=[rule for rule in config.rules if not find_rule(rule).takes_alpha] or ["grpo"],
+                rules=config.rules,
+                alphas=config.alphas,
                 group_size=config.group_size,
                 advantage=config.advantage,
                 buffer=config.overlong_buffer,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gradvar.errors import GradvarError
-from gradvar.runs import SUM, EstimateConfig, PromptScores, Run
+from gradvar.estimators.inputs import has_gradient
+from gradvar.runs import SUM, EstimateConfig, PromptScores, Run, target_label
 from gradvar.stages.listener import Listener
 
 
@@ -22,6 +23,9 @@ def estimated_groups(run: Run, listener: Listener | None = None) -> list[PromptS
         for name in run.prompt_ids
         if not run.file("rollouts", name).exists() or len(run.rollouts(name)) > measured.get(name, 0)
     ]
+    if listener is not None:
+        for told in _without_gradient(groups):
+            listener.warn(told)
     if listener is not None and (line := left_out_line(run)) is not None:
         listener.warn(line)
     if listener is not None and all(len(group.verified().lengths) == 0 for group in groups):
@@ -35,6 +39,20 @@ def estimated_groups(run: Run, listener: Listener | None = None) -> list[PromptS
             f"in these estimates: run `gradvar sample {run.path}`, `reward` and `measure`"
         )
     return groups
+
+
+def _without_gradient(groups: Sequence[PromptScores]) -> list[str]:
+    """Return one line for each target that does not act on the log-probabilities of some prompts."""
+    found: dict[str, list[str]] = {}
+    for group in groups:
+        if not has_gradient(group):
+            found.setdefault(group.target, []).append(group.prompt_id)
+    prompts = len({group.prompt_id for group in groups})
+    return [
+        f"{target_label(target)} has no gradient at {len(names)} of {prompts} prompts (first: {names[0]}): every score "
+        "there is 0, as these parameters do not act on the log-probabilities; the other numbers stand"
+        for target, names in found.items()
+    ]
 
 
 def left_out_line(run: Run) -> str | None:
@@ -52,14 +70,14 @@ def left_out_line(run: Run) -> str | None:
 
 
 def check_group_size(groups: Sequence[PromptScores], config: EstimateConfig) -> None:
-    """Refuse a group larger than the rollouts of a prompt.
+    """Refuse a group larger than the rollouts of every prompt; one that is too small for it is told in the tables.
 
     Raises:
         GradvarError: It is.
     """
-    fewest = min(groups, key=lambda group: len(group.lengths))
-    if config.group_size > len(fewest.lengths):
+    most = max(groups, key=lambda group: len(group.lengths))
+    if config.group_size > len(most.lengths):
         raise GradvarError(
-            f"--group-size: expected at most the {len(fewest.lengths)} rollouts of prompt {fewest.prompt_id!r}, "
-            f"received {config.group_size}"
+            f"--group-size: expected at most the {len(most.lengths)} rollouts of prompt {most.prompt_id!r}, which has "
+            f"the most, received {config.group_size}"
         )

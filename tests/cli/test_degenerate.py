@@ -98,7 +98,6 @@ CASES = {
 REFUSED = {
     "one_response": dict.fromkeys(("fit", "cv", "alpha", "audit", "compare"), "fewer than 2 responses"),
     "two_responses": {"cv": "--group-size", "alpha": "--group-size", "compare": "group size 8"},
-    "dead_target": {"fit": "all scores are 0", "audit": "all scores are 0"},
 }
 """What is refused, with which words; everything else is answered."""
 
@@ -145,7 +144,7 @@ def answers_or_refuses(call, made, path, case, command, folder):
     others = [made / "ordinary"] if command == "compare" else []
     code, out, err = call(command, path, *others)
     words = REFUSED.get(case, {}).get(command)
-    if (folder, command) == ("two_responses_among", "compare"):
+    if folder == "two_responses_among":
         words = None  # the other prompts are large enough
     if words is not None:
         assert code == 2, out
@@ -182,6 +181,43 @@ def answered(call, made, tmp_path, case, *commands):
     return tmp_path / "run"
 
 
+@pytest.mark.parametrize("command", ["fit", "cv", "alpha", "audit"])
+def test_a_target_without_gradient_among_others_is_named_and_the_rest_answered(call, tmp_path, command):
+    two = [*TARGETS, "model.layers.0.self_attn.k_proj"]
+    prompts = [simulated_prompt(str(i), N, two, signal=2.0, rng=np.random.default_rng([5, i])) for i in range(2)]
+    prompts = [[one[0], replace(one[1], gram=np.zeros((N, N)))] for one in prompts]
+    write_run(tmp_path / "run", prompts)
+    write_run(tmp_path / "alone", [one[:1] for one in prompts])
+    assert call(command, tmp_path / "alone")[0] == 0
+    code, _, err = call(command, tmp_path / "run")
+    assert code == 0
+    assert "layer 0 k_proj has no gradient at 2 of 2 prompts" in " ".join(err.split())
+    for file in (tmp_path / "alone" / "tables").glob("*.parquet"):
+        table, alone = (gradvar.open_run(tmp_path / run).table(file.stem) for run in ("run", "alone"))
+        dead = table[table["target"] == two[1]]
+        numbers = dead[~dead["quantity"].isin(["silent_share"])]
+        assert numbers["value"].isna().all(), (file.stem, numbers)
+        if file.stem != "forms":
+            assert "no gradient: all are 0" in set(numbers["verdict"].dropna()), file.stem
+        for name in (two[0], "sum"):
+            mine = table[table["target"] == name].reset_index(drop=True)
+            theirs = alone[alone["target"] == two[0]].reset_index(drop=True)
+            np.testing.assert_allclose(mine["value"], theirs["value"], rtol=1e-9)
+
+
+def test_a_prompt_smaller_than_the_group_is_unresolved_and_named(call, tmp_path):
+    write_run(tmp_path / "run", [ordinary("1", 64), ordinary("2", 64), ordinary("3", 6)])
+    for command in ("cv", "alpha"):
+        code, _, err = call(command, tmp_path / "run")
+        assert code == 0, err
+    told = row(tmp_path / "run", "cv", quantity="cv", prompt_id="3")
+    assert (told["verdict"], told["n_needed"]) == ("unresolved", 24)
+    assert row(tmp_path / "run", "alpha", quantity="eta", prompt_id="3")["verdict"] == "unresolved"
+    code, _, err = call("cv", tmp_path / "run", "--group-size", "65")
+    assert code == 2
+    assert "64 rollouts of prompt '1', which has the most" in " ".join(err.split())
+
+
 def test_what_the_answers_are(call, made, tmp_path):
     path = answered(call, made, tmp_path / "a", "one_length", "fit", "cv", "audit")
     told = row(path, "law", quantity="deviation_exponent", advantage="grpo")
@@ -208,6 +244,19 @@ def test_what_the_answers_are(call, made, tmp_path):
     assert told["high"] == math.inf
     assert row(path, "cv", quantity="rho", rule="grpo")["value"] < 0
     assert row(path, "alpha", quantity="eta", rule="grpo")["verdict"] == "unresolved"
+
+    path = answered(call, made, tmp_path / "e", "dead_target", "fit", "cv", "alpha", "audit")
+    nothing = "no gradient: all are 0"
+    assert row(path, "identity", quantity="identity_signal")["verdict"] == nothing
+    assert row(path, "law", quantity="deviation_exponent", advantage="score")["verdict"] == nothing
+    assert row(path, "law", quantity="deviation_exponent", advantage="grpo")["verdict"] == nothing
+    assert row(path, "proxies", quantity="rank_correlation")["verdict"] == nothing
+    assert row(path, "cv", quantity="cv")["verdict"] == nothing
+    assert row(path, "alpha", quantity="eta")["verdict"] == nothing
+    assert row(path, "planning", quantity="cv")["verdict"] == nothing
+    for assumption in range(5):
+        assert row(path, "audit", assumption=assumption)["verdict"] == nothing
+    assert set(gradvar.open_run(path).table("cv")["silent"]) == {0}
 
     path = answered(call, made, tmp_path / "d", "identical", "fit", "cv")
     assert "identical" in row(path, "law", quantity="deviation_exponent", advantage="score")["method"]

@@ -213,3 +213,28 @@ def test_noise_scale_of_prompts_like_these_only_where_it_has_an_interval():
     assert _across(table.assign(low=math.nan)) == ""
     assert _across(table.assign(prompt_id="p0")) == ""
     assert _across(table.drop(columns="estimand")) == ""
+
+
+def test_responses_that_are_a_lower_bound_are_printed_so(call, tmp_path):
+    """Where rho is not above 0 nothing says how many responses it takes: more than were used is all there is."""
+    simulated(tmp_path / "r", 6, 4, texts=list("abcd"), n=48, signal=0.0, targets=TARGETS[:1])
+    out = call("cv", tmp_path / "r")
+    table = gradvar.open_run(tmp_path / "r").table("cv")
+    pooled = table[table["prompt_id"].isna() & (table["estimand"] == "these prompts") & (table["quantity"] == "rho")]
+    unresolved = pooled[pooled["verdict"] == "unresolved"]
+    bound = unresolved[unresolved["value"] <= 0]
+    assert len(bound)
+    assert bound["n_needed_at_least"].all()
+    assert (unresolved["n_needed"] > unresolved["n"] / unresolved["clusters"]).all()
+    finite = bound[bound["n_needed"] < 100_000]
+    assert all(f"≥ {needed:.0f}" in out for needed in finite["n_needed"])
+
+
+def test_a_lower_bound_says_so_in_the_report_too():
+    from cli.verdicts import at_least
+    from gradvar.report.tables import verdict_cell
+
+    row = {"verdict": "unresolved", "n_needed": 65.0, "n_needed_at_least": True}
+    assert "at least N 65 would tell" in str(verdict_cell(row))
+    assert "(N 65 would tell)" in str(verdict_cell({**row, "n_needed_at_least": False}))
+    assert (at_least("65", True), at_least("65", None), at_least(">100000", True)) == ("≥ 65", "65", ">100000")

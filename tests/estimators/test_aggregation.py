@@ -45,6 +45,22 @@ def test_large_alpha_does_not_overflow():
     np.testing.assert_allclose(weights, [1 / 8192, 0.0], atol=1e-18)
 
 
+@pytest.mark.parametrize("alpha", [-300.0, -40.0, 3.9, 4.1, 17.3, 200.0, 5000.0])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_no_alpha_and_no_length_overflows(alpha, dtype):
+    torch = pytest.importorskip("torch")
+    lengths = [1.0, 3.0, 1e5, 1e5 + 1, 1.5]
+    logs = -alpha * np.log(np.array(lengths))
+    expected = np.exp(logs - np.logaddexp.reduce(logs)) / 1e5
+    tensor = torch.tensor(lengths, dtype=getattr(torch, dtype))
+    for given in (np.array(lengths), tensor):
+        got = np.asarray(aggregation_weights("vl_norm", given, alpha=alpha, max_length=1e5))
+        np.testing.assert_allclose(got, expected, rtol=1e-3 if given is tensor else 1e-9, atol=1e-12)
+    got = aggregation_weights("vl_norm", lengths, alpha=alpha, max_length=1e5, groups=[0, 0, 0, 1, 1])
+    assert np.isfinite(got).all()
+    assert got.sum() == pytest.approx(1e-5)
+
+
 def test_alpha_one_has_the_least_variance_under_the_linear_law():
     """With E g the same for every response, minimise sum x_i^2 L_i at fixed sum x_i."""
 
@@ -112,6 +128,40 @@ def test_no_name_stands_for_two_rules():
     names = [name for rule in RULES.values() for name in (rule.name, *rule.aliases)]
     assert len(names) == len(set(names))
     assert all(find_rule(alias) is rule for rule in RULES.values() for alias in rule.aliases)
+
+
+def test_every_framework_name_says_where_it_is_from():
+    """A framework's value finds its rule, but for verl's older seq-mean-token-sum-norm; every alias is explained."""
+    said = {setting.name for rule in RULES.values() for setting in rule.settings}
+    assert {alias for rule in RULES.values() for alias in rule.aliases} - said == {"token-sum"}
+    for rule in RULES.values():
+        for setting in rule.settings:
+            assert bool(setting.max_length) == rule.takes_max_length, str(setting)
+            if rule.name != "token_sum_norm":
+                assert find_rule(setting.name) is rule
+    texts = [str(setting) for setting in find_rule("dr_grpo").settings]
+    assert 'TRL GRPOConfig loss_type="dr_grpo", M = max_completion_length' in texts
+    assert (
+        'SkyRL trainer.algorithm.loss_reduction="seq_mean_token_sum_norm", M = trainer.algorithm.max_seq_len' in texts
+    )
+    assert any(text.startswith("verl from pull request 5417") for text in texts)
+
+
+def test_prompt_mean_takes_groups_and_the_legacy_mean_is_refused():
+    with pytest.raises(GradvarError, match="give groups, or ask for 'dapo'"):
+        aggregation_weights("prompt_mean", LENGTHS)
+    with pytest.raises(GradvarError, match="micro-batches"):
+        aggregation_weights("token_mean_legacy", LENGTHS)
+
+
+def test_names_of_one_rule_are_one():
+    got = aggregation.expand_rules(["prompt_mean", "token-mean", "vl_norm", "grpo", "dapo", "vl_norm"], [1.0, 0.5, 1])
+    assert [(rule.name, alpha) for rule, alpha in got] == [
+        ("dapo", None),
+        ("vl_norm", 1.0),
+        ("vl_norm", 0.5),
+        ("grpo", None),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from gradvar.estimators.batch_estimates import spread, total_rho
 from gradvar.estimators.batch_tables import batch_table
 from gradvar.estimators.batches import (
     depends_on_scope,
-    formed_moments,
     group_scales,
     mean_weights,
     prompt_parts,
@@ -30,7 +29,7 @@ from tests.estimators.population import Population, exact_products, prompt_score
 RULES = [("grpo", None), ("dapo", None), ("dr_grpo", None), ("vl_norm", 1.0), ("vl_norm", 2.0)]
 
 
-def _small(rng, prompts=4, responses=6, dimensions=3):
+def small_prompts(rng, prompts=4, responses=6, dimensions=3):
     gradients = [rng.normal(size=(responses, dimensions)) + 0.5 for _ in range(prompts)]
     lengths = [rng.integers(2, 30, responses).astype(float) for _ in range(prompts)]
     rewards = [rng.random(responses) for _ in range(prompts)]
@@ -40,7 +39,7 @@ def _small(rng, prompts=4, responses=6, dimensions=3):
     ], gradients
 
 
-def _update(members, gradients, prompts, rule, alpha, scope):
+def update_of(members, gradients, prompts, rule, alpha, scope):
     """Update of a batch by its definition: members maps prompt index to response indices."""
     lengths = np.concatenate([prompts[k].lengths[rows] for k, rows in members])
     labels = np.concatenate([np.full(len(rows), k) for k, rows in members])
@@ -51,7 +50,7 @@ def _update(members, gradients, prompts, rule, alpha, scope):
     return (weights * factors) @ vectors
 
 
-def _drawn(prompts, rule, alpha, *, size, permutations, seed):
+def drawn_groups(prompts, rule, alpha, *, size, permutations, seed):
     groups = {
         p.prompt_id: draw_groups(len(p.lengths), size, permutations, rng=np.random.default_rng([seed, k]))
         for k, p in enumerate(prompts)
@@ -68,13 +67,13 @@ def _drawn(prompts, rule, alpha, *, size, permutations, seed):
 @pytest.mark.parametrize(("rule", "alpha"), RULES)
 def test_moments_of_prompt_scope_are_the_literal_means_over_all_groups(rule, alpha):
     """With 6 responses in groups of 2 every group, and every pair of disjoint groups, can be listed."""
-    prompts, gradients = _small(np.random.default_rng(0))
-    groups, coefficients = _drawn(prompts, rule, alpha, size=2, permutations=6000, seed=1)
+    prompts, gradients = small_prompts(np.random.default_rng(0))
+    groups, coefficients = drawn_groups(prompts, rule, alpha, size=2, permutations=6000, seed=1)
     parts = prompt_parts(prompts, exact_products(prompts, gradients), groups, coefficients)
     found = parts.batch(3)
 
     pairs = [np.array(pair) for pair in itertools.combinations(range(6), 2)]
-    single = [[_update([(k, rows)], gradients, prompts, rule, alpha, "batch") for rows in pairs] for k in range(4)]
+    single = [[update_of([(k, rows)], gradients, prompts, rule, alpha, "batch") for rows in pairs] for k in range(4)]
     power = np.mean([u @ u for of_prompt in single for u in of_prompt])
     given = np.mean(
         [
@@ -94,54 +93,6 @@ def test_moments_of_prompt_scope_are_the_literal_means_over_all_groups(rule, alp
     assert found.signal_without[0] == pytest.approx(without, rel=0.05, abs=0.02 * power)
 
 
-@pytest.mark.parametrize(("rule", "alpha"), [("dapo", None), ("vl_norm", 1.0)])
-def test_formed_batches_are_the_literal_means_over_all_batches(rule, alpha):
-    """Two prompts to a batch, two responses each, weights over the four responses together."""
-    prompts, gradients = _small(np.random.default_rng(3), responses=4)
-    groups, coefficients = _drawn(prompts, rule, alpha, size=2, permutations=1500, seed=5)
-    found = formed_moments(
-        prompts,
-        exact_products(prompts, gradients),
-        groups,
-        coefficients,
-        find_rule(rule),
-        [2],
-        alpha=alpha,
-        max_length=40.0,
-        rng=np.random.default_rng(6),
-    )[2]
-    pairs = [np.array(pair) for pair in itertools.combinations(range(4), 2)]
-    other = [next(b for b in range(6) if not set(pairs[a]) & set(pairs[b])) for a in range(6)]
-    updates = {
-        (j, k): [[_update([(j, a), (k, b)], gradients, prompts, rule, alpha, "batch") for b in pairs] for a in pairs]
-        for j, k in itertools.combinations(range(4), 2)
-    }
-    power = np.mean([u @ u for of in updates.values() for row in of for u in row])
-    given = np.mean([of[a][b] @ of[other[a]][other[b]] for of in updates.values() for a in range(6) for b in range(6)])
-    mean = {pair: np.mean(of, axis=(0, 1)) for pair, of in updates.items()}
-    disjoint = [(a, b) for a in mean for b in mean if not set(a) & set(b)]
-    signal = np.mean([mean[a] @ mean[b] for a, b in disjoint])
-    assert found.power == pytest.approx([power], rel=0.03)
-    assert found.given == pytest.approx([given], rel=0.05, abs=0.03 * power)
-    assert found.signal == pytest.approx([signal], rel=0.05, abs=0.03 * power)
-
-
-def test_formed_batches_with_group_weights_are_the_law_in_b():
-    """Forming batches of a rule whose scope does not matter gives what a single group's moments give."""
-    prompts, gradients = _small(np.random.default_rng(8), prompts=6)
-    groups, coefficients = _drawn(prompts, "grpo", None, size=2, permutations=400, seed=2)
-    exact = exact_products(prompts, gradients)
-    law = prompt_parts(prompts, exact, groups, coefficients).batch(2)
-    formed = formed_moments(
-        prompts, exact, groups, coefficients, find_rule("grpo"), [2], alpha=None, max_length=40.0,
-        rng=np.random.default_rng(1),
-    )[2]  # fmt: skip
-    for name in ("power", "given", "signal"):
-        assert getattr(formed, name) == pytest.approx(getattr(law, name), rel=0.03, abs=0.01 * law.power[0])
-        without = f"{name}_without"
-        assert getattr(formed, without) == pytest.approx(getattr(law, without), rel=0.1, abs=0.03 * law.power[0])
-
-
 def test_scope_matters_for_dapo_and_vl_norm_alone():
     assert [depends_on_scope(find_rule(rule), alpha) for rule, alpha in RULES] == [False, True, False, True, True]
     assert not depends_on_scope(find_rule("vl_norm"), 0.0)
@@ -154,7 +105,7 @@ def test_a_large_batch_has_its_weights_at_the_mean():
     population = Population(rng=rng)
     prompts, gradients = population.draw(8, 64)
     exact = exact_products(prompts, gradients)
-    groups, _ = _drawn(prompts, "dapo", None, size=8, permutations=8, seed=0)
+    groups, _ = drawn_groups(prompts, "dapo", None, size=8, permutations=8, seed=0)
     found = []
     for rule in ("dapo", "dr_grpo"):
         weights = mean_weights(prompts, find_rule(rule), 8, alpha=None, max_length=40.0)
@@ -172,7 +123,7 @@ def test_a_large_batch_has_its_weights_at_the_mean():
 
 
 def _large(prompts, gradients, rule, alpha, *, seed):
-    groups, _ = _drawn(prompts, rule, alpha, size=2, permutations=3, seed=seed)
+    groups, _ = drawn_groups(prompts, rule, alpha, size=2, permutations=3, seed=seed)
     options = {"alpha": alpha, "max_length": 40.0}
     weights = mean_weights(prompts, find_rule(rule), 2, **options)
     scales = group_scales(prompts, groups, weights, find_rule(rule), **options)
@@ -187,7 +138,7 @@ def _large(prompts, gradients, rule, alpha, *, seed):
 @pytest.mark.parametrize(("rule", "alpha"), [("dapo", None), ("vl_norm", 1.0), ("vl_norm", 0.0)])
 def test_large_batches_are_linear_in_the_sums_of_their_weights(rule, alpha):
     """Against loops over u - E ghat (v / E v - 1), its products split as the formulas in the module say."""
-    prompts, gradients = _small(np.random.default_rng(7))
+    prompts, gradients = small_prompts(np.random.default_rng(7))
     parts, groups, coefficients, scales = _large(prompts, gradients, rule, alpha, seed=3)
     names = [p.prompt_id for p in prompts]
     total = {name: length.sum() if rule == "dapo" else (length ** -float(alpha)).sum()
@@ -270,7 +221,7 @@ def test_moments_are_unbiased_over_prompts_and_responses(kind):
         prompts, gradients = population.draw(5, 16)
         exact = exact_products(prompts, gradients)
         products = exact if kind == "exact" else signed_sketch(prompts, gradients, seed=index)
-        groups, coefficients = _drawn(prompts, "grpo", None, size=4, permutations=16, seed=index)
+        groups, coefficients = drawn_groups(prompts, "grpo", None, size=4, permutations=16, seed=index)
         moments = prompt_parts(prompts, products, groups, coefficients).batch(1)
         draws.append([moments.power.mean(), moments.given.mean(), moments.signal.mean()])
     values = np.array(draws)
@@ -279,7 +230,7 @@ def test_moments_are_unbiased_over_prompts_and_responses(kind):
 
 
 def test_the_sum_of_targets_adds_and_the_exact_gram_is_used_within_prompts():
-    prompts, gradients = _small(np.random.default_rng(2))
+    prompts, gradients = small_prompts(np.random.default_rng(2))
     exact = exact_products(prompts, gradients)
     updates = {p.prompt_id: np.eye(6)[:2] for p in prompts}
     both = SummedProducts(targets=[exact, exact])
@@ -297,7 +248,7 @@ def test_the_sum_of_targets_adds_and_the_exact_gram_is_used_within_prompts():
 def test_the_error_of_a_sketch_is_measured_and_enters_the_interval():
     population = Population(rng=np.random.default_rng(5))
     prompts, gradients = population.draw(8, 32)
-    groups, coefficients = _drawn(prompts, "grpo", None, size=4, permutations=16, seed=1)
+    groups, coefficients = drawn_groups(prompts, "grpo", None, size=4, permutations=16, seed=1)
     exact = spread(total_rho, prompt_parts(prompts, exact_products(prompts, gradients), groups, coefficients).batch(4))
     assert exact.sketch == 0.0
     misses, stated = [], []
@@ -324,7 +275,11 @@ def test_the_table_labels_scopes_sizes_and_estimands():
         group_size=4, seed=3,
     )  # fmt: skip
     cv = table[table["quantity"] == "cv"]
-    scopes = cv[cv["estimand"] == "prompts like these"].groupby("rule")["scope"].apply(sorted).to_dict()
+    assert set(table["estimand"]) == {"prompts like these"}, "every interval leaves out prompts"
+    given = table[table["quantity"] == "cv_given_prompts"].set_index(["rule", "scope", "batch_prompts"])["value"]
+    whole = cv.set_index(["rule", "scope", "batch_prompts"])["value"]
+    assert (given < whole).all(), "prompts drawn again add to the noise"
+    scopes = cv.groupby("rule")["scope"].apply(sorted).to_dict()
     assert scopes == {"grpo": ["either"] * 3, "dapo": ["batch"] * 3 + ["prompt group"] * 3}
     assert set(cv[cv["extrapolated"]]["batch_prompts"]) == {50}
     assert (table["sketch_error"].dropna() == 0).all()
@@ -348,7 +303,7 @@ def test_few_prompts_get_no_interval_and_silent_ones_count_with_their_zeros():
     exact = exact_products(prompts, gradients)
     table = batch_table(prompts, {"layer": exact}, rules=("grpo",), batch_prompts=(2,), group_size=4, seed=0)
     assert table["method"].str.contains("no interval below 4 prompts").all()
-    assert table[table["quantity"] != "cv"]["low"].isna().all()
+    assert table[~table["quantity"].str.startswith("cv")]["low"].isna().all()
     silent = [replace(p, rewards=np.ones(16)) for p in prompts]
     table = batch_table(silent, {"layer": exact}, rules=("grpo",), batch_prompts=(2,), group_size=4, seed=0)
     assert list(table["verdict"]) == ["silent: all rewards equal"]
@@ -397,12 +352,8 @@ def test_intervals_cover_the_population(prompts_measured, kind):
         products = exact if kind == "exact" else signed_sketch(prompts, gradients, seed=index, width=16)
         table = batch_table(prompts, {"layer": products}, rules=("grpo",), batch_prompts=(size,), group_size=4,
                             permutations=8, advantage="mean", seed=index)  # fmt: skip
-        for name, quantity, estimand in (
-            ("rho", "rho", "prompts like these"),
-            ("given", "rho", "these prompts"),
-            ("share", "between_share", "prompts like these"),
-        ):
-            row = table[(table["quantity"] == quantity) & (table["estimand"] == estimand)].iloc[0]
+        for name, quantity in (("rho", "rho"), ("given", "rho_given_prompts"), ("share", "between_share")):
+            row = table[table["quantity"] == quantity].iloc[0]
             hits[name].append(bool(row["low"] <= truth[name] <= row["high"]))
     coverage = {name: float(np.mean(values)) for name, values in hits.items()}
     assert all(value >= 0.895 for value in coverage.values()), coverage

@@ -167,6 +167,49 @@ def test_one_prompt_silent_prompts_and_nothing_shared():
     assert set(everything["verdict"]) == {"unresolved"}
 
 
+@pytest.mark.parametrize("lost", ["silent", "small", "one length"])
+def test_a_prompt_without_an_estimate_in_one_run_makes_no_difference(lost):
+    """A checkpoint that solved its loudest prompt: nothing else changed, so no pooled quantity may differ."""
+    early, late = run(11, 5), run(12, 5)
+    loud = {"signal": 1.0, "beta": 0.0}
+    early[0], late[0] = (run(number, 1, **loud)[0] for number in (13, 14))
+    early[0], late[0] = (replace(one, gram=400 * one.gram) for one in (early[0], late[0]))
+    late[0] = {
+        "silent": lambda one: replace(one, rewards=np.ones(64)),
+        "small": lambda one: one.select(np.arange(20)),
+        "one length": lambda one: replace(one, lengths=np.full(64, 50.0)),
+    }[lost](late[0])
+    table = compare_table({"early": early, "late": late}, **OPTIONS)
+    pooled = pick(table, prompt_id=None, against="early", estimand="these prompts").set_index("quantity")
+    without = {name: [g for g in one if g.prompt_id != "p0"] for name, one in (("early", early), ("late", late))}
+    expected = compare_table(without, **OPTIONS)
+    expected = pick(expected, prompt_id=None, against="early", estimand="these prompts").set_index("quantity")
+    left_out = [
+        name
+        for name in expected.index
+        if lost == "silent" or name.endswith("exponent_difference") == (lost == "one length")
+    ]
+    assert len(left_out) >= 2
+    same(pooled.loc[left_out], expected.loc[left_out])
+    assert (pooled.loc[left_out, "clusters"] == 4).all()
+    assert (pooled.drop(left_out)["clusters"] == 5).all()
+    assert set(pooled.loc[left_out, "verdict"]) == {"undetermined"}
+    across = only(table, prompt_id=None, quantity=left_out[0], estimand="prompts like these")
+    assert (across["clusters"], math.isfinite(across["value"])) == (4, True)
+    # Each run's own numbers stay over all its prompts.
+    own = only(table, run="early", against=None, prompt_id=None, quantity="eta")
+    assert own["clusters"] == 5
+
+
+def test_no_prompt_with_an_estimate_in_both_runs():
+    early, late = run(11, 2), run(12, 2)
+    early[0], late[1] = (replace(one, rewards=np.ones(64)) for one in (early[0], late[1]))
+    table = compare_table({"early": early, "late": late}, **OPTIONS)
+    row = only(table, prompt_id=None, quantity="eta_difference", estimand="these prompts")
+    assert (row["verdict"], math.isnan(row["value"])) == ("unresolved", True)
+    assert "no shared prompt has an estimate in both runs" in row["method"]
+
+
 def test_vl_norm_and_refusals(runs):
     table = compare_table({"x": run(9, 1)}, rule="vl_norm", alpha=0.6, **OPTIONS)
     assert only(table, quantity="eta", prompt_id=None)["alpha"] == 0.6

@@ -204,14 +204,24 @@ def test_resolution_and_the_n_needed():
     missing = estimate(math.nan, math.nan, math.nan)
     assert resolution(replace(missing, method=f"m; {SILENT}")) == SILENT
     assert resolution(missing) == "unresolved"
-    assert n_to_resolve(estimate(0.2, 0.1, 0.5), 8) == 64
+    assert n_to_resolve(estimate(0.2, 0.1, 0.5), 8) == (64, False)
     # On the scale of log(1 - rho): the half-width against the distance from 0.
     rho = estimate(0.1, 1 - 0.9 * math.exp(0.3), 1 - 0.9 * math.exp(-0.3))
-    assert n_to_resolve(rho, 8) == math.ceil(64 * (0.3 / -math.log(0.9)) ** 2)
-    assert n_to_resolve(estimate(-0.5, -0.7, -0.1), 8) == math.inf
-    assert n_to_resolve(estimate(0.2, math.nan, math.nan), 8) == 24
-    at_least = n_to_resolve(estimate(-0.01, 1 - 1.01 * math.exp(0.2), 1 - 1.01 * math.exp(-0.2)), 8)
-    assert 64 < at_least < math.inf
+    assert n_to_resolve(rho, 8) == (math.ceil(64 * (0.3 / -math.log(0.9)) ** 2), False)
+    assert n_to_resolve(estimate(-0.5, -0.7, -0.1), 8) == (math.inf, False)
+    assert n_to_resolve(estimate(0.2, math.nan, math.nan), 8) == (65, True)
+    assert n_to_resolve(replace(estimate(0.2, math.nan, math.nan), n=20), 8) == (24, True)
+
+
+def test_what_is_unresolved_takes_more_than_was_used():
+    """However wide the interval: the less there is to see, the more it takes, and without signal it is a bound."""
+    for n, clusters in ((64, 1), (256, 4), (200, 3)):
+        for value in (-0.4, -0.01, 0.0, 1e-4, 0.01, 0.3, 1.1):
+            for high in (0.001, 0.05, 0.6, 0.99, 1.3):
+                rho = replace(estimate(value, -0.3, max(high, value)), n=n, clusters=clusters)
+                needed = n_to_resolve(rho, 8)
+                assert needed.n >= n // clusters + 1, (value, high)
+                assert needed.at_least == (value <= 0.0 or value >= 1.0)
 
 
 def test_noise_alone_is_unresolved_and_keeps_its_negative_square():
@@ -253,6 +263,8 @@ def test_equal_rewards_are_silent_not_a_crash():
     assert math.isnan(rho.value)
     assert "all rewards equal" in rho.method
     assert math.isnan(cv_from_rho(rho).low)
+    nothing, _ = aggregator_rho(np.zeros((48, 48)), np.arange(48) % 2.0, lengths, "dapo", rng=np.random.default_rng(0))
+    assert resolution(nothing) == "no gradient: all are 0"
 
 
 def test_repeated_responses_have_a_defined_answer():

@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 
 from gradvar.errors import GradvarError
-from gradvar.estimators import alpha_table, cv_table, extras_table, soft_overlong
+from gradvar.estimators import alpha_table, cv_table, extras_table, find_rule, soft_overlong
+from gradvar.estimators.bias import reward_direction
+from gradvar.estimators.extras import FILTERING, PUNISHMENT, SAMPLING
+from gradvar.estimators.groups import draw_groups, group_coefficients, group_moments, loud_groups, silent_share
+from gradvar.estimators.inputs import generator
+from tests.estimators import simulator
 from tests.estimators.test_tables import only, pick, prompts
 
 OPTIONS = {"permutations": 48, "seed": 3}
@@ -23,26 +28,96 @@ def groups():
 
 @pytest.fixture(scope="module")
 def table(groups):
-    return extras_table(groups, rules=("grpo", "dr_grpo"), buffer=BUFFER, **OPTIONS)
+    return extras_table(groups, rules=("grpo", "vl_norm"), alphas=(0.5,), buffer=BUFFER, **OPTIONS)
+
+
+def updates(g, extra, advantage="grpo"):
+    """Groups, coefficients of vl_norm(0.5) with one extra, and the groups kept, as the definitions have them."""
+    drawn = draw_groups(48, 8, OPTIONS["permutations"], rng=generator(OPTIONS["seed"], g.prompt_id, "groups"))
+    rewards = soft_overlong(g, buffer=BUFFER).rewards if extra == PUNISHMENT else g.rewards
+    masked = g.truncated if extra == FILTERING else None
+    options = {"advantage": advantage, "alpha": 0.5, "max_length": float(g.max_length), "masked": masked}
+    kept = loud_groups(drawn, g.rewards) if extra == SAMPLING else None
+    return drawn, group_coefficients(drawn, rewards, g.lengths, find_rule("vl_norm"), **options), kept
 
 
 @pytest.mark.parametrize("prompt", ["p1", None])
-@pytest.mark.parametrize("extra", ["none", "overlong filtering", "soft overlong punishment", "dynamic sampling"])
-def test_cvs_are_those_of_the_cv_table(table, groups, prompt, extra):
-    if extra == "soft overlong punishment":
-        expected = cv_table([soft_overlong(g, buffer=BUFFER) for g in groups], **OPTIONS)
-    else:
-        on = {"overlong filtering": "overlong_filtering", "dynamic sampling": "dynamic_sampling"}
-        expected = cv_table(groups, **{on[extra]: True} if extra in on else {}, **OPTIONS)
-    mine = only(table, quantity="cv", rule="dr_grpo", extra=extra, prompt_id=prompt)
-    other = only(expected, quantity="cv", rule="dr_grpo", prompt_id=prompt, estimand="these prompts")
-    for column in ("value", "low", "high"):
-        assert mine[column] == pytest.approx(other[column], nan_ok=True), column
-    plain = only(table, quantity="cv", rule="dr_grpo", extra="none", prompt_id=prompt)
+@pytest.mark.parametrize("extra", ["none", FILTERING, PUNISHMENT, SAMPLING])
+def test_cvs_are_those_of_the_definitions(table, groups, prompt, extra):
+    mine = only(table, quantity="cv", rule="vl_norm", extra=extra, prompt_id=prompt)
+    used = [g for g in groups if prompt in (None, g.prompt_id)]
+    moments = [group_moments(g.gram, *updates(g, extra)) for g in used]
+    rho = sum(m.cross for m in moments) / sum(m.same for m in moments)
+    assert mine["value"] == pytest.approx(math.sqrt(1 / rho - 1))
+    assert (mine["alpha"], mine["low"] < mine["value"] < mine["high"]) == (0.5, True)
+    plain = only(table, quantity="cv", rule="vl_norm", extra="none", prompt_id=prompt)
     if extra != "none":
-        ratio = only(table, quantity="cv_ratio", rule="dr_grpo", extra=extra, prompt_id=prompt)
+        ratio = only(table, quantity="cv_ratio", rule="vl_norm", extra=extra, prompt_id=prompt)
         assert ratio["value"] == pytest.approx(mine["value"] / plain["value"])
         assert ratio["low"] < ratio["value"] < ratio["high"]
+    if extra in ("none", PUNISHMENT):
+        changed = [soft_overlong(g, buffer=BUFFER) if extra == PUNISHMENT else g for g in groups]
+        other = cv_table(changed, rules=("vl_norm",), alphas=(0.5,), **OPTIONS)
+        other = only(other, quantity="cv", rule="vl_norm", prompt_id=prompt, estimand="these prompts")
+        assert (mine["low"], mine["high"]) == pytest.approx((other["low"], other["high"]))
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "raw"])
+def test_direction_under_dynamic_sampling(advantage):
+    """E[ghat | loud] over pairs of loud groups and of any for grad J; each prompt given that a group is loud."""
+    law = {"signal": 2.0, "drift": 1.0, "reward_slope": 1.0}
+    few = [
+        simulator.prompt(f"p{k}", 48, rng=np.random.default_rng([8, k]), target="a", p=p, **law)
+        for k, p in enumerate((0.1, 0.5, 0.85))
+    ]
+    table = extras_table(few, rules=("vl_norm",), alphas=(0.5,), advantage=advantage, **OPTIONS)
+    sums = {}
+    for g in few:
+        drawn, c, kept = updates(g, SAMPLING, advantage)
+        aim = reward_direction(g.rewards, drawn)
+        loud = 1 - silent_share(g.rewards, 8)
+        parts = np.zeros(3)
+        for p in range(len(drawn)):
+            dense = np.zeros((2, 6, 48))
+            np.put_along_axis(dense[0], drawn[p], c[p] * kept[p][:, None] / loud, axis=1)
+            np.put_along_axis(dense[1], drawn[p], aim[p], axis=1)
+            off = ~np.eye(6, dtype=bool)
+            for k, (a, b) in enumerate(((0, 0), (0, 1), (1, 1))):
+                parts[k] += (dense[a] @ g.gram @ dense[b].T)[off].mean() / len(drawn)
+        sums[g.prompt_id] = parts
+    sums[None] = sum(sums.values())
+    for name, (own, mixed, aim) in sums.items():
+        row = only(table, quantity="cosine", extra=SAMPLING, prompt_id=name)
+        change = only(table, quantity="cosine_difference", extra=SAMPLING, prompt_id=name)
+        plain = only(table, quantity="cosine", extra="none", prompt_id=name)
+        expected = mixed / math.sqrt(own * aim)
+        assert row["value"] == pytest.approx(min(expected, 1.0))
+        if max(expected, plain["value"]) < 1:
+            assert change["value"] == pytest.approx(expected - plain["value"])
+        if advantage == "grpo" and name is not None:
+            assert abs(change["value"]) < 1e-9  # a silent group's update is 0: the direction stays
+            assert change["verdict"] == "undetermined"
+        elif name in (None, "p2"):  # where groups are silent at a reward of 1
+            assert abs(change["value"]) > 1e-6
+
+
+def test_punishment_wakes_a_silent_prompt_which_counts():
+    made = prompts(3, n=48, targets=("a",), signal=3.0)
+    made[0] = replace(made[0], rewards=np.ones(48))
+    table = extras_table(made, rules=("dapo",), buffer=BUFFER, **OPTIONS)
+    silent = pick(table, prompt_id="p0", quantity="cv")
+    assert set(silent["extra"].dropna()) == {PUNISHMENT}
+    pooled = pick(table, prompt_id=None, quantity="cv").set_index("extra")
+    assert pooled["clusters"].to_dict() == {"none": 3, FILTERING: 3, PUNISHMENT: 3, SAMPLING: 2}
+    expected = cv_table([soft_overlong(g, buffer=BUFFER) for g in made], rules=("dapo",), reference="dapo", **OPTIONS)
+    expected = only(expected, quantity="cv", prompt_id=None, estimand="these prompts")
+    got = pooled.loc[PUNISHMENT]
+    assert (got["value"], got["low"], got["high"]) == pytest.approx(
+        (expected["value"], expected["low"], expected["high"])
+    )
+    dead = [replace(made[1], gram=np.zeros((48, 48))), made[2]]
+    table = extras_table(dead, rules=("dapo",), buffer=BUFFER, **OPTIONS)
+    assert only(table, prompt_id="p1", quantity="cv")["verdict"] == "no gradient: all are 0"
 
 
 def test_direction_is_judged_by_the_plain_reward(table, groups):
@@ -63,7 +138,6 @@ def test_direction_is_judged_by_the_plain_reward(table, groups):
                 assert change["value"] == pytest.approx(angles[extra] - angles["none"])
                 checked += 1
     assert checked
-    assert pick(table, quantity="cosine", extra="dynamic sampling").empty
 
 
 def test_what_is_affected_and_what_is_not(groups):
@@ -75,14 +149,13 @@ def test_what_is_affected_and_what_is_not(groups):
         np.testing.assert_allclose(pick(table, quantity="cosine_difference", extra=extra)["value"], 0.0, atol=1e-12)
 
 
-def test_silent_small_and_refused(groups):
-    mixed = [replace(groups[0], rewards=np.ones(48)), groups[1].select(np.arange(20)), groups[2]]
+def test_small_and_refused(groups):
+    mixed = [groups[1].select(np.arange(20)), groups[2]]
     table = extras_table(mixed, **OPTIONS)
-    assert only(table, prompt_id="p0")["verdict"] == "silent: all rewards equal"
     assert "fewer than 24" in only(table, prompt_id="p1")["method"]
     assert math.isfinite(only(table, prompt_id="p2", quantity="cv", rule="grpo", extra="none")["value"])
     assert pick(table, prompt_id=None).empty
     with pytest.raises(GradvarError, match="alpha"):
-        extras_table(groups, rules=("vl_norm",), **OPTIONS)
+        extras_table(groups, rules=("vl_norm",), alphas=(), **OPTIONS)
     with pytest.raises(GradvarError, match="buffer"):
         extras_table(groups, buffer=10**6, **OPTIONS)

@@ -36,6 +36,16 @@ def test_rows_agree_with_the_cv_table_and_extrapolate_by_the_square_root(groups)
     assert not pick(table, quantity="cv", prompt_id=None, group_size=8).empty
 
 
+def test_what_is_extrapolated_from_an_unresolved_cv_is_unresolved():
+    noise = prompts(1, n=48, targets=("a",), signal=0.0)
+    table = planning_table(noise, sizes=(8, 16, 32, 64), permutations=32, seed=4)
+    far = pick(table, quantity="cv")
+    far = far[far["group_size"] > 16]
+    assert len(far) == 2
+    assert far["value"].isna().all()
+    assert set(far["verdict"]) == {"unresolved"}
+
+
 def test_responses_for_cv_1_rest_on_the_size_that_is_just_enough():
     def cv(value, low, high):
         return Estimate(value=value, low=low, high=high, level=0.95, method="m", n=96, clusters=1, seed=0)

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from gradvar.errors import GradvarError
-from gradvar.estimators import aggregation_weights, cv_table, find_rule
+from gradvar.estimators import aggregation_weights, find_rule
 from gradvar.estimators.groups import draw_groups, group_coefficients, group_moments, loud_groups
 from gradvar.estimators.transforms import authors_vl_norm, overlong_penalty, soft_overlong
 from tests.estimators import references, simulator
-from tests.estimators.test_tables import only, prompts
+from tests.estimators.test_tables import prompts
 
 
 def test_soft_overlong_is_dapos_equation_13():
@@ -92,19 +92,3 @@ def test_dynamic_sampling_by_definition():
     everything = group_moments(scores @ scores.T, groups, c)
     # Silent groups add zeros to E||ghat||^2: its mean over all groups is smaller by their share.
     assert everything.same == pytest.approx(got.same * kept.mean())
-
-
-def test_tables_with_extras():
-    groups = prompts(2, n=64, targets=("a",), signal=3.0)
-    plain = cv_table(groups, rules=("grpo",), seed=0, permutations=64)
-    dynamic = cv_table(groups, rules=("grpo",), seed=0, permutations=64, dynamic_sampling=True)
-    one, two = (only(t, quantity="rho", prompt_id="p0") for t in (plain, dynamic))
-    # Given that a group speaks, less of its update is noise.
-    assert two["value"] > one["value"]
-    assert two["method"].endswith("with dynamic sampling")
-    cut = [replace(g, truncated=g.lengths > np.median(g.lengths)) for g in groups]
-    filtered = cv_table(cut, rules=("grpo",), seed=0, permutations=64, overlong_filtering=True)
-    assert only(filtered, quantity="rho", prompt_id="p0")["value"] != one["value"]
-    silent = [groups[0], replace(groups[1], rewards=np.ones(64))]
-    table = cv_table(silent, rules=("grpo",), seed=0, permutations=32, dynamic_sampling=True)
-    assert only(table, quantity="cv", prompt_id="p1")["verdict"] == "silent: all rewards equal"

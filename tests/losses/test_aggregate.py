@@ -71,13 +71,31 @@ def test_all_empty_is_zero_with_gradient():
     assert (token_loss.grad == 0).all()
 
 
-def test_long_batches_are_exact_in_bfloat16():
-    """4097 tokens are not a bfloat16 number: the weights must not be made in the loss's dtype."""
-    token_loss = torch.ones(1, 4097, dtype=torch.bfloat16)
-    weight = aggregate_loss(token_loss.float(), torch.ones(1, 4097), "dapo")
-    assert weight.item() == pytest.approx(1.0, rel=1e-6)
-    assert aggregate_loss(token_loss, torch.ones(1, 4097), "dapo").dtype == torch.bfloat16
-    assert aggregate_loss(token_loss, torch.ones(1, 4097), "dapo").item() == pytest.approx(1.0, rel=1e-2)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_losses_are_summed_in_float32(dtype):
+    """70000 does not fit float16, 4097 tokens are no bfloat16 number: neither sums nor weights are made in them."""
+    token_loss = torch.full((2, 4097), 16.0, dtype=dtype, requires_grad=True)
+    mask = torch.ones(2, 4097)
+    for rule in RULES:
+        loss = aggregate_loss(token_loss, mask, rule, alpha=1.0, max_length=4097)
+        whole = token_loss.detach().double().requires_grad_()
+        exact = aggregate_loss(whole, mask, rule, alpha=1.0, max_length=4097)
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+        (got,), (expected,) = torch.autograd.grad(loss, token_loss), torch.autograd.grad(exact, whole)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, expected.to(dtype))
+    assert aggregate_loss(torch.ones(1, 2, dtype=torch.float64), torch.ones(1, 2), "dapo").dtype == torch.float64
+
+
+def test_prompt_mean_takes_groups():
+    with pytest.raises(GradvarError, match="give groups"):
+        aggregate_loss(torch.ones(2, 3), torch.ones(2, 3), "prompt_mean")
+    with pytest.raises(GradvarError, match="give groups"):
+        aggregate_loss(torch.ones(2, 3), torch.zeros(2, 3), "prompt_mean")
+    mask = torch.tensor([[1, 0, 0], [1, 1, 1]])
+    loss = aggregate_loss(torch.tensor([[2.0, 9, 9], [3, 4, 5]]), mask, "prompt_mean", groups=[0, 1])
+    assert loss.item() == pytest.approx(3.0)
 
 
 def test_boolean_and_integer_masks():
