@@ -16,7 +16,7 @@ from .console import count, verdict
 from .verdicts import last_target, overall_rows
 
 if TYPE_CHECKING:
-    from gradvar.runs import Run
+    from gradvar.runs import EstimateConfig, Run
 
 JUDGED = {
     "identity_signal": ("0", "the rollouts come from this policy (E s = 0)"),
@@ -28,6 +28,16 @@ JUDGED = {
 }
 """Quantity to its number in the audit and its words."""
 
+MARGINS = {
+    "identity_signal": "identity_margin",
+    "token_covariance_share": "token_margin",
+    "deviation_exponent": "margin",
+    "within_exponent": "margin",
+    "baseline_ratio": "baseline_margin",
+    "between_length_share": "length_margin",
+}
+"""Quantity to the option that is its margin."""
+
 _SHORT = {"supported": "[green]+[/green]", "rejected": "[red]-[/red]", "undetermined": "[yellow]?[/yellow]"}
 
 
@@ -38,7 +48,7 @@ def show_audit(run: Run, tables: Mapping[str, pd.DataFrame], *, as_json: bool) -
         return
     table = tables["audit"]
     judged = table[table["quantity"].isin(JUDGED) & (table["scope"].isna() | (table["scope"] == "all responses"))]
-    _print_assumptions(judged)
+    _print_assumptions(judged, run.options("audit"))
     _print_policy(table)
     _print_targets(judged)
     _print_prompts(judged)
@@ -47,12 +57,13 @@ def show_audit(run: Run, tables: Mapping[str, pd.DataFrame], *, as_json: bool) -
     console.result.print(f"every number: {run.path / 'tables' / 'audit.parquet'}", markup=False, soft_wrap=True)
 
 
-def _print_assumptions(judged: pd.DataFrame) -> None:
+def _print_assumptions(judged: pd.DataFrame, options: EstimateConfig) -> None:
     from gradvar.estimators.intervals import PROMPTS_LIKE_THESE
-    from gradvar.runs import target_label
+    from gradvar.runs import EstimateConfig, target_label
 
     last = last_target(judged)
     mine = judged[judged["target"] == last]
+    usual = EstimateConfig()
     rows = []
     for quantity, (number_, words) in JUDGED.items():
         found = mine[mine["quantity"] == quantity]
@@ -63,6 +74,8 @@ def _print_assumptions(judged: pd.DataFrame) -> None:
         across = found[found["estimand"] == PROMPTS_LIKE_THESE]
         there = across.iloc[0] if len(across) and pd.notna(across.iloc[0]["low"]) else None
         told = f"[bold]{number_.split()[0]} {words}:[/bold] {verdict(row['verdict'])}"
+        if getattr(options, MARGINS[quantity]) != getattr(usual, MARGINS[quantity]):
+            told += f" (margin {escape(_margin(row))})"
         if row["verdict"] == "undetermined" and pd.notna(row["n_needed"]):
             told += f", {count(row['n_needed'])} responses would decide"
         if pd.isna(row["value"]):

@@ -1,4 +1,8 @@
-"""Options that several commands share, each written once. None means not given: the run's own value, or the default."""
+"""Options that several commands share, each written once. None means not given: the default shown.
+
+What a run holds one value of (model, temperature, dtype, ...) and what its rollouts were made with stays the run's own;
+an option of the estimates is never taken over from an earlier command.
+"""
 
 from __future__ import annotations
 

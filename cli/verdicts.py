@@ -29,7 +29,7 @@ def show_law(run: Run, *, as_json: bool) -> None:
         console.print_json({name: console.records(table) for name, table in tables.items()})
         return
     _print_identity(identity)
-    _print_exponents(law)
+    _print_exponents(law, margin=run.options("fit").margin)
     _print_difference(law)
     _print_law_by_prompt(law)
     print_proxies(tables["proxies"])
@@ -82,7 +82,7 @@ def show_results(run: Run, figures: Sequence[Path], *, as_json: bool) -> None:
     if line is not None:
         console.result.print(line, style="bold red", markup=False)
     _print_identity(identity)
-    _print_exponents(law)
+    _print_exponents(law, margin=run.options("fit").margin)
     _print_aggregators(cv)
     console.result.print(advice(run), style="bold", markup=False)
     for kind, paths in (("figures", [p for p in figures if p.suffix == ".png"]), ("tables", tables)):
@@ -145,8 +145,12 @@ def _print_identity(identity: pd.DataFrame) -> None:
         )
 
 
-def _print_exponents(law: pd.DataFrame) -> None:
-    from gradvar.runs import target_label
+def _print_exponents(law: pd.DataFrame, *, margin: float) -> None:
+    from gradvar.runs import EstimateConfig, target_label
+
+    # A margin of the user's own stands beside every verdict that it made.
+    usual = margin == EstimateConfig().margin
+    beside = "" if usual else f" (margin {margin:g}: [{number(1 - margin)}, {number(1 + margin)}])"
 
     main = law[(law["scope"] == "all responses") & law["quantity"].isin([f"{what}_exponent" for what in _WHAT])]
     overall = overall_rows(main)
@@ -159,7 +163,7 @@ def _print_exponents(law: pd.DataFrame) -> None:
                 continue
             console.result.print(
                 f"[bold]{name}, {words}[/bold] grows as length to the power "
-                f"[bold]{number(row['value'])}[/bold] {interval(row)}: {verdict(row['verdict'])}"
+                f"[bold]{number(row['value'])}[/bold] {interval(row)}: {verdict(row['verdict'])}{beside}"
                 f"{_across(main, last, kind, what)}"
                 if pd.notna(row["value"])
                 else f"[bold]{name}, {words}:[/bold] {verdict(row['verdict'])} ({row['method']})"
@@ -182,7 +186,7 @@ def _print_exponents(law: pd.DataFrame) -> None:
     level = f"{100 * float(overall['level'].iloc[0]):g}%"
     sizes = f"{overall['clusters'].max()} prompts, {overall['n'].max()} responses"
     console.table(
-        f"Exponent of variance against length: {sizes}",
+        f"Exponent of variance against length: {sizes}{'' if usual else f', margin {margin:g}'}",
         ["target", "A", "quantity", "exponent", f"{level} interval", "verdict", "needs N"],
         rows,
         caption="deviation: squared distance from the mean gradient; within: variance among responses of like length.\n"

@@ -110,6 +110,9 @@ def _aggregators(material: Material) -> Section:
     if cv is not None:
         mine = overall(cv[cv["rule"].notna()], target=material.target)
         of_alpha = None if alpha is None else overall(alpha[alpha["rule"].notna()], target=material.target)
+        if of_alpha is not None:  # beside one another only what was made for the same updates
+            same = of_alpha["group_size"].eq(material.group_size) & of_alpha["advantage"].eq(material.cv_advantage)
+            of_alpha = of_alpha[same.fillna(False)]
         if len(mine):
             caption = f"Noise, bias, efficiency: {target_label(material.target)}, groups of {material.group_size}"
             tables.append(aggregator_table(mine, of_alpha, caption))

@@ -216,7 +216,7 @@ def _rows(held: Held, table: str, *quantities: str) -> pd.DataFrame:
 
 def _compared_alphas(held: Held, rows: pd.DataFrame) -> pd.DataFrame:
     """Keep of the fine grid the alphas that the other tables compare."""
-    return rows[rows["alpha"].isna() | np.isin(rows["alpha"].to_numpy(dtype=float), [0.0, *held.config.alphas])]
+    return rows[rows["alpha"].isna() | np.isin(rows["alpha"].to_numpy(dtype=float), [0.0, *held.options("cv").alphas])]
 
 
 def _drawing(
