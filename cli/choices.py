@@ -10,6 +10,7 @@ from gradvar.report.numbers import interval, number
 
 from . import console
 from .console import count, verdict
+from .orders import print_forms
 from .verdicts import last_target, one_row, overall_rows
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def show_alpha(run: Run, *, as_json: bool) -> None:
     if (sentence := advice(run)) is not None:
         console.result.print(sentence, style="bold", markup=False)
     _print_efficiency(tables["alpha"])
-    _print_forms(tables["forms"])
+    print_forms(tables["forms"], margin=run.options("alpha").equality_margin)
     _print_planning(tables["planning"])
     console.result.print(f"every number: {run.path / 'tables' / 'alpha.parquet'}", markup=False, soft_wrap=True)
 
@@ -67,51 +68,6 @@ def _pushed(row: Any) -> str:
         return ""
     side = str(row["verdict"])
     return "?" if side == "undetermined" else side
-
-
-FORMS = {
-    "cv_ratio_form_1": "form 1, lengths given, Var = V L",
-    "cv_ratio_form_2": "form 2, lengths given, measured",
-    "cv_ratio_form_3": "form 3, total, lengths random",
-}
-
-
-def _print_forms(table: pd.DataFrame) -> None:
-    from gradvar.estimators.paper_order import whole_order
-
-    rows = overall_rows(table[table["target"] == last_target(table)]) if len(table) else table
-    if rows.empty:
-        return
-    words = "grpo = vl_norm 1 <= vl_norm alpha <= dapo = dr_grpo"
-    console.result.print(f"[bold]The paper's order of CVs[/bold] ({words}):")
-    for quantity, name in FORMS.items():
-        told = rows[rows["quantity"] == quantity]
-        verdicts = list(told["holds"])
-        against = sum(v == "violated" for v in verdicts)
-        claimed = sum(v not in ("not claimed", "by algebra") for v in verdicts)
-        more = f", {against} of {claimed} ratios against it" if against else ""
-        console.result.print(f"  {name}: {verdict(whole_order(verdicts))}{more}")
-    for reference in dict.fromkeys(rows["against"]):
-        mine = rows[rows["against"] == reference]
-        shown = []
-        for rule, alpha in dict.fromkeys(zip(mine["rule"], mine["alpha"].fillna(-1.0), strict=True)):
-            own = mine[(mine["rule"] == rule) & (mine["alpha"].fillna(-1.0) == alpha)]
-            cells = [one_row(own, quantity=quantity) for quantity in FORMS]
-            if reference != "grpo" and cells[0] is not None and cells[0]["paper"] == "nothing":
-                continue
-            label = str(rule) + ("" if alpha == -1.0 else f" α={alpha:g}")
-            paper = next(str(cell["paper"]) for cell in cells if cell is not None)
-            first = "" if cells[0] is None else number(cells[0]["value"])
-            shown.append([label, paper, first, *[_ratio(cell) for cell in cells[1:]]])
-        names = ["aggregator", "paper says", "form 1", "form 2", "form 3"]
-        console.table(f"CV over {reference}'s (+ as the paper says, - against it, ? undetermined)", names, shown)
-
-
-def _ratio(row: Any) -> str:
-    if row is None:
-        return ""
-    sign = {"holds": "[green]+[/green]", "violated": "[red]-[/red]", "undetermined": "[yellow]?[/yellow]"}
-    return f"{number(row['value'])}{sign.get(str(row['holds']), ' ')} {interval(row)}"
 
 
 def _print_planning(table: pd.DataFrame) -> None:

@@ -51,6 +51,7 @@ def cv(
     extras: o.Extras = False,
     overlong_buffer: o.OverlongBuffer = None,
     level: o.Level = None,
+    equality_margin: o.EqualityMargin = None,
     seed: o.Seed = None,
     config: o.ConfigFile = None,
     as_json: o.Json = False,
@@ -71,6 +72,7 @@ def cv(
         batch_prompts=tuple(batch_prompts) if batch_prompts else None,
         overlong_buffer=overlong_buffer,
         level=level,
+        equality_margin=equality_margin,
         seed=seed,
     )
 
@@ -91,6 +93,7 @@ def alpha(
     advantage: o.Advantage = None,
     rule: o.Rules = None,
     level: o.Level = None,
+    equality_margin: o.EqualityMargin = None,
     seed: o.Seed = None,
     config: o.ConfigFile = None,
     as_json: o.Json = False,
@@ -106,6 +109,7 @@ def alpha(
         advantage=advantage,
         rules=tuple(rule) if rule else None,
         level=level,
+        equality_margin=equality_margin,
         seed=seed,
     )
 

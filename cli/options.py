@@ -216,6 +216,13 @@ BaselineMargin = _option(
 LengthMargin = _option(
     float, "--length-margin", "Assumption 4: variance of E[g | L] over ||E g||².", default=0.25, panel=_E
 )
+EqualityMargin = _option(
+    float,
+    "--equality-margin",
+    "The paper's order: CVs count as equal where their ratio lies within 1/(1 + margin) and 1 + margin.",
+    default=0.05,
+    panel=_E,
+)
 Extras = Annotated[
     bool,
     typer.Option(

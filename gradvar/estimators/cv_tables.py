@@ -36,6 +36,7 @@ from gradvar.estimators.groups import (
 )
 from gradvar.estimators.inputs import arrange, generator, is_silent
 from gradvar.estimators.intervals import PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
+from gradvar.estimators.paper_order import EQUALITY_MARGIN
 from gradvar.estimators.ratios import ShortResponses, cv_ratio, cv_ratio_across, pooled_cv_ratio, short_responses
 from gradvar.runs.records import PromptScores, TableRow, estimate_table
 
@@ -56,6 +57,7 @@ def cv_table(
     permutations: int = PERMUTATIONS,
     overlong_filtering: bool = False,
     dynamic_sampling: bool = False,
+    equality_margin: float = EQUALITY_MARGIN,
     seed: int,
 ) -> pd.DataFrame:
     """Total CV of the aggregation rules, per prompt and pooled, with paired ratios against a reference rule.
@@ -63,10 +65,11 @@ def cv_table(
     Quantities, for every target:
         "rho", "cv"     per prompt; pooled over prompts for both estimands (`method` says which), verdict "resolved",
                         "unresolved" or "silent: all rewards equal"
-        "cv_ratio"      CV over the reference rule's on the same permutations; verdict "lower", "higher",
-                        "undetermined" or "unresolved"; `against` names the reference, `paper` says what the paper's
+        "cv_ratio"      CV over the reference rule's on the same permutations; verdict "lower", "higher", "equal" (1
+                        up to rounding), "undetermined" or "unresolved"; `against` names the reference, `paper` says what the paper's
                         order asks of the ratio ("at least 1", "at most 1", "equal", "nothing") and `holds` whether it
-                        does ("holds", "violated", "undetermined", "not claimed")
+                        does ("holds", "violated", "undetermined", "not claimed"), `holds_needs` how many responses a
+                        prompt would decide that
         "silent_share"  share of groups of this size whose rewards are all equal
     A prompt whose rewards are all equal, or with fewer than two groups of verified responses, gets one "cv" row
     without rule that says so. Silent prompts count in the pooled rows with their zeros; too small ones do not.
@@ -84,6 +87,7 @@ def cv_table(
         overlong_filtering: Take truncated responses out of the loss, as DAPO does; their reward stays in the baseline.
         dynamic_sampling: Estimate given that a group's rewards differ, as DAPO's resampling makes them; pooled rows
             then leave silent prompts out.
+        equality_margin: CVs count as equal where their ratio's interval lies within [1 / (1 + margin), 1 + margin].
         seed: Of the permutations; each prompt's are its own.
 
     Returns:
@@ -159,6 +163,7 @@ def cv_table(
                 group_size=group_size,
                 level=level,
                 seed=seed,
+                equality_margin=equality_margin,
             ),
             variants,
             references,

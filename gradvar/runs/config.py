@@ -202,6 +202,8 @@ class EstimateConfig:
     """Audit, assumption 3: ratio of variances within this of 1."""
     length_margin: float = 0.25
     """Audit, assumption 4: variance of E[g | L] below this share of ||E g||^2."""
+    equality_margin: float = 0.05
+    """The paper's order: CVs count as equal where their ratio lies within [1 / (1 + margin), 1 + margin]."""
     overlong_buffer: int | None = None
     """Tokens before the length limit in which soft overlong punishment grows; None: a fifth of the limit, as DAPO."""
     seed: int = 0
@@ -221,7 +223,7 @@ class EstimateConfig:
         sizes = self.batch_prompts
         _require(len(sizes) > 0 and min(sizes) >= 1, "batch_prompts", "numbers of prompts from 1", sizes)
         _require(0.5 <= self.level < 1, "level", "a fraction from 0.5, below 1", self.level)
-        for name in ("margin", "identity_margin", "token_margin", "baseline_margin", "length_margin"):
+        for name in ("margin", *(f"{what}_margin" for what in ("identity", "token", "baseline", "length", "equality"))):
             _require(_is_positive(getattr(self, name)), name, "a number above 0", getattr(self, name))
         _require(self.seed >= 0, "seed", "a whole number from 0", self.seed)
 

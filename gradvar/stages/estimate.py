@@ -104,6 +104,7 @@ def cv(run: Run, given: Mapping[str, Any], listener: Listener | None = None, *, 
             group_size=config.group_size,
             advantage=config.advantage,
             level=config.level,
+            equality_margin=config.equality_margin,
             seed=config.seed,
         )
         advance(1)
@@ -171,6 +172,7 @@ def alpha(run: Run, given: Mapping[str, Any], listener: Listener | None = None) 
 def _three_forms(groups: Sequence[PromptScores], config: EstimateConfig, common: dict[str, Any]) -> pd.DataFrame:
     """Forms 1, 2 and 3 of every rule's CV against grpo's and dapo's: the two ends of the paper's order."""
     options: dict[str, Any] = {"rules": config.rules, "alphas": config.alphas, **common}
+    options["equality_margin"] = config.equality_margin
     parts = [form_table(groups, reference=reference, **options) for reference in ("grpo", "dapo")]
     total = cv_table(groups, further_references=("dapo",), group_size=config.group_size, **options)
     parts.append(total_form(total))
