@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from gradvar.report.numbers import interval, number
+from gradvar.report.numbers import interval, number, rule_name
 
 from . import console
 from .console import count, verdict
@@ -28,6 +28,7 @@ def show_alpha(run: Run, *, as_json: bool) -> None:
     if (sentence := advice(run)) is not None:
         console.result.print(sentence, style="bold", markup=False)
     _print_efficiency(tables["alpha"])
+    _print_ratios(tables["alpha"])
     print_forms(tables["forms"], margin=run.options("alpha").equality_margin)
     _print_planning(tables["planning"])
     console.result.print(f"every number: {run.path / 'tables' / 'alpha.parquet'}", markup=False, soft_wrap=True)
@@ -42,7 +43,7 @@ def _print_efficiency(table: pd.DataFrame) -> None:
         entropy = one_row(rows, quantity="entropy_pressure", rule=row["rule"], alpha=row["alpha"])
         shown.append(
             [
-                str(row["rule"]) + ("" if pd.isna(row["alpha"]) else f" α={row['alpha']:g}"),
+                rule_name(row),
                 number(row["value"]),
                 interval(row),
                 "" if cosine is None else f"{number(cosine['value'])} {interval(cosine)}",
@@ -60,6 +61,22 @@ def _print_efficiency(table: pd.DataFrame) -> None:
         ["aggregator", "eta", "interval", "cosine", "length", "entropy"],
         shown,
         caption="Higher is better. cosine 1: unbiased. length, entropy: where an update pushes their means.",
+    )
+
+
+def _print_ratios(table: pd.DataFrame) -> None:
+    """Print every rule's efficiency over that of the best vl_norm, on the same groups."""
+    rows = overall_rows(table[table["target"] == last_target(table)])
+    rows = rows[(rows["quantity"] == "eta_ratio") & rows["value"].notna()]
+    if rows.empty:
+        return
+    shown = [[rule_name(row), number(row["value"]), interval(row), str(row["verdict"])] for _, row in rows.iterrows()]
+    best = rows["against_alpha"].iloc[0]
+    console.table(
+        f"Efficiency over that of vl_norm at its best alpha = {best:g}, paired",
+        ["aggregator", "eta ratio", "interval", "verdict"],
+        shown,
+        caption="lower: makes measurably less of an update. 1 minus the ratio is the efficiency lost.",
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from gradvar.report.numbers import interval, number
+from gradvar.report.numbers import interval, number, rule_name
 
 from . import console
 from .console import count, verdict
@@ -94,7 +94,7 @@ def _print_ratios(mine: pd.DataFrame, reference: str) -> None:
         cells = [one_row(mine, quantity=quantity, **own) for quantity in FORMS]
         if reference != "grpo" and first["paper"] == "nothing":
             continue
-        label = str(first["rule"]) + ("" if pd.isna(first["alpha"]) else f" α={first['alpha']:g}")
+        label = rule_name(first)
         exact = "" if cells[0] is None else number(cells[0]["value"])
         shown.append([label, str(first["paper"]), exact, *[_ratio(cell) for cell in cells[1:]]])
     names = ["aggregator", "paper says", "form 1", "form 2", "form 3"]

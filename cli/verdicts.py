@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from gradvar.report.numbers import interval, number
+from gradvar.report.numbers import interval, number, rule_name
 
 from . import console
 from .console import count, verdict
@@ -253,7 +253,7 @@ def _print_aggregators(cv: pd.DataFrame) -> None:
         rho = one_row(overall, quantity="rho", **same)
         ratio = one_row(overall, quantity="cv_ratio", **same)
         cells = [
-            str(row["rule"]) + ("" if pd.isna(row["alpha"]) else f" α={row['alpha']:g}"),
+            rule_name(row),
             number(row["value"]) if pd.notna(row["value"]) else f"> {number(row['low'])}",
             interval(row),
             "" if rho is None else f"{number(rho['value'])} {interval(rho)}",
@@ -286,7 +286,7 @@ def _print_prompts(cv: pd.DataFrame) -> None:
         if row["rule"] is None or pd.isna(row["rule"]):
             cells[""] = str(row["verdict"])
             continue
-        name = str(row["rule"]) + ("" if pd.isna(row["alpha"]) else f" α={row['alpha']:g}")
+        name = rule_name(row)
         columns = list(dict.fromkeys([*columns, name]))
         cells[name] = number(row["value"]) if pd.notna(row["value"]) else f"> {number(row['low'])}"
     if len(table) < 2:

@@ -1,8 +1,9 @@
 """Arrays to numbers: everything that follows from a score Gram, rewards and lengths. Never imports torch."""
 
 from gradvar.estimators.advantages import ADVANTAGES, advantages
+from gradvar.estimators.advice import recommendation
 from gradvar.estimators.aggregation import RULES, Rule, aggregation_weights, find_rule, register_rule
-from gradvar.estimators.alpha_tables import alpha_table, recommendation
+from gradvar.estimators.alpha_tables import alpha_table
 from gradvar.estimators.audit import audit_table
 from gradvar.estimators.comparison import compare_table
 from gradvar.estimators.cv import aggregator_cv, aggregator_rho, cv_from_rho

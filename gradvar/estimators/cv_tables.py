@@ -66,10 +66,10 @@ def cv_table(
         "rho", "cv"     per prompt; pooled over prompts for both estimands (`method` says which), verdict "resolved",
                         "unresolved" or "silent: all rewards equal"
         "cv_ratio"      CV over the reference rule's on the same permutations; verdict "lower", "higher", "equal" (1
-                        up to rounding), "undetermined" or "unresolved"; `against` names the reference, `paper` says what the paper's
-                        order asks of the ratio ("at least 1", "at most 1", "equal", "nothing") and `holds` whether it
-                        does ("holds", "violated", "undetermined", "not claimed"), `holds_needs` how many responses a
-                        prompt would decide that
+                        up to rounding), "undetermined" or "unresolved"; `against` names the reference, `paper` says
+                        what the paper's order asks of the ratio ("at least 1", "at most 1", "equal", "nothing") and
+                        `holds` whether it does ("holds", "violated", "undetermined", "not claimed"), `holds_needs` how
+                        many responses a prompt would decide that
         "silent_share"  share of groups of this size whose rewards are all equal
     A prompt whose rewards are all equal, or with fewer than two groups of verified responses, gets one "cv" row
     without rule that says so. Silent prompts count in the pooled rows with their zeros; too small ones do not.

@@ -20,6 +20,7 @@ from gradvar.estimators import (
     recommendation,
     total_form,
 )
+from gradvar.estimators.advice import EXPONENT
 from gradvar.runs import SUM, EstimateConfig, PromptScores, Run
 from gradvar.runs.provenance import utc_now
 from gradvar.stages.batch import write_batches
@@ -156,7 +157,10 @@ def alpha(run: Run, given: Mapping[str, Any], listener: Listener | None = None) 
     common: dict[str, Any] = {"advantage": config.advantage, "level": config.level, "seed": config.seed}
     rules = tuple(rule for rule in config.rules if not find_rule(rule).takes_alpha)
     with listener.task("alpha", 3) as advance:
-        tables = {"alpha": alpha_table(groups, rules=rules, group_size=config.group_size, **common)}
+        curves = alpha_table(groups, rules=rules, group_size=config.group_size, **common)
+        beside = _fitted_exponent(groups, config)
+        beside = beside[[name for name in beside.columns if name in curves.columns]]
+        tables = {"alpha": pd.concat([curves, beside], ignore_index=True)}
         advance(1)
         tables["forms"] = _three_forms(groups, config, common)
         advance(1)
@@ -179,10 +183,25 @@ def _three_forms(groups: Sequence[PromptScores], config: EstimateConfig, common:
     return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
 
 
+def _fitted_exponent(groups: Sequence[PromptScores], config: EstimateConfig) -> pd.DataFrame:
+    """Rows of the fitted exponent beside the best alpha, made here: the advice depends on no other command's table."""
+    target = _spoken(groups)
+    mine = [group for group in groups if group.target == target]
+    options: dict[str, Any] = {"level": config.level, "margin": config.margin, "seed": config.seed}
+    law = law_table(mine, advantages_studied=[config.advantage], subsets=False, **options)
+    return law[law["quantity"] == EXPONENT]
+
+
+def _spoken(groups: Sequence[PromptScores]) -> str:
+    """Return the target that the advice is about: all together, or the only one."""
+    targets = list(dict.fromkeys(group.target for group in groups))
+    return SUM if SUM in targets else targets[0]
+
+
 def advice(run: Run) -> str | None:
-    """Return which alpha to use and what that rests on, in one sentence; None before `alpha` and `fit` ran."""
-    if not all((run.path / "tables" / f"{name}.parquet").exists() for name in ("alpha", "law")):
+    """Return which alpha to use and what that rests on, in one sentence; None before `alpha` ran."""
+    if not (run.path / "tables" / "alpha.parquet").exists():
         return None
     table = run.table("alpha")
     target = SUM if SUM in set(table["target"]) else str(table["target"].iloc[0])
-    return recommendation(table, run.table("law"), target=target)
+    return recommendation(table, target=target)
