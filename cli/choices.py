@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -90,10 +92,22 @@ def _pushed(row: Any) -> str:
 def _print_planning(table: pd.DataFrame) -> None:
     rows = overall_rows(table[table["target"] == last_target(table)])
     values = rows[(rows["quantity"] == "cv") & rows["group_size"].notna()]
+    for name, own in values.groupby(values.apply(rule_name, axis=1), sort=False) if len(values) else ():
+        _print_sizes(str(name), own, rows)
+    for _, needed in rows[rows["quantity"] == "responses_for_cv_1"].iterrows():
+        console.result.print(_needed(needed, table), markup=False)
+    scale = one_row(rows, quantity="gradient_noise_scale")
+    if scale is not None:
+        console.result.print(_scale(scale, table), markup=False)
+
+
+def _print_sizes(name: str, values: pd.DataFrame, rows: pd.DataFrame) -> None:
+    """Print one rule's CV and efficiency size by size."""
     shown = []
     for _, row in values.iterrows():
-        eta = one_row(rows, quantity="eta", group_size=row["group_size"])
-        silent = one_row(rows, quantity="silent_share", group_size=row["group_size"])
+        same = {"group_size": row["group_size"]}
+        eta = one_row(rows, quantity="eta", rule=row["rule"], alpha=row["alpha"], **same)
+        silent = one_row(rows, quantity="silent_share", **same)
         shown.append(
             [
                 str(row["group_size"]),
@@ -104,33 +118,49 @@ def _print_planning(table: pd.DataFrame) -> None:
                 verdict(row["verdict"]),
             ]
         )
-    if not shown:
-        return
     console.table(
-        "CV and efficiency of grpo against group size",
+        f"CV and efficiency of {name} against group size",
         ["n", "CV", "interval", "eta", "silent", "verdict"],
         shown,
         caption="extrapolated: variance as 1/n from the largest estimated size. silent: groups whose rewards are all "
         "equal.",
     )
-    needed = one_row(rows, quantity="responses_for_cv_1")
-    if needed is not None and pd.notna(needed["value"]):
-        low, high = count(needed["low"]), count(needed["high"])
-        console.result.print(
-            f"CV <= 1 takes {'at most ' if needed['verdict'] == 'at most' else ''}{count(needed['value'])} responses a "
-            f"prompt [{low}, {high}]{_across(table)}.",
-            markup=False,
-        )
 
 
-def _across(table: pd.DataFrame) -> str:
-    """Return the noise scale's interval for prompts like these, where enough prompts give one."""
+def _needed(row: Any, table: pd.DataFrame) -> str:
+    """Say how many responses a rule's CV of 1 takes, or from where on that cannot be told."""
+    name = rule_name(row)
+    if pd.isna(row["value"]):
+        least = f", more than {count(row['low'])} responses a prompt" if pd.notna(row["low"]) else ""
+        return f"CV <= 1 of {name}: unresolved{least}."
+    low, high = count(row["low"]), count(row["high"])
+    most = "at most " if row["verdict"] == "at most" else ""
+    return (
+        f"CV <= 1 of {name} takes {most}{count(row['value'])} responses a prompt [{low}, {high}]"
+        f"{_across(table, row, count)}."
+    )
+
+
+def _scale(row: Any, table: pd.DataFrame) -> str:
+    """Say the gradient's own noise scale."""
+    words = "Noise scale of the gradient itself, tr Sigma / ||grad J||² of one response, A = r - E r:"
+    if pd.notna(row["value"]):
+        return f"{words} {number(row['value'])} responses {interval(row)}{_across(table, row, number)}."
+    least = f", above {number(row['low'])} responses" if pd.notna(row["low"]) else ""
+    needed = row.get("n_needed")
+    more = f"; {count(needed)} responses a prompt would tell" if pd.notna(needed) and math.isfinite(needed) else ""
+    return f"{words} unresolved{least}{more}."
+
+
+def _across(table: pd.DataFrame, row: Any, write: Callable[[Any], str]) -> str:
+    """Return the same row's interval for prompts like these, where enough prompts give one."""
     from gradvar.estimators.intervals import PROMPTS_LIKE_THESE
 
     if "estimand" not in table:
         return ""
     rows = table[table["prompt_id"].isna() & (table["estimand"] == PROMPTS_LIKE_THESE)]
-    row = one_row(rows, target=last_target(table), quantity="responses_for_cv_1")
-    if row is None or pd.isna(row["low"]):
+    same = {name: row.get(name) for name in ("target", "quantity", "rule", "alpha") if name in table}
+    like = one_row(rows, **same)
+    if like is None or pd.isna(like["low"]):
         return ""
-    return f"; prompts like these [{count(row['low'])}, {count(row['high'])}]"
+    return f"; prompts like these [{write(like['low'])}, {write(like['high'])}]"

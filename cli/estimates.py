@@ -92,6 +92,7 @@ def alpha(
     group_size: o.GroupSize = None,
     advantage: o.Advantage = None,
     rule: o.Rules = None,
+    plan_rule: o.PlanRules = None,
     level: o.Level = None,
     equality_margin: o.EqualityMargin = None,
     seed: o.Seed = None,
@@ -101,13 +102,15 @@ def alpha(
     """Say which alpha to use: efficiency, bias and noise of VL Norm over alpha, beside the other aggregators.
 
     Efficiency eta is cos² rho, between 0 and 1: 1 - eta is the least relative squared error of one update, whatever the
-    learning rate. Also: whether the paper's order of CVs holds given the lengths, and CV against group size.
+    learning rate. Also: whether the paper's order of CVs holds in its three forms, CV and efficiency against group
+    size, and the noise scale of the gradient itself.
     """
     settings = o.given(
         config,
         group_size=group_size,
         advantage=advantage,
         rules=tuple(rule) if rule else None,
+        plan_rules=tuple(plan_rule) if plan_rule else None,
         level=level,
         equality_margin=equality_margin,
         seed=seed,

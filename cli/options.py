@@ -192,6 +192,15 @@ Alphas = Annotated[
         "--alpha", help="An exponent of vl_norm; several times.", show_default="0.5 0.75 1 1.5 2", rich_help_panel=_E
     ),
 ]
+PlanRules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plan-rule",
+        help="An aggregator whose group size is planned, vl_norm with its alpha: vl_norm:0.75; several times.",
+        show_default="grpo, vl_norm:1",
+        rich_help_panel=_E,
+    ),
+]
 BatchPrompts = Annotated[
     list[int] | None,
     typer.Option(

@@ -2,7 +2,8 @@
 
 Up to a third of the responses the CV is estimated; beyond, extrapolated by CV^2 proportional to 1/n from the largest
 estimated size, and marked so. The noise scale of a rule, in responses, is n CV^2: tr Sigma / ||E ghat||^2 per
-response. The efficiency eta = cos^2 rho goes on with the same law, its direction kept:
+response (that of the gradient itself, of no rule, is in `noise_scale`). The efficiency eta = cos^2 rho goes on with the
+same law, its direction kept:
 
     eta(n) = <E ghat, grad J>^2 / (||grad J||^2 (||E ghat||^2 + tr Var(ghat) n0 / n))
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import check_advantage
-from gradvar.estimators.aggregation import Rule, expand_rules
+from gradvar.estimators.aggregation import Rule, expand_rules, find_rule
 from gradvar.estimators.bias import (
     Array,
     Products,
@@ -48,8 +49,31 @@ from gradvar.estimators.ratios import ShortResponses, short_responses
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
 
 SIZES = (4, 8, 16, 32, 64, 128)
+"""Sizes for which the CV is estimated, or extrapolated where the rollouts do not hold three such groups."""
 AT_MOST = "at most"
 """Verdict where the smallest estimated size is enough already."""
+
+
+def parse_variant(text: str) -> tuple[str, float | None]:
+    """Return rule and alpha of "grpo" or "vl_norm:0.75".
+
+    Raises:
+        GradvarError: No such rule, no alpha where one is needed or one where none is, or no number.
+    """
+    name, colon, alpha = text.partition(":")
+    rule = find_rule(name)
+    if not rule.takes_alpha:
+        if colon:
+            raise GradvarError(f"--plan-rule: {rule.name} takes no alpha, received {text!r}: leave :{alpha} out")
+        return rule.name, None
+    try:
+        value = float(alpha)
+    except ValueError:
+        raise GradvarError(
+            f"--plan-rule: expected {rule.name} with its alpha, for example {rule.name}:1, received {text!r}"
+        ) from None
+    expand_rules((rule.name,), (value,))
+    return rule.name, value
 
 
 def planning_table(

@@ -167,15 +167,22 @@ def _group_size(material: Material) -> Section:
     if planning is not None:
         rows = overall(planning[planning["quantity"].isin(["cv", "eta"])], target=material.target)
         rows = rows[rows["group_size"].notna()]
-        labels = [("group_size", "responses"), ("quantity", "quantity")]
+        labels = [("rule", "aggregator"), ("group_size", "responses"), ("quantity", "quantity")]
         if len(rows):
-            tables.append(estimates_table(rows, "CV and efficiency of grpo by group size", labels))
+            tables.append(estimates_table(rows, "CV and efficiency by group size", labels))
         rows = planning[(planning["quantity"] == "responses_for_cv_1") & (planning["target"] == material.target)]
         if len(rows):
             caption = "Noise scale: responses to a prompt whose update has as much noise as signal"
             # Without an interval nothing is said of prompts like these.
             rows = rows[(rows["estimand"] != PROMPTS_LIKE_THESE) | rows["low"].notna()] if "estimand" in rows else rows
-            labels = [("prompt_id", "prompt"), *([("estimand", "drawn again")] if "estimand" in rows else [])]
+            again = [("estimand", "drawn again")] if "estimand" in rows else []
+            labels = [("rule", "aggregator"), ("prompt_id", "prompt"), *again]
+            tables.append(estimates_table(rows, caption, labels, what="responses"))
+        rows = planning[(planning["quantity"] == "gradient_noise_scale") & (planning["target"] == material.target)]
+        if len(rows):
+            rows = rows[(rows["estimand"] != PROMPTS_LIKE_THESE) | rows["low"].notna()]
+            caption = "Noise scale of the gradient itself: tr Σ / ||grad J||² of one response, A = r - E r"
+            labels = [("prompt_id", "prompt"), ("estimand", "drawn again")]
             tables.append(estimates_table(rows, caption, labels, what="responses"))
         silent = planning[(planning["quantity"] == "silent_share") & (planning["target"] == material.target)]
         silent = silent[silent["group_size"] == material.group_size]

@@ -27,7 +27,7 @@ CHECKPOINTING = ("off", "reentrant", "non_reentrant")
 ADVANTAGES = ("grpo", "mean", "rloo", "raw", "score", "opo")
 
 
-_OPTIONS = {"alphas": "alpha", "rules": "rule", "include_bias": "bias"}
+_OPTIONS = {"alphas": "alpha", "rules": "rule", "plan_rules": "plan-rule", "include_bias": "bias"}
 
 
 def _option(name: str) -> str:
@@ -188,6 +188,8 @@ class EstimateConfig:
     """Aggregators to compare."""
     alphas: tuple[float, ...] = (0.5, 0.75, 1.0, 1.5, 2.0)
     """Exponents of vl_norm to compare."""
+    plan_rules: tuple[str, ...] = ("grpo", "vl_norm:1")
+    """Rules whose group size is planned; vl_norm with its alpha after a colon."""
     batch_prompts: tuple[int, ...] = (8, 128)
     """Prompts of a batch, where the run holds products between prompts; each has a group of responses."""
     level: float = 0.95
@@ -219,6 +221,7 @@ class EstimateConfig:
             self.overlong_buffer,
         )
         _require(len(self.rules) > 0, "rules", "at least one aggregator", self.rules)
+        _require(len(self.plan_rules) > 0, "plan_rules", "at least one aggregator", self.plan_rules)
         _require(all(map(math.isfinite, self.alphas)), "alphas", "finite numbers", self.alphas)
         sizes = self.batch_prompts
         _require(len(sizes) > 0 and min(sizes) >= 1, "batch_prompts", "numbers of prompts from 1", sizes)

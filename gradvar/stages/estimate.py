@@ -15,6 +15,8 @@ from gradvar.estimators import (
     form_table,
     identity_table,
     law_table,
+    noise_scale_table,
+    parse_variant,
     planning_table,
     proxy_table,
     recommendation,
@@ -131,10 +133,6 @@ def cv(run: Run, given: Mapping[str, Any], listener: Listener | None = None, *, 
     return table
 
 
-GROUP_SIZES = (4, 8, 16, 32, 64, 128)
-"""Sizes for which the CV is estimated, or extrapolated where the rollouts do not hold three such groups."""
-
-
 def alpha(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> dict[str, pd.DataFrame]:
     """Estimate efficiency, bias and pressure over alpha, the paper's order, and CV against group size.
 
@@ -156,6 +154,8 @@ def alpha(run: Run, given: Mapping[str, Any], listener: Listener | None = None) 
     check_group_size(groups, config)
     common: dict[str, Any] = {"advantage": config.advantage, "level": config.level, "seed": config.seed}
     rules = tuple(rule for rule in config.rules if not find_rule(rule).takes_alpha)
+    for planned in config.plan_rules:
+        parse_variant(planned)
     with listener.task("alpha", 3) as advance:
         curves = alpha_table(groups, rules=rules, group_size=config.group_size, **common)
         beside = _fitted_exponent(groups, config)
@@ -164,7 +164,7 @@ def alpha(run: Run, given: Mapping[str, Any], listener: Listener | None = None) 
         advance(1)
         tables["forms"] = _three_forms(groups, config, common)
         advance(1)
-        tables["planning"] = planning_table(groups, sizes=GROUP_SIZES, **common)
+        tables["planning"] = _planning(groups, config, common)
         advance(1)
     run.begin("alpha", config, started=started)
     for name, table in tables.items():
@@ -181,6 +181,19 @@ def _three_forms(groups: Sequence[PromptScores], config: EstimateConfig, common:
     total = cv_table(groups, further_references=("dapo",), group_size=config.group_size, **options)
     parts.append(total_form(total))
     return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+
+
+def _planning(groups: Sequence[PromptScores], config: EstimateConfig, common: dict[str, Any]) -> pd.DataFrame:
+    """Every planned rule against group size, and the noise scale of the gradient itself."""
+    parts: list[pd.DataFrame] = []
+    for name, alpha in dict.fromkeys(map(parse_variant, config.plan_rules)):
+        one = planning_table(groups, rule=name, alpha=alpha, **common)
+        # The share of silent groups is of no rule.
+        parts.append(one[one["quantity"] != "silent_share"] if parts else one)
+    parts.append(noise_scale_table(groups, level=config.level, seed=config.seed))
+    columns = list(dict.fromkeys(name for part in parts for name in part.columns))
+    filled = [part.dropna(axis=1, how="all") for part in parts]  # pandas warns of columns that are all missing
+    return pd.concat(filled, ignore_index=True).reindex(columns=columns)
 
 
 def _fitted_exponent(groups: Sequence[PromptScores], config: EstimateConfig) -> pd.DataFrame:

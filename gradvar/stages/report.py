@@ -213,7 +213,7 @@ def _commands(run: Run) -> list[str]:
 
 def _options(stored: dict[str, Any], kind: type[Any], skipped: Sequence[str]) -> str:
     """Return a section's settings that differ from the defaults as options of the command line."""
-    renamed = {"rules": "rule", "alphas": "alpha"}
+    renamed = {"rules": "rule", "alphas": "alpha", "plan_rules": "plan_rule"}
     defaults = vars(kind())
     words = ""
     for name, value in stored.items():

@@ -207,10 +207,11 @@ def test_extras_of_dapo_beside_the_plain_update(call, tmp_path):
 
 def test_noise_scale_of_prompts_like_these_only_where_it_has_an_interval():
     from cli.choices import _across
+    from cli.console import count
 
     row = {"target": "sum", "prompt_id": None, "quantity": "responses_for_cv_1", "estimand": "prompts like these"}
     table = pd.DataFrame([{**row, "low": 12.2, "high": 30.0}])
-    assert _across(table) == "; prompts like these [12, 30]"
-    assert _across(table.assign(low=math.nan)) == ""
-    assert _across(table.assign(prompt_id="p0")) == ""
-    assert _across(table.drop(columns="estimand")) == ""
+    assert _across(table, row, count) == "; prompts like these [12, 30]"
+    assert _across(table.assign(low=math.nan), row, count) == ""
+    assert _across(table.assign(prompt_id="p0"), row, count) == ""
+    assert _across(table.drop(columns="estimand"), row, count) == ""
