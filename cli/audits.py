@@ -10,10 +10,10 @@ import pandas as pd
 from rich.markup import escape
 
 from gradvar.report.numbers import interval, number
+from gradvar.runs.rows import last_target, overall
 
 from . import console
-from .console import count, verdict
-from .verdicts import last_target, overall_rows
+from .console import count, counted, verdict
 
 if TYPE_CHECKING:
     from gradvar.runs import EstimateConfig, Run
@@ -67,7 +67,7 @@ def _print_assumptions(judged: pd.DataFrame, options: EstimateConfig) -> None:
     rows = []
     for quantity, (number_, words) in JUDGED.items():
         found = mine[mine["quantity"] == quantity]
-        here = overall_rows(found)
+        here = overall(found)
         if here.empty:
             continue
         row = here.iloc[0]
@@ -89,7 +89,7 @@ def _print_assumptions(judged: pd.DataFrame, options: EstimateConfig) -> None:
     prompts, responses = mine["clusters"].max(), mine["n"].max()
     level = f"{100 * float(mine['level'].iloc[0]):g}%"
     console.table(
-        f"The assumptions' figures: {target_label(last)}, {prompts} prompts, {responses} responses",
+        f"The assumptions' figures: {target_label(last)}, {counted(prompts, 'prompt')}, {responses} responses",
         ["#", "figure", f"{level} interval", "margin", "prompts like these"],
         rows,
         caption="supported: the interval lies inside the margin; rejected: wholly outside. 0: the mean score's square "
@@ -101,7 +101,7 @@ def _print_assumptions(judged: pd.DataFrame, options: EstimateConfig) -> None:
 
 
 def _print_policy(table: pd.DataFrame) -> None:
-    found = overall_rows(table[table["quantity"] == "entropy_surplus"])
+    found = overall(table[table["quantity"] == "entropy_surplus"])
     if len(found):
         row = found.iloc[0]
         console.result.print(
@@ -115,7 +115,7 @@ def _print_targets(judged: pd.DataFrame) -> None:
 
     targets = list(dict.fromkeys(judged["target"]))
     if len(targets) > 1:
-        rows = {target_label(str(target)): overall_rows(judged[judged["target"] == target]) for target in targets}
+        rows = {target_label(str(target)): overall(judged[judged["target"] == target]) for target in targets}
         _print_grid("Target by target, these prompts (+ supported, - rejected, ? undetermined)", "target", rows)
 
 
@@ -138,7 +138,7 @@ def _print_tokens(table: pd.DataFrame) -> None:
     found = table[(table["quantity"] == "token_covariance_share") & (table["scope"] != "all responses")]
     if found.empty:
         return
-    mine = overall_rows(found[found["target"] == last_target(found)])
+    mine = overall(found[found["target"] == last_target(found)])
     rows = [
         [str(row["scope"]), number(row["value"]), interval(row), verdict(row["verdict"]), str(row["n"])]
         for _, row in mine.iterrows()
@@ -157,7 +157,7 @@ def _print_prefixes(table: pd.DataFrame | None) -> None:
             "growth inside responses: not measured (gradvar measure RUN --prefixes 8)", style="dim", markup=False
         )
         return
-    mine = overall_rows(table[table["target"] == last_target(table)])
+    mine = overall(table[table["target"] == last_target(table)])
     words = {
         "prefix_within": "along responses",
         "prefix_between": "between responses",

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from gradvar.report.numbers import interval, number, rule_name
+from gradvar.runs.rows import last_target, overall, row_of
 
 from . import console
 from .console import count, verdict
 from .orders import print_forms
-from .verdicts import last_target, one_row, overall_rows
 
 if TYPE_CHECKING:
     from gradvar.runs import Run
@@ -37,12 +37,12 @@ def show_alpha(run: Run, *, as_json: bool) -> None:
 
 
 def _print_efficiency(table: pd.DataFrame) -> None:
-    rows = overall_rows(table[table["target"] == last_target(table)])
+    rows = overall(table[table["target"] == last_target(table)])
     shown = []
     for _, row in rows[(rows["quantity"] == "eta") & rows["rule"].notna()].iterrows():
-        cosine = one_row(rows, quantity="cosine", rule=row["rule"], alpha=row["alpha"])
-        pressure = one_row(rows, quantity="length_pressure", rule=row["rule"], alpha=row["alpha"])
-        entropy = one_row(rows, quantity="entropy_pressure", rule=row["rule"], alpha=row["alpha"])
+        cosine = row_of(rows, quantity="cosine", rule=row["rule"], alpha=row["alpha"])
+        pressure = row_of(rows, quantity="length_pressure", rule=row["rule"], alpha=row["alpha"])
+        entropy = row_of(rows, quantity="entropy_pressure", rule=row["rule"], alpha=row["alpha"])
         shown.append(
             [
                 rule_name(row),
@@ -68,7 +68,7 @@ def _print_efficiency(table: pd.DataFrame) -> None:
 
 def _print_ratios(table: pd.DataFrame) -> None:
     """Print every rule's efficiency over that of the best vl_norm, on the same groups."""
-    rows = overall_rows(table[table["target"] == last_target(table)])
+    rows = overall(table[table["target"] == last_target(table)])
     rows = rows[(rows["quantity"] == "eta_ratio") & rows["value"].notna()]
     if rows.empty:
         return
@@ -90,13 +90,13 @@ def _pushed(row: Any) -> str:
 
 
 def _print_planning(table: pd.DataFrame) -> None:
-    rows = overall_rows(table[table["target"] == last_target(table)])
+    rows = overall(table[table["target"] == last_target(table)])
     values = rows[(rows["quantity"] == "cv") & rows["group_size"].notna()]
     for name, own in values.groupby(values.apply(rule_name, axis=1), sort=False) if len(values) else ():
         _print_sizes(str(name), own, rows)
     for _, needed in rows[rows["quantity"] == "responses_for_cv_1"].iterrows():
         console.result.print(_needed(needed, table), markup=False)
-    scale = one_row(rows, quantity="gradient_noise_scale")
+    scale = row_of(rows, quantity="gradient_noise_scale")
     if scale is not None:
         console.result.print(_scale(scale, table), markup=False)
 
@@ -106,8 +106,8 @@ def _print_sizes(name: str, values: pd.DataFrame, rows: pd.DataFrame) -> None:
     shown = []
     for _, row in values.iterrows():
         same = {"group_size": row["group_size"]}
-        eta = one_row(rows, quantity="eta", rule=row["rule"], alpha=row["alpha"], **same)
-        silent = one_row(rows, quantity="silent_share", **same)
+        eta = row_of(rows, quantity="eta", rule=row["rule"], alpha=row["alpha"], **same)
+        silent = row_of(rows, quantity="silent_share", **same)
         shown.append(
             [
                 str(row["group_size"]),
@@ -160,7 +160,7 @@ def _across(table: pd.DataFrame, row: Any, write: Callable[[Any], str]) -> str:
         return ""
     rows = table[table["prompt_id"].isna() & (table["estimand"] == PROMPTS_LIKE_THESE)]
     same = {name: row.get(name) for name in ("target", "quantity", "rule", "alpha") if name in table}
-    like = one_row(rows, **same)
+    like = row_of(rows, **same)
     if like is None or pd.isna(like["low"]):
         return ""
     return f"; prompts like these [{write(like['low'])}, {write(like['high'])}]"

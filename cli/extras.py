@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 
 from gradvar.report.numbers import interval, number
+from gradvar.runs.rows import last_target, overall, row_of
 
 from . import console
-from .verdicts import last_target, one_row, overall_rows
 
 _SHORT = {
     "none": "none",
@@ -25,7 +25,7 @@ def print_extras(table: pd.DataFrame) -> None:
 
     last = last_target(table)
     mine = table[table["target"] == last]
-    told = overall_rows(mine[mine["extra"].notna() & mine["rule"].notna()])
+    told = overall(mine[mine["extra"].notna() & mine["rule"].notna()])
     if told.empty:
         return
     affected = mine[mine["quantity"] == "affected"].groupby("extra")["value"].mean()
@@ -33,8 +33,8 @@ def print_extras(table: pd.DataFrame) -> None:
     for rule in dict.fromkeys(told["rule"]):
         for extra in dict.fromkeys(told["extra"]):
             own = told[(told["rule"] == rule) & (told["extra"] == extra)]
-            cv, ratio = one_row(own, quantity="cv"), one_row(own, quantity="cv_ratio")
-            turned = one_row(own, quantity="cosine_difference")
+            cv, ratio = row_of(own, quantity="cv"), row_of(own, quantity="cv_ratio")
+            turned = row_of(own, quantity="cosine_difference")
             share = "" if extra not in affected else f"{100 * affected[extra]:.3g}%"
             plain = number(cv["value"]) if pd.notna(cv["value"]) else f"> {number(cv['low'])}"
             rows.append([str(rule), _SHORT[str(extra)], share, plain, _cell(ratio), _cell(turned)])

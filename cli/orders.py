@@ -7,10 +7,10 @@ from typing import Any
 import pandas as pd
 
 from gradvar.report.numbers import interval, number, rule_name
+from gradvar.runs.rows import last_target, overall, row_of
 
 from . import console
 from .console import count, verdict
-from .verdicts import last_target, one_row, overall_rows
 
 FORMS = {
     "cv_ratio_form_1": "form 1, lengths given, Var = V L",
@@ -27,7 +27,7 @@ def print_forms(table: pd.DataFrame, *, margin: float) -> None:
         table: The table `forms`.
         margin: Around 1, within which CVs count as equal.
     """
-    rows = overall_rows(table[table["target"] == last_target(table)]) if len(table) else table
+    rows = overall(table[table["target"] == last_target(table)]) if len(table) else table
     if rows.empty:
         return
     words = "grpo = vl_norm 1 <= vl_norm alpha <= dapo = dr_grpo"
@@ -91,7 +91,7 @@ def _print_ratios(mine: pd.DataFrame, reference: str) -> None:
     shown = []
     for _, first in mine.drop_duplicates(["rule", "alpha"]).iterrows():
         own = {"rule": first["rule"], "alpha": first["alpha"]}
-        cells = [one_row(mine, quantity=quantity, **own) for quantity in FORMS]
+        cells = [row_of(mine, quantity=quantity, **own) for quantity in FORMS]
         if reference != "grpo" and first["paper"] == "nothing":
             continue
         label = rule_name(first)

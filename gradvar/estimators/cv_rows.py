@@ -15,7 +15,8 @@ from gradvar.estimators.cv import (
 )
 from gradvar.estimators.groups import GroupMoments
 from gradvar.estimators.intervals import THESE_PROMPTS
-from gradvar.estimators.paper_order import EQUAL, EQUALITY_MARGIN, UNDETERMINED, claim, judge, needed_to_judge, side
+from gradvar.estimators.paper_order import EQUAL, UNDETERMINED, claim, judge, needed_to_judge, side
+from gradvar.runs.config import EQUALITY_MARGIN
 from gradvar.runs.records import Estimate, PromptScores, TableRow
 
 MomentsKey = tuple[str, str, float | None]

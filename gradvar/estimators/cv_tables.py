@@ -36,18 +36,15 @@ from gradvar.estimators.groups import (
 )
 from gradvar.estimators.inputs import arrange, generator, is_silent
 from gradvar.estimators.intervals import PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
-from gradvar.estimators.paper_order import EQUALITY_MARGIN
 from gradvar.estimators.ratios import ShortResponses, cv_ratio, cv_ratio_across, pooled_cv_ratio, short_responses
+from gradvar.runs.config import ALPHAS, EQUALITY_MARGIN, RULES
 from gradvar.runs.records import PromptScores, TableRow, estimate_table
-
-RULES_COMPARED = ("grpo", "dapo", "dr_grpo", "vl_norm")
-ALPHAS = (0.5, 0.75, 1.0, 2.0)
 
 
 def cv_table(
     groups: Sequence[PromptScores],
     *,
-    rules: Sequence[str] = RULES_COMPARED,
+    rules: Sequence[str] = RULES,
     alphas: Sequence[float] = ALPHAS,
     group_size: int = 8,
     advantage: str = "grpo",

@@ -34,7 +34,6 @@ from gradvar.estimators.law import fit_variance_law
 from gradvar.estimators.paper_order import (
     BY_ALGEBRA,
     EQUAL,
-    EQUALITY_MARGIN,
     Variant,
     claim,
     judge,
@@ -43,6 +42,7 @@ from gradvar.estimators.paper_order import (
 )
 from gradvar.estimators.quasi import Dependence
 from gradvar.estimators.spread import NEIGHBOURS, within_dependence, within_length_variance
+from gradvar.runs.config import ALPHAS, EQUALITY_MARGIN, RULES
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
 
 Array = NDArray[np.float64]
@@ -87,8 +87,8 @@ def conditional_cv(
 def form_table(
     groups: Sequence[PromptScores],
     *,
-    rules: Sequence[str] = ("grpo", "dapo", "dr_grpo", "vl_norm"),
-    alphas: Sequence[float] = (0.5, 0.75, 1.0, 2.0),
+    rules: Sequence[str] = RULES,
+    alphas: Sequence[float] = ALPHAS,
     reference: str = "grpo",
     advantage: str = "grpo",
     neighbours: int = NEIGHBOURS,

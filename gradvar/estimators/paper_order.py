@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 
 from gradvar.estimators.aggregation import Rule
+from gradvar.runs.config import EQUALITY_MARGIN
 from gradvar.runs.records import Estimate
 
 Variant = tuple[Rule, float | None]
@@ -30,8 +31,6 @@ NOT_TESTED = "not tested"
 HIGHER = "higher"
 LOWER = "lower"
 
-EQUALITY_MARGIN = 0.05
-"""CVs whose ratio lies within [1 / 1.05, 1.05] count as equal."""
 ROUNDING = 1e-9
 """Equal lengths make every ratio 1 to rounding, and a theorem is not violated by rounding."""
 

@@ -12,6 +12,7 @@ Shape letters: N responses, n of a group, n0 of the largest estimated one.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -81,17 +82,19 @@ def planning_table(
     *,
     rule: str = "grpo",
     alpha: float | None = None,
+    further: Sequence[tuple[str, float | None]] = (),
     sizes: Sequence[int] = SIZES,
     advantage: str = "grpo",
     level: float = 0.95,
     permutations: int = PERMUTATIONS,
     seed: int,
 ) -> pd.DataFrame:
-    """CV and efficiency against group size for one rule, per prompt and pooled over prompts.
+    """CV and efficiency against group size for one rule or several, per prompt and pooled over prompts.
 
     Quantities, for every target: "rho", "cv" and "eta" at each size (verdict "resolved", "unresolved" or
     "extrapolated"; no rho where extrapolated; an eta without a resolved direction is NaN and "unresolved" anywhere),
-    "silent_share" where it can be counted (pooled: the mean over all prompts), and "responses_for_cv_1": the
+    "silent_share" where it can be counted (pooled: the mean over all prompts; of no rule, told beside the first), and
+    "responses_for_cv_1": the
     noise scale n CV^2 in responses to a prompt, with the image of that CV's interval, at the smallest estimated size
     whose CV is at most 1, else at the largest (`responses_for_cv_1`; verdict "at most" where the smallest size is
     enough already). Pooled rows come for both estimands (`estimand`).
@@ -100,6 +103,7 @@ def planning_table(
         groups: Prompts by targets; several targets get their sum as well.
         rule: Name for `aggregation_weights`.
         alpha: Exponent of vl_norm.
+        further: Further rules with their alphas (`parse_variant`), on the same groups.
         sizes: Group sizes, at least 2.
         advantage: Kind of `advantages`, computed inside each group.
         level: Nominal coverage.
@@ -114,7 +118,7 @@ def planning_table(
     """
     check_level(level)
     check_advantage(advantage)
-    found, a = expand_rules((rule,), () if alpha is None else (alpha,))[0]
+    variants = [expand_rules((name,), () if a is None else (a,))[0] for name, a in ((rule, alpha), *further)]
     ordered = sorted(set(sizes))
     if not ordered or ordered[0] < 2:
         raise GradvarError(f"sizes must be at least 2, received {list(sizes)}")
@@ -127,9 +131,9 @@ def planning_table(
         for n in ordered:
             if 3 * n <= len(scores.lengths):
                 chosen = draw_groups(len(scores.lengths), n, permutations, rng=generator(seed, name, "groups"))
-                for target, one in _products_of_targets(grams, scores, chosen, (found, a), advantage).items():
+                for target, one in _products_of_targets(grams, scores, chosen, variants, advantage).items():
                     drawn[target][n][name] = one
-    for target, prompts in targets.items():
+    for (target, prompts), (k, (found, a)) in itertools.product(targets.items(), enumerate(variants)):
         labels: dict[str, Any] = {"target": target, "rule": found.name, "alpha": a, "advantage": advantage}
         used = {name: s.verified() for name, s in prompts.items() if not is_silent(s)}
         for name, scores in prompts.items():
@@ -139,14 +143,14 @@ def planning_table(
                 rows.append(
                     TableRow(quantity="cv", estimate=none, prompt_id=name, verdict=SILENT, **labels, extra=told)
                 )
-        moments = {n: {name: one[0] for name, one in own.items()} for n, own in drawn[target].items()}
-        aimed = {n: {name: one[1] for name, one in own.items()} for n, own in drawn[target].items()}
+        moments = {n: {name: one[k][0] for name, one in own.items()} for n, own in drawn[target].items()}
+        aimed = {n: {name: one[k][1] for name, one in own.items()} for n, own in drawn[target].items()}
         short: dict[str, ShortResponses] = {}
         for name, scores in used.items():
             count = len(scores.lengths)
             short[name] = short_responses(scores.gram, scores.rewards, scores.lengths, found, None, advantage=advantage)
             for n in ordered:
-                if n <= count:
+                if n <= count and k == 0:
                     share = _plain(
                         share_of_silent(scores.rewards, n), level, "exact over groups, no interval", count, seed
                     )
@@ -164,7 +168,7 @@ def planning_table(
             raise GradvarError(
                 f"no prompt holds three groups of {ordered[0]} verified responses: sample more, or take smaller sizes"
             )
-        if len(prompts) > 1:
+        if len(prompts) > 1 and k == 0:
             rows += _silent_rows(list(prompts.values()), ordered, labels, level=level, seed=seed)
         pools: list[tuple[str | None, list[str]]] = [(name, [name]) for name in used]
         if len(used) > 1:
@@ -181,37 +185,45 @@ def planning_table(
     return estimate_table(rows)
 
 
-Drawn = dict[str, dict[int, dict[str, tuple[GroupMoments, Products]]]]
-"""By target, group size and prompt."""
+Drawn = dict[str, dict[int, dict[str, list[tuple[GroupMoments, Products]]]]]
+"""By target, group size and prompt, one pair a rule."""
 
 
 def _products_of_targets(
     grams: Mapping[str, Array],
     scores: PromptScores,
     groups: NDArray[np.intp],
-    variant: tuple[Rule, float | None],
+    variants: Sequence[tuple[Rule, float | None]],
     advantage: str,
-) -> dict[str, tuple[GroupMoments, Products]]:
+) -> dict[str, list[tuple[GroupMoments, Products]]]:
     """One prompt's moments and products on the same groups for every target."""
     limit = float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max())
-    c = group_coefficients(
-        groups, scores.rewards, scores.lengths, variant[0], advantage=advantage, alpha=variant[1], max_length=limit
+    c = np.stack(
+        [
+            group_coefficients(
+                groups, scores.rewards, scores.lengths, rule, advantage=advantage, alpha=alpha, max_length=limit
+            )
+            for rule, alpha in variants
+        ]
     )
     aim = reward_direction(scores.rewards, groups)[None]
     times = np.bincount(groups.reshape(-1), minlength=len(scores.lengths)).astype(np.float64)
-    made: dict[str, tuple[GroupMoments, Products]] = {}
+    made: dict[str, list[tuple[GroupMoments, Products]]] = {}
     for target, gram in grams.items():
-        own = products(gram, groups, c[None], aim)
-        moments = GroupMoments(
-            same=float(own.same[0, 0]),
-            cross=float(own.cross[0, 0]),
-            same_without=own.same[1:, 0],
-            cross_without=own.cross[1:, 0],
-            same_noise=own.noise[0][:, 0],
-            cross_noise=own.noise[1][:, 0],
-            second_order=second_order_variance(gram, groups, c, times),
-        )
-        made[target] = moments, own
+        every = products(gram, groups, c, aim)
+        made[target] = []
+        for k in range(len(variants)):
+            own = every.of_updates(slice(k, k + 1))
+            moments = GroupMoments(
+                same=float(own.same[0, 0]),
+                cross=float(own.cross[0, 0]),
+                same_without=own.same[1:, 0],
+                cross_without=own.cross[1:, 0],
+                same_noise=own.noise[0][:, 0],
+                cross_noise=own.noise[1][:, 0],
+                second_order=second_order_variance(gram, groups, c[k], times),
+            )
+            made[target].append((moments, own))
     return made
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from gradvar.report.laws import CLASS_COLUMNS, class_table, contradictions, family_table
 from gradvar.report.numbers import interval, number, tone
 from gradvar.report.records import Material, Section, Table, cell
 from gradvar.report.tables import aggregator_table, estimates_table, verdict_cell
@@ -91,10 +92,24 @@ def _law(material: Material) -> Section:
         if len(classes):
             labels = [("scope", "responses"), ("advantage", "A"), ("quantity", "of the")]
             tables.append(estimates_table(classes, "Exponent by reward class", labels, what="exponent"))
+        between = [row for row in class_table(law, material.target) if row[-1]]
+        if between:
+            caption = "Exponents between prompts: standard deviation tau, and p of no difference (Cochran's Q)"
+            cells = [[cell(text) for text in (*row[:3], *row[-2:])] for row in between]
+            columns = [*CLASS_COLUMNS[:3], *CLASS_COLUMNS[-2:]]
+            tables.append(Table(caption=caption, columns=columns, rows=cells, words=3))
+        columns, families = family_table(law, material.target)
+        if families:
+            caption = (
+                "Which family fits: share of the constant family's quasi-deviance explained, and how straight it is"
+            )
+            cells = [[cell(text) for text in row] for row in families]
+            tables.append(Table(caption=caption, columns=columns, rows=cells, words=1))
     words = [
         "Deviation is the squared distance from the mean gradient, as the paper's figures show it; within-length "
         "variance is what remains among responses of like length, and what least-variance weights depend on. A = 1 is "
-        f"the score alone. An exponent inside 1 ± {material.margin:g} with its whole interval counts as proportional."
+        f"the score alone. An exponent inside 1 ± {material.margin:g} with its whole interval counts as proportional.",
+        *([] if law is None else [f"{one}." for one in contradictions(law, material.target)]),
     ]
     keys = ("length_law", "exponents", "atlas")
     drawings = [drawing for key in keys for drawing in material.drawings.get(key, ())]

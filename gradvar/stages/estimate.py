@@ -185,12 +185,11 @@ def _three_forms(groups: Sequence[PromptScores], config: EstimateConfig, common:
 
 def _planning(groups: Sequence[PromptScores], config: EstimateConfig, common: dict[str, Any]) -> pd.DataFrame:
     """Every planned rule against group size, and the noise scale of the gradient itself."""
-    parts: list[pd.DataFrame] = []
-    for name, alpha in dict.fromkeys(map(parse_variant, config.plan_rules)):
-        one = planning_table(groups, rule=name, alpha=alpha, **common)
-        # The share of silent groups is of no rule.
-        parts.append(one[one["quantity"] != "silent_share"] if parts else one)
-    parts.append(noise_scale_table(groups, level=config.level, seed=config.seed))
+    (rule, alpha), *further = dict.fromkeys(map(parse_variant, config.plan_rules))
+    parts = [
+        planning_table(groups, rule=rule, alpha=alpha, further=further, **common),
+        noise_scale_table(groups, level=config.level, seed=config.seed),
+    ]
     columns = list(dict.fromkeys(name for part in parts for name in part.columns))
     filled = [part.dropna(axis=1, how="all") for part in parts]  # pandas warns of columns that are all missing
     return pd.concat(filled, ignore_index=True).reindex(columns=columns)

@@ -82,3 +82,40 @@ def test_report_and_figures_read_the_tables_as_they_were_made(call, run):
     assert "1 ± 5" in text
     assert "rloo advantages (the law), grpo (the aggregators), groups of 4" in text
     assert f"gradvar fit {run.path} --advantage rloo --margin 5.0" in text
+
+
+def test_fit_shows_classes_families_and_what_the_pooled_exponent_hides(call, run):
+    out = call("fit", run.path)
+    words = " ".join(out.split())
+    for part in ("Exponent by reward class and truncation: all targets", "reward 1", "not truncated", "tau"):
+        assert part in words
+    for part in ("Which family fits", "proportional", "affine", "power", "line's R²", "log-log slope", "curvature"):
+        assert part in words
+    assert "(all targets), smallest of the 2 single targets'" in words
+    document = json.loads(call("fit", run.path, "--json"))
+    assert all(sentence[:40] in words for sentence in document["hidden"])
+    held = {row["quantity"] for row in document["law"]}
+    assert held >= {"within_curvature", "within_line_r2", "within_explained_affine", "within_heterogeneity_p"}
+    call("report", run.path)
+    text = (run.path / "report.html").read_text()
+    assert "Which family fits" in text
+    assert "Exponents between prompts" in text
+
+
+def test_alpha_stands_on_its_own_and_plans_the_rules_asked_for(call, run):
+    out = call("alpha", run.path, "--plan-rule", "dapo", "--plan-rule", "vl_norm:0.5", "--advantage", "rloo")
+    words = " ".join(out.split())
+    assert "rloo advantages in groups of 8" in words
+    assert "least-variance weights by the fitted law" in words
+    assert not (run.path / "tables" / "law.parquet").exists()
+    for part in ("CV <= 1 of dapo", "CV <= 1 of vl_norm α=0.5", "Noise scale of the gradient itself", "tested: "):
+        assert part in words
+    document = json.loads(call("alpha", run.path, "--json", "--plan-rule", "grpo", "--advantage", "rloo"))
+    assert document["advice"] in words
+    assert "for example vl_norm:1" in call("alpha", run.path, "--plan-rule", "vl_norm", code=2)
+    call("figures", run.path)
+
+
+def test_a_negative_alpha_is_named(call, run):
+    out = call("cv", run.path, "--rule", "vl_norm", "--rule", "grpo", "--alpha", "-1")
+    assert "vl_norm α=-1" in out

@@ -48,3 +48,14 @@ def test_an_order_without_vl_norm_says_so(capsys):
 @pytest.mark.parametrize(("low", "shown"), [(1.0004, "[1.0004, 1.3]"), (1.0, "[1, 1.3]"), (0.99996, "[0.99996, 1.3]")])
 def test_an_end_is_not_rounded_onto_1(low, shown):
     assert interval({"quantity": "cv_ratio", "low": low, "high": 1.3}) == shown
+
+
+def test_an_alpha_of_minus_1_is_a_rule_of_its_own(capsys):
+    rows = [
+        row("vl_norm", -1.0, "grpo", "nothing", "not claimed"),
+        row("vl_norm", 1.0, "grpo", "equal", "holds"),
+        row("dapo", None, "grpo", "at least 1", "holds"),
+    ]
+    out = printed(rows, capsys)
+    assert "vl_norm α=-1 nothing" in out
+    assert "dapo at least 1" in out
