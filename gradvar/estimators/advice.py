@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from gradvar.estimators.intervals import PROMPTS_LIKE_THESE
-from gradvar.estimators.paper_order import HIGHER, UNDETERMINED
+from gradvar.estimators.paper_order import HIGHER, LOWER, ROUNDING, UNDETERMINED
 from gradvar.runs.records import target_label
 
 PAPER = (0.75, 1.0)
@@ -90,18 +90,21 @@ def _paper(best: Any, ratios: pd.DataFrame) -> str:
     for alpha in PAPER:
         if alpha not in inside:
             row = ratios[(ratios["rule"] == "vl_norm") & (ratios["alpha"] == alpha)]
-            said.append(f"the paper's {alpha:g} is measurably worse{_loss(row.iloc[0] if len(row) else None)}")
+            said.append(f"the paper's {alpha:g} {_loss(row.iloc[0] if len(row) else None)}")
     return ", ".join(said)
 
 
 def _loss(row: Any) -> str:
+    """Say how much an alpha outside the best one's interval loses: the curve's slope may tell it, its height not."""
     if row is None or not math.isfinite(row["value"]):
-        return ""
+        return "lies outside"
     least, loss, most = (100.0 * (1.0 - row[end]) for end in ("high", "value", "low"))
     figures = f"{loss:.2g}% of efficiency [{least:.2g}%, {most:.2g}%]"
+    if row["verdict"] != LOWER:
+        return f"lies outside, without a measurable loss ({figures})"
     if most < 100.0 * SMALL:
-        return f", but by less than {100 * SMALL:g}% ({figures})"
-    return f", by {figures}"
+        return f"is measurably worse, but by less than {100 * SMALL:g}% ({figures})"
+    return f"is measurably worse, by {figures}"
 
 
 def _not_apart(others: pd.DataFrame) -> str:
@@ -111,4 +114,10 @@ def _not_apart(others: pd.DataFrame) -> str:
 
 
 def _times(row: Any) -> str:
-    return f"{row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
+    return f"{_beside_one(row['value'])} [{_beside_one(row['low'])}, {_beside_one(row['high'])}]"
+
+
+def _beside_one(ratio: float) -> str:
+    """Return a ratio without rounding it onto 1."""
+    shown = f"{ratio:.3g}"
+    return f"{ratio:.6g}" if shown == "1" and abs(ratio - 1.0) > ROUNDING else shown
