@@ -169,6 +169,12 @@ def _alpha(material: Material) -> Section:
             rows = rows.assign(best=rows["quantity"].map(words))
             caption = "Best alpha of vl_norm, and the alphas not told apart from it"
             tables.append(estimates_table(rows, caption, [("best", "by")], what="alpha"))
+        ratios = overall(alpha[alpha["quantity"] == "eta_ratio"], target=material.target)
+        ratios = ratios[ratios["value"].notna()]
+        if len(ratios):
+            best = ratios["against_alpha"].iloc[0]
+            caption = f"Efficiency over that of vl_norm at its best alpha = {best:g}, on the same groups"
+            tables.append(estimates_table(ratios, caption, [("rule", "aggregator")], what="ratio"))
     words_ = [material.advice] if material.advice else []
     return Section(
         key="alpha", title="Which alpha", words=words_, tables=tables, drawings=material.drawings.get("alpha", ()),
