@@ -13,14 +13,13 @@ from gradvar.estimators.alpha_tables import ALPHA_GRID
 from gradvar.figures import panels
 from gradvar.figures.aggregators import RULE_COLOURS
 from gradvar.figures.style import MUTED
-from gradvar.runs import EstimateConfig
 
 SHOWN = {"cv": "total CV", "bias": r"bias: $1 - \cos(E\hat g, \nabla J)$", "eta": "efficiency"}
 
 
 def compute(run: Run) -> pd.DataFrame:
     """Return quantity ("cv", "bias", "eta"), rule, alpha, value, low, high, over all prompts."""
-    config = run.config(EstimateConfig)
+    config = run.options("alpha")
     target = whole_target(run)
     noise = cv_table(
         run.scores(target),

@@ -17,7 +17,7 @@ from analyses.script import advantage_of, main, overall, whole_target
 from analyses.table_01 import compute as weights_on_lengths
 from gradvar import Run, advantages
 from gradvar.estimators.intervals import t_quantile
-from gradvar.runs import EstimateConfig, PromptScores, target_label
+from gradvar.runs import PromptScores, target_label
 
 COSINE_MARGIN = 0.05
 """A rule counts as unbiased in direction where cos(E ghat, grad J) is above 1 less this."""
@@ -52,7 +52,7 @@ def _law(run: Run, target: str, quantity: str, kind: str) -> pd.DataFrame:
 
 
 def _variance(run: Run) -> list[Row]:
-    margin = run.config(EstimateConfig).margin
+    margin = run.options("fit").margin
     found = []
     for quantity, words in (
         ("deviation_exponent", "deviation from the mean"),
@@ -76,7 +76,7 @@ def _variance(run: Run) -> list[Row]:
 
 
 def _everywhere(run: Run) -> list[Row]:
-    margin = run.config(EstimateConfig).margin
+    margin = run.options("fit").margin
     found: list[Row] = []
     for target in run.targets:
         for _, row in _law(run, target, "deviation_exponent", advantage_of(run)).head(1).iterrows():
@@ -208,7 +208,7 @@ def _long_responses(run: Run) -> list[Row]:
     groups = [scores for scores in groups if len(scores.lengths) > 2 and np.ptp(scores.rewards) > 0]
     if not groups:
         return []
-    config = run.config(EstimateConfig)
+    config = run.options("cv")
     less, more = (_long_share(groups, config.advantage, alpha) for alpha in (0.75, 1.0))
     value = less[0] - more[0]
     spread = 0.0

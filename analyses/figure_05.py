@@ -21,7 +21,7 @@ from gradvar.estimators.groups import draw_groups, group_coefficients, group_mom
 from gradvar.figures import panels, rule_label
 from gradvar.figures.aggregators import RULE_COLOURS
 from gradvar.figures.style import MUTED
-from gradvar.runs import EstimateConfig, PromptScores
+from gradvar.runs import PromptScores
 
 RULES: tuple[tuple[str, float | None], ...] = (("vl_norm", 1.0), ("dapo", None))
 PERMUTATIONS = 512
@@ -37,7 +37,7 @@ def compute(run: Run) -> pd.DataFrame:
     Columns: rule, alpha, series ("update", "mean update", "no update"), x, y (in lengths of the mean update), and for
     each rule group_size, cv (of all directions), shown (share of the updates' variance in this plane), prompt_id.
     """
-    config = run.config(EstimateConfig)
+    config = run.options("cv")
     best: tuple[float, PromptScores, list[float], list[Array], list[float]] | None = None
     for whole in run.scores(whole_target(run)):
         scores = whole.verified()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from gradvar import GradvarError, Run, advantages, deviations, open_run
 from gradvar.figures import save, style
-from gradvar.runs import SUM, EstimateConfig, PromptScores
+from gradvar.runs import SUM, PromptScores
 
 Compute = Callable[[Run], pd.DataFrame]
 Draw = Callable[[pd.DataFrame], Figure]
@@ -107,8 +107,8 @@ def mixed_prompts(run: Run, count: int, skip: int = 0) -> list[str]:
 
 
 def advantage_of(run: Run) -> str:
-    """Return the advantage the run's estimates were made with."""
-    return run.config(EstimateConfig).advantage
+    """Return the advantage the run's law was fitted with."""
+    return run.options("fit").advantage
 
 
 def spread_of(scores: PromptScores, kind: str) -> NDArray[np.float64]:

@@ -40,7 +40,7 @@ def compute(run: Run) -> pd.DataFrame:
     of), variance (mean over groups of M^2 sum x_i^2 L_i) and cv_form_1 (mean over groups of CV over grpo's); as
     measured cv, cosine and eta, each with low and high.
     """
-    config = run.config(EstimateConfig)
+    config = run.options("cv")
     target = whole_target(run)
     cv, alpha_table = (overall(table[table["target"] == target]) for table in (run.table("cv"), run.table("alpha")))
     measured = cv[(cv["quantity"] == "cv") & cv["rule"].notna()]

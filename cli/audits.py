@@ -10,13 +10,13 @@ import pandas as pd
 from rich.markup import escape
 
 from gradvar.report.numbers import interval, number
+from gradvar.runs.rows import last_target, overall
 
 from . import console
-from .console import count, verdict
-from .verdicts import last_target, overall_rows
+from .console import count, counted, verdict
 
 if TYPE_CHECKING:
-    from gradvar.runs import Run
+    from gradvar.runs import EstimateConfig, Run
 
 JUDGED = {
     "identity_signal": ("0", "the rollouts come from this policy (E s = 0)"),
@@ -28,6 +28,16 @@ JUDGED = {
 }
 """Quantity to its number in the audit and its words."""
 
+MARGINS = {
+    "identity_signal": "identity_margin",
+    "token_covariance_share": "token_margin",
+    "deviation_exponent": "margin",
+    "within_exponent": "margin",
+    "baseline_ratio": "baseline_margin",
+    "between_length_share": "length_margin",
+}
+"""Quantity to the option that is its margin."""
+
 _SHORT = {"supported": "[green]+[/green]", "rejected": "[red]-[/red]", "undetermined": "[yellow]?[/yellow]"}
 
 
@@ -38,7 +48,7 @@ def show_audit(run: Run, tables: Mapping[str, pd.DataFrame], *, as_json: bool) -
         return
     table = tables["audit"]
     judged = table[table["quantity"].isin(JUDGED) & (table["scope"].isna() | (table["scope"] == "all responses"))]
-    _print_assumptions(judged)
+    _print_assumptions(judged, run.options("audit"))
     _print_policy(table)
     _print_targets(judged)
     _print_prompts(judged)
@@ -47,22 +57,25 @@ def show_audit(run: Run, tables: Mapping[str, pd.DataFrame], *, as_json: bool) -
     console.result.print(f"every number: {run.path / 'tables' / 'audit.parquet'}", markup=False, soft_wrap=True)
 
 
-def _print_assumptions(judged: pd.DataFrame) -> None:
+def _print_assumptions(judged: pd.DataFrame, options: EstimateConfig) -> None:
     from gradvar.estimators.intervals import PROMPTS_LIKE_THESE
-    from gradvar.runs import target_label
+    from gradvar.runs import EstimateConfig, target_label
 
     last = last_target(judged)
     mine = judged[judged["target"] == last]
+    usual = EstimateConfig()
     rows = []
     for quantity, (number_, words) in JUDGED.items():
         found = mine[mine["quantity"] == quantity]
-        here = overall_rows(found)
+        here = overall(found)
         if here.empty:
             continue
         row = here.iloc[0]
         across = found[found["estimand"] == PROMPTS_LIKE_THESE]
         there = across.iloc[0] if len(across) and pd.notna(across.iloc[0]["low"]) else None
         told = f"[bold]{number_.split()[0]} {words}:[/bold] {verdict(row['verdict'])}"
+        if getattr(options, MARGINS[quantity]) != getattr(usual, MARGINS[quantity]):
+            told += f" (margin {escape(_margin(row))})"
         if row["verdict"] == "undetermined" and pd.notna(row["n_needed"]):
             told += f", {count(row['n_needed'])} responses would decide"
         if pd.isna(row["value"]):
@@ -76,7 +89,7 @@ def _print_assumptions(judged: pd.DataFrame) -> None:
     prompts, responses = mine["clusters"].max(), mine["n"].max()
     level = f"{100 * float(mine['level'].iloc[0]):g}%"
     console.table(
-        f"The assumptions' figures: {target_label(last)}, {prompts} prompts, {responses} responses",
+        f"The assumptions' figures: {target_label(last)}, {counted(prompts, 'prompt')}, {responses} responses",
         ["#", "figure", f"{level} interval", "margin", "prompts like these"],
         rows,
         caption="supported: the interval lies inside the margin; rejected: wholly outside. 0: the mean score's square "
@@ -88,7 +101,7 @@ def _print_assumptions(judged: pd.DataFrame) -> None:
 
 
 def _print_policy(table: pd.DataFrame) -> None:
-    found = overall_rows(table[table["quantity"] == "entropy_surplus"])
+    found = overall(table[table["quantity"] == "entropy_surplus"])
     if len(found):
         row = found.iloc[0]
         console.result.print(
@@ -102,7 +115,7 @@ def _print_targets(judged: pd.DataFrame) -> None:
 
     targets = list(dict.fromkeys(judged["target"]))
     if len(targets) > 1:
-        rows = {target_label(str(target)): overall_rows(judged[judged["target"] == target]) for target in targets}
+        rows = {target_label(str(target)): overall(judged[judged["target"] == target]) for target in targets}
         _print_grid("Target by target, these prompts (+ supported, - rejected, ? undetermined)", "target", rows)
 
 
@@ -125,7 +138,7 @@ def _print_tokens(table: pd.DataFrame) -> None:
     found = table[(table["quantity"] == "token_covariance_share") & (table["scope"] != "all responses")]
     if found.empty:
         return
-    mine = overall_rows(found[found["target"] == last_target(found)])
+    mine = overall(found[found["target"] == last_target(found)])
     rows = [
         [str(row["scope"]), number(row["value"]), interval(row), verdict(row["verdict"]), str(row["n"])]
         for _, row in mine.iterrows()
@@ -144,7 +157,7 @@ def _print_prefixes(table: pd.DataFrame | None) -> None:
             "growth inside responses: not measured (gradvar measure RUN --prefixes 8)", style="dim", markup=False
         )
         return
-    mine = overall_rows(table[table["target"] == last_target(table)])
+    mine = overall(table[table["target"] == last_target(table)])
     words = {
         "prefix_within": "along responses",
         "prefix_between": "between responses",

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from gradvar.report.numbers import interval, number
+from gradvar.runs.rows import last_target, row_of
 
 from . import console
-from .verdicts import last_target, one_row
 
 if TYPE_CHECKING:
     from gradvar.runs import Run
@@ -45,7 +45,7 @@ def print_batches(run: Run) -> None:
         labels = {"rule": rule, "alpha": alpha, "scope": scope}
         name = str(rule) + ("" if pd.isna(alpha) else f" α={alpha:g}")
         cells = [_cell(rows, size, labels) for size in sizes]
-        share = one_row(rows, quantity="between_share", batch_prompts=sizes[0], **labels)
+        share = row_of(rows, quantity="between_share", batch_prompts=sizes[0], **labels)
         shown.append(
             [
                 name,
@@ -59,7 +59,7 @@ def print_batches(run: Run) -> None:
     extrapolated = "\n* linear in the weights' sums over the batch: more prompts than a third of those measured."
     console.table(
         f"Batches of several prompts: {target_label(last)}, {first['group_size']} responses a prompt, "
-        f"{first['advantage']} advantages, {first['clusters']} prompts measured",
+        f"{first['advantage']} advantages, {console.counted(first['clusters'], 'prompt')} measured",
         [
             "aggregator",
             "weights over",
@@ -79,7 +79,7 @@ def _exists(run: Run) -> bool:
 
 
 def _cell(rows: pd.DataFrame, size: int, labels: dict[str, Any], quantity: str = "cv") -> str:
-    row = one_row(rows, quantity=quantity, batch_prompts=size, **labels)
+    row = row_of(rows, quantity=quantity, batch_prompts=size, **labels)
     if row is None:
         return "–"
     star = "*" if row["extrapolated"] else ""

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from gradvar.report.numbers import interval, number
+from gradvar.runs.rows import last_target, overall, row_of
 
 from . import console
 from .console import verdict
 from .plans import print_line
-from .verdicts import last_target, one_row, overall_rows
 from .views import measured_how
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def _print_precision(table: pd.DataFrame, how: str) -> None:
     rows = []
     for _, row in largest.iterrows():
         where = {"target": row["target"], "scope": row["scope"]}
-        deviation = one_row(table, quantity="largest_deviation_error", **where)
+        deviation = row_of(table, quantity="largest_deviation_error", **where)
         cosines = table[(table["quantity"] == "gradient_cosine") & (table["target"] == row["target"])]
         cosine = cosines[cosines["scope"] == row["scope"]]["value"].min()
         words = {str(row["verdict"]), str(deviation["verdict"])}
@@ -69,15 +69,15 @@ def _print_precision(table: pd.DataFrame, how: str) -> None:
 
 
 def _print_identity(table: pd.DataFrame) -> None:
-    rows = overall_rows(table[table["quantity"].isin(["identity_signal", "entropy_surplus"])])
+    rows = overall(table[table["quantity"].isin(["identity_signal", "entropy_surplus"])])
     targets = rows[rows["target"] != "any"]
-    row = one_row(rows, quantity="identity_signal", target=last_target(targets))
+    row = row_of(rows, quantity="identity_signal", target=last_target(targets))
     if row is not None:
         print_line(
             f"score identity (E s = 0): {row['verdict']}, {number(row['group_size'])} ||E s||² / E||s||² is "
             f"{number(row['value'])} {interval(row)}"
         )
-    balance = one_row(rows, quantity="entropy_surplus")
+    balance = row_of(rows, quantity="entropy_surplus")
     if balance is not None:
         print_line(
             f"entropy balance (E(log p + entropy) = 0): {balance['verdict']}, {number(balance['value'])} "

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from gradvar.report.numbers import interval, number
+from gradvar.report.numbers import interval, number, rule_name
+from gradvar.runs.rows import last_target, overall, row_of
 
 from . import console
 from .console import count, verdict
-from .verdicts import last_target, one_row, overall_rows
+from .orders import print_forms
 
 if TYPE_CHECKING:
     from gradvar.runs import Run
@@ -27,21 +30,22 @@ def show_alpha(run: Run, *, as_json: bool) -> None:
     if (sentence := advice(run)) is not None:
         console.result.print(sentence, style="bold", markup=False)
     _print_efficiency(tables["alpha"])
-    _print_forms(tables["forms"])
+    _print_ratios(tables["alpha"])
+    print_forms(tables["forms"], margin=run.options("alpha").equality_margin)
     _print_planning(tables["planning"])
     console.result.print(f"every number: {run.path / 'tables' / 'alpha.parquet'}", markup=False, soft_wrap=True)
 
 
 def _print_efficiency(table: pd.DataFrame) -> None:
-    rows = overall_rows(table[table["target"] == last_target(table)])
+    rows = overall(table[table["target"] == last_target(table)])
     shown = []
     for _, row in rows[(rows["quantity"] == "eta") & rows["rule"].notna()].iterrows():
-        cosine = one_row(rows, quantity="cosine", rule=row["rule"], alpha=row["alpha"])
-        pressure = one_row(rows, quantity="length_pressure", rule=row["rule"], alpha=row["alpha"])
-        entropy = one_row(rows, quantity="entropy_pressure", rule=row["rule"], alpha=row["alpha"])
+        cosine = row_of(rows, quantity="cosine", rule=row["rule"], alpha=row["alpha"])
+        pressure = row_of(rows, quantity="length_pressure", rule=row["rule"], alpha=row["alpha"])
+        entropy = row_of(rows, quantity="entropy_pressure", rule=row["rule"], alpha=row["alpha"])
         shown.append(
             [
-                str(row["rule"]) + ("" if pd.isna(row["alpha"]) else f" α={row['alpha']:g}"),
+                rule_name(row),
                 number(row["value"]),
                 interval(row),
                 "" if cosine is None else f"{number(cosine['value'])} {interval(cosine)}",
@@ -63,6 +67,22 @@ def _print_efficiency(table: pd.DataFrame) -> None:
     )
 
 
+def _print_ratios(table: pd.DataFrame) -> None:
+    """Print every rule's efficiency over that of the best vl_norm, on the same groups."""
+    rows = overall(table[table["target"] == last_target(table)])
+    rows = rows[(rows["quantity"] == "eta_ratio") & rows["value"].notna()]
+    if rows.empty:
+        return
+    shown = [[rule_name(row), number(row["value"]), interval(row), str(row["verdict"])] for _, row in rows.iterrows()]
+    best = rows["against_alpha"].iloc[0]
+    console.table(
+        f"Efficiency over that of vl_norm at its best alpha = {best:g}, paired",
+        ["aggregator", "eta ratio", "interval", "verdict"],
+        shown,
+        caption="lower: makes measurably less of an update. 1 minus the ratio is the efficiency lost.",
+    )
+
+
 def _pushed(row: Any) -> str:
     if row is None:
         return ""
@@ -70,58 +90,25 @@ def _pushed(row: Any) -> str:
     return "?" if side == "undetermined" else side
 
 
-FORMS = {
-    "cv_ratio_form_1": "form 1, lengths given, Var = V L",
-    "cv_ratio_form_2": "form 2, lengths given, measured",
-    "cv_ratio_form_3": "form 3, total, lengths random",
-}
-
-
-def _print_forms(table: pd.DataFrame) -> None:
-    from gradvar.estimators.paper_order import whole_order
-
-    rows = overall_rows(table[table["target"] == last_target(table)]) if len(table) else table
-    if rows.empty:
-        return
-    words = "grpo = vl_norm 1 <= vl_norm alpha <= dapo = dr_grpo"
-    console.result.print(f"[bold]The paper's order of CVs[/bold] ({words}):")
-    for quantity, name in FORMS.items():
-        told = rows[rows["quantity"] == quantity]
-        verdicts = list(told["holds"])
-        against = sum(v == "violated" for v in verdicts)
-        claimed = sum(v not in ("not claimed", "by algebra") for v in verdicts)
-        more = f", {against} of {claimed} ratios against it" if against else ""
-        console.result.print(f"  {name}: {verdict(whole_order(verdicts))}{more}")
-    for reference in dict.fromkeys(rows["against"]):
-        mine = rows[rows["against"] == reference]
-        shown = []
-        for rule, alpha in dict.fromkeys(zip(mine["rule"], mine["alpha"].fillna(-1.0), strict=True)):
-            own = mine[(mine["rule"] == rule) & (mine["alpha"].fillna(-1.0) == alpha)]
-            cells = [one_row(own, quantity=quantity) for quantity in FORMS]
-            if reference != "grpo" and cells[0] is not None and cells[0]["paper"] == "nothing":
-                continue
-            label = str(rule) + ("" if alpha == -1.0 else f" α={alpha:g}")
-            paper = next(str(cell["paper"]) for cell in cells if cell is not None)
-            first = "" if cells[0] is None else number(cells[0]["value"])
-            shown.append([label, paper, first, *[_ratio(cell) for cell in cells[1:]]])
-        names = ["aggregator", "paper says", "form 1", "form 2", "form 3"]
-        console.table(f"CV over {reference}'s (+ as the paper says, - against it, ? undetermined)", names, shown)
-
-
-def _ratio(row: Any) -> str:
-    if row is None:
-        return ""
-    sign = {"holds": "[green]+[/green]", "violated": "[red]-[/red]", "undetermined": "[yellow]?[/yellow]"}
-    return f"{number(row['value'])}{sign.get(str(row['holds']), ' ')} {interval(row)}"
-
-
 def _print_planning(table: pd.DataFrame) -> None:
-    rows = overall_rows(table[table["target"] == last_target(table)])
+    rows = overall(table[table["target"] == last_target(table)])
     values = rows[(rows["quantity"] == "cv") & rows["group_size"].notna()]
+    for name, own in values.groupby(values.apply(rule_name, axis=1), sort=False) if len(values) else ():
+        _print_sizes(str(name), own, rows)
+    for _, needed in rows[rows["quantity"] == "responses_for_cv_1"].iterrows():
+        console.result.print(_needed(needed, table), markup=False)
+    scale = row_of(rows, quantity="gradient_noise_scale")
+    if scale is not None:
+        console.result.print(_scale(scale, table), markup=False)
+
+
+def _print_sizes(name: str, values: pd.DataFrame, rows: pd.DataFrame) -> None:
+    """Print one rule's CV and efficiency size by size."""
     shown = []
     for _, row in values.iterrows():
-        eta = one_row(rows, quantity="eta", group_size=row["group_size"])
-        silent = one_row(rows, quantity="silent_share", group_size=row["group_size"])
+        same = {"group_size": row["group_size"]}
+        eta = row_of(rows, quantity="eta", rule=row["rule"], alpha=row["alpha"], **same)
+        silent = row_of(rows, quantity="silent_share", **same)
         shown.append(
             [
                 str(row["group_size"]),
@@ -132,33 +119,49 @@ def _print_planning(table: pd.DataFrame) -> None:
                 verdict(row["verdict"]),
             ]
         )
-    if not shown:
-        return
     console.table(
-        "CV and efficiency of grpo against group size",
+        f"CV and efficiency of {name} against group size",
         ["n", "CV", "interval", "eta", "silent", "verdict"],
         shown,
         caption="extrapolated: variance as 1/n from the largest estimated size. silent: groups whose rewards are all "
         "equal.",
     )
-    needed = one_row(rows, quantity="responses_for_cv_1")
-    if needed is not None and pd.notna(needed["value"]):
-        low, high = count(needed["low"]), count(needed["high"])
-        console.result.print(
-            f"CV <= 1 takes {'at most ' if needed['verdict'] == 'at most' else ''}{count(needed['value'])} responses a "
-            f"prompt [{low}, {high}]{_across(table)}.",
-            markup=False,
-        )
 
 
-def _across(table: pd.DataFrame) -> str:
-    """Return the noise scale's interval for prompts like these, where enough prompts give one."""
+def _needed(row: Any, table: pd.DataFrame) -> str:
+    """Say how many responses a rule's CV of 1 takes, or from where on that cannot be told."""
+    name = rule_name(row)
+    if pd.isna(row["value"]):
+        least = f", more than {count(row['low'])} responses a prompt" if pd.notna(row["low"]) else ""
+        return f"CV <= 1 of {name}: unresolved{least}."
+    low, high = count(row["low"]), count(row["high"])
+    most = "at most " if row["verdict"] == "at most" else ""
+    return (
+        f"CV <= 1 of {name} takes {most}{count(row['value'])} responses a prompt [{low}, {high}]"
+        f"{_across(table, row, count)}."
+    )
+
+
+def _scale(row: Any, table: pd.DataFrame) -> str:
+    """Say the gradient's own noise scale."""
+    words = "Noise scale of the gradient itself, tr Sigma / ||grad J||² of one response, A = r - E r:"
+    if pd.notna(row["value"]):
+        return f"{words} {number(row['value'])} responses {interval(row)}{_across(table, row, number)}."
+    least = f", above {number(row['low'])} responses" if pd.notna(row["low"]) else ""
+    needed = row.get("n_needed")
+    more = f"; {count(needed)} responses a prompt would tell" if pd.notna(needed) and math.isfinite(needed) else ""
+    return f"{words} unresolved{least}{more}."
+
+
+def _across(table: pd.DataFrame, row: Any, write: Callable[[Any], str]) -> str:
+    """Return the same row's interval for prompts like these, where enough prompts give one."""
     from gradvar.estimators.intervals import PROMPTS_LIKE_THESE
 
     if "estimand" not in table:
         return ""
     rows = table[table["prompt_id"].isna() & (table["estimand"] == PROMPTS_LIKE_THESE)]
-    row = one_row(rows, target=last_target(table), quantity="responses_for_cv_1")
-    if row is None or pd.isna(row["low"]):
+    same = {name: row.get(name) for name in ("target", "quantity", "rule", "alpha") if name in table}
+    like = row_of(rows, **same)
+    if like is None or pd.isna(like["low"]):
         return ""
-    return f"; prompts like these [{count(row['low'])}, {count(row['high'])}]"
+    return f"; prompts like these [{write(like['low'])}, {write(like['high'])}]"

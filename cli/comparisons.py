@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from gradvar.report.numbers import interval, number
+from gradvar.runs.rows import last_target, row_of
 
 from . import console
-from .verdicts import last_target, one_row
 
 if TYPE_CHECKING:
     from gradvar.runs import Run
@@ -36,7 +36,8 @@ def show_comparison(run: Run, found: Comparison, *, as_json: bool) -> None:
     names = list(found.prompts)
     for name in names[1:]:
         console.result.print(
-            f"{name}: {found.prompts[name]} prompts, {found.shared[name]} of them (by their text) also among the "
+            f"{name}: {console.counted(found.prompts[name], 'prompt')}, "
+            f"{found.shared[name]} of them (by their text) also among the "
             f"{found.prompts[names[0]]} of {names[0]}",
             markup=False,
         )
@@ -56,9 +57,9 @@ def _print_runs(table: pd.DataFrame, names: list[str]) -> None:
     own = table[table["against"].isna() & table["prompt_id"].isna() & (table["target"] == last)]
     rows = []
     for quantity, words in QUANTITIES.items():
-        found = [one_row(own, quantity=quantity, run=name) for name in names]
+        found = [row_of(own, quantity=quantity, run=name) for name in names]
         rows.append([words, *[cell for row in found for cell in (_cell(row), _prompts(row))]])
-    first = one_row(own, quantity="cv")
+    first = row_of(own, quantity="cv")
     rule = "" if first is None else _rule(first)
     console.table(
         f"Runs side by side: {target_label(last)}{rule}",
@@ -75,8 +76,8 @@ def _print_differences(table: pd.DataFrame, name: str, reference: str) -> None:
     rows = []
     for quantity, words in QUANTITIES.items():
         for suffix in ("difference", "ratio"):
-            these = one_row(pooled, quantity=f"{quantity}_{suffix}", estimand="these prompts")
-            across = one_row(pooled, quantity=f"{quantity}_{suffix}", estimand="prompts like these")
+            these = row_of(pooled, quantity=f"{quantity}_{suffix}", estimand="these prompts")
+            across = row_of(pooled, quantity=f"{quantity}_{suffix}", estimand="prompts like these")
             if these is None:
                 continue
             rows.append(

@@ -17,7 +17,7 @@ from rich.table import Table
 from gradvar.report.numbers import tone
 from gradvar.stages.listener import Advance
 
-_WORDS = ("target", "A", "quantity", "verdict", "aggregator", "prompt", "proxy", "#", "extra")
+_WORDS = ("measure", "responses", "target", "A", "quantity", "verdict", "aggregator", "prompt", "proxy", "#", "extra")
 """Columns that hold words and stand to the left."""
 
 result = Console(highlight=False, soft_wrap=False)
@@ -74,6 +74,11 @@ def count(value: Any, most: int = 100_000) -> str:
     if value is None or pd.isna(value):
         return "–"
     return f">{most}" if value > most else f"{value:.0f}"
+
+
+def counted(number: Any, what: str) -> str:
+    """Return a number of things in words: 1 prompt, 2 prompts."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def verdict(text: Any, *, short: bool = False) -> str:

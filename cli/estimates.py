@@ -51,6 +51,7 @@ def cv(
     extras: o.Extras = False,
     overlong_buffer: o.OverlongBuffer = None,
     level: o.Level = None,
+    equality_margin: o.EqualityMargin = None,
     seed: o.Seed = None,
     config: o.ConfigFile = None,
     as_json: o.Json = False,
@@ -71,6 +72,7 @@ def cv(
         batch_prompts=tuple(batch_prompts) if batch_prompts else None,
         overlong_buffer=overlong_buffer,
         level=level,
+        equality_margin=equality_margin,
         seed=seed,
     )
 
@@ -90,7 +92,9 @@ def alpha(
     group_size: o.GroupSize = None,
     advantage: o.Advantage = None,
     rule: o.Rules = None,
+    plan_rule: o.PlanRules = None,
     level: o.Level = None,
+    equality_margin: o.EqualityMargin = None,
     seed: o.Seed = None,
     config: o.ConfigFile = None,
     as_json: o.Json = False,
@@ -98,14 +102,17 @@ def alpha(
     """Say which alpha to use: efficiency, bias and noise of VL Norm over alpha, beside the other aggregators.
 
     Efficiency eta is cos² rho, between 0 and 1: 1 - eta is the least relative squared error of one update, whatever the
-    learning rate. Also: whether the paper's order of CVs holds given the lengths, and CV against group size.
+    learning rate. Also: whether the paper's order of CVs holds in its three forms, CV and efficiency against group
+    size, and the noise scale of the gradient itself.
     """
     settings = o.given(
         config,
         group_size=group_size,
         advantage=advantage,
         rules=tuple(rule) if rule else None,
+        plan_rules=tuple(plan_rule) if plan_rule else None,
         level=level,
+        equality_margin=equality_margin,
         seed=seed,
     )
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from gradvar.report.numbers import interval, number
+from gradvar.runs.rows import last_target, overall, row_of
 
 from . import console
-from .verdicts import last_target, one_row, overall_rows
 
 if TYPE_CHECKING:
     from gradvar.runs import Run
@@ -29,7 +29,7 @@ def print_extras(run: Run) -> None:
     table = run.table("extras")
     last = last_target(table)
     mine = table[table["target"] == last]
-    told = overall_rows(mine[mine["extra"].notna() & mine["rule"].notna()])
+    told = overall(mine[mine["extra"].notna() & mine["rule"].notna()])
     if told.empty:
         return
     affected = mine[mine["quantity"] == "affected"].groupby("extra")["value"].mean()
@@ -38,8 +38,8 @@ def print_extras(run: Run) -> None:
         of_rule = told[(told["rule"] == rule) & (told["alpha"].isna() if pd.isna(alpha) else told["alpha"] == alpha)]
         for extra in dict.fromkeys(told["extra"]):
             own = of_rule[of_rule["extra"] == extra]
-            cv, ratio = one_row(own, quantity="cv"), one_row(own, quantity="cv_ratio")
-            turned = one_row(own, quantity="cosine_difference")
+            cv, ratio = row_of(own, quantity="cv"), row_of(own, quantity="cv_ratio")
+            turned = row_of(own, quantity="cosine_difference")
             share = "" if extra not in affected else f"{100 * affected[extra]:.3g}%"
             if cv is None:
                 continue

@@ -1,4 +1,8 @@
-"""Options that several commands share, each written once. None means not given: the run's own value, or the default."""
+"""Options that several commands share, each written once. None means not given: the default shown.
+
+What a run holds one value of (model, temperature, dtype, ...) and what its rollouts were made with stays the run's own;
+an option of the estimates is never taken over from an earlier command.
+"""
 
 from __future__ import annotations
 
@@ -196,6 +200,15 @@ Alphas = Annotated[
         "--alpha", help="An exponent of vl_norm; several times.", show_default="0.5 0.75 1 1.5 2", rich_help_panel=_E
     ),
 ]
+PlanRules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plan-rule",
+        help="An aggregator whose group size is planned, vl_norm with its alpha: vl_norm:0.75; several times.",
+        show_default="grpo, vl_norm:1",
+        rich_help_panel=_E,
+    ),
+]
 BatchPrompts = Annotated[
     list[int] | None,
     typer.Option(
@@ -219,6 +232,13 @@ BaselineMargin = _option(
 )
 LengthMargin = _option(
     float, "--length-margin", "Assumption 4: variance of E[g | L] over ||E g||².", default=0.25, panel=_E
+)
+EqualityMargin = _option(
+    float,
+    "--equality-margin",
+    "The paper's order: CVs count as equal where their ratio lies within 1/(1 + margin) and 1 + margin.",
+    default=0.05,
+    panel=_E,
 )
 Extras = Annotated[
     bool,

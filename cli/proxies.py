@@ -5,9 +5,9 @@ from __future__ import annotations
 import pandas as pd
 
 from gradvar.report.numbers import interval, number
+from gradvar.runs.rows import last_target, overall, row_of
 
 from . import console
-from .verdicts import last_target, one_row, overall_rows
 
 NAMES = {
     "length": "L",
@@ -31,7 +31,7 @@ def print_proxies(table: pd.DataFrame) -> None:
         return
     last = last_target(told)
     mine = told[told["target"] == last]
-    within = overall_rows(mine[mine["scope"] == "within prompts"])
+    within = overall(mine[mine["scope"] == "within prompts"])
     between = mine[mine["scope"] == "between prompts"]
     rows = []
     for part, scope in ((within, ""), (between, " (between)")):
@@ -44,7 +44,7 @@ def print_proxies(table: pd.DataFrame) -> None:
                 ("norm_square", "explained_variance_log"),
                 ("within", "rank_correlation"),
             ):
-                row = one_row(part, proxy=proxy, truth=truth, quantity=quantity)
+                row = row_of(part, proxy=proxy, truth=truth, quantity=quantity)
                 cells.append("" if row is None or pd.isna(row["value"]) else f"{number(row['value'])} {interval(row)}")
             if any(cells):
                 rows.append([NAMES.get(str(proxy), str(proxy)) + scope, *cells])

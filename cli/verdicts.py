@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from gradvar.report.numbers import interval, number
+from gradvar.report.laws import contradictions
+from gradvar.report.numbers import interval, number, rule_name
+from gradvar.runs.rows import last_target, overall, row_of
 
 from . import console
-from .console import count, verdict
+from .console import count, counted, verdict
+from .laws import print_classes, print_difference, print_exponents, print_families, print_law_by_prompt
 
 if TYPE_CHECKING:
     from gradvar.runs import Run
-
-_WHAT = {"deviation": "deviation from the mean", "within": "within-length variance"}
 
 
 def show_law(run: Run, *, as_json: bool) -> None:
@@ -26,12 +27,17 @@ def show_law(run: Run, *, as_json: bool) -> None:
     tables = {name: run.table(name) for name in ("law", "identity", "proxies")}
     law, identity = tables["law"], tables["identity"]
     if as_json:
-        console.print_json({name: console.records(table) for name, table in tables.items()})
+        hidden = contradictions(law, last_target(law))
+        console.print_json({**{name: console.records(table) for name, table in tables.items()}, "hidden": hidden})
         return
     _print_identity(identity)
-    _print_exponents(law)
-    _print_difference(law)
-    _print_law_by_prompt(law)
+    print_exponents(law, margin=run.options("fit").margin)
+    print_difference(law)
+    print_classes(law)
+    print_families(law)
+    for sentence in contradictions(law, last_target(law)):
+        console.result.print(f"HIDDEN BY THE POOLED EXPONENT: {sentence}", style="bold red", markup=False)
+    print_law_by_prompt(law)
     print_proxies(tables["proxies"])
     console.result.print(f"every number: {run.path / 'tables' / 'law.parquet'}", markup=False, soft_wrap=True)
 
@@ -82,7 +88,7 @@ def show_results(run: Run, figures: Sequence[Path], *, as_json: bool) -> None:
     if line is not None:
         console.result.print(line, style="bold red", markup=False)
     _print_identity(identity)
-    _print_exponents(law)
+    print_exponents(law, margin=run.options("fit").margin)
     _print_aggregators(cv)
     console.result.print(advice(run), style="bold", markup=False)
     for kind, paths in (("figures", [p for p in figures if p.suffix == ".png"]), ("tables", tables)):
@@ -96,25 +102,7 @@ def show_results(run: Run, figures: Sequence[Path], *, as_json: bool) -> None:
             )
 
 
-def overall_rows(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows over all prompts, as drawn; of the one prompt where there is only one."""
-    from gradvar.estimators.intervals import THESE_PROMPTS
-
-    pooled = table[table["prompt_id"].isna()]
-    if len(pooled):
-        both = "estimand" in pooled  # some tables are about these prompts alone
-        return pooled[pooled["estimand"] == THESE_PROMPTS] if both else pooled
-    return table[table["prompt_id"] == table["prompt_id"].iloc[0]] if len(table) else table
-
-
-def last_target(table: pd.DataFrame) -> str:
-    """Return the sum of targets where the table has it, else its last target."""
-    targets = [t for t in table["target"].unique() if t != "any"]
-    return "sum" if "sum" in targets else targets[-1]
-
-
 def _print_identity(identity: pd.DataFrame) -> None:
-    from gradvar.runs import target_label
 
     pooled = identity[identity["prompt_id"].isna()]
     rows = pooled if len(pooled) else identity
@@ -122,16 +110,13 @@ def _print_identity(identity: pd.DataFrame) -> None:
     if len(signals):
         row = signals[signals["target"] == last_target(signals)].iloc[0]
         p_values = rows[(rows["quantity"] == "identity_p_value") & rows["target"].isin(signals["target"])]
-        worst = p_values.sort_values("value").iloc[0]
         known = pd.notna(row["value"])
+        signal = f", ||E s||² is {number(row['value'])} {interval(row)} of the noise in a group of {row['group_size']}"
         console.result.print(
             f"[bold]Rollouts come from this policy (E s = 0):[/bold] {verdict(row['verdict'])}"
-            if not known
-            else f"[bold]Rollouts come from this policy (E s = 0):[/bold] {verdict(row['verdict'])}, ||E s||² is "
-            f"{number(row['value'])} {interval(row)} of the noise in a group of {row['group_size']}; smallest p "
-            f"{number(worst['value'])} ({target_label(str(worst['target']))})"
+            + (signal + _p_values(p_values) if known else "")
         )
-    surplus, p = one_row(rows, quantity="entropy_surplus"), one_row(rows, quantity="entropy_p_value")
+    surplus, p = row_of(rows, quantity="entropy_surplus"), row_of(rows, quantity="entropy_p_value")
     if surplus is None:
         return
     console.result.print(
@@ -148,100 +133,27 @@ def _print_identity(identity: pd.DataFrame) -> None:
         )
 
 
-def _print_exponents(law: pd.DataFrame) -> None:
+def _p_values(rows: pd.DataFrame) -> str:
+    """Say p of all targets together, and the smallest with how many it is the smallest of."""
     from gradvar.runs import target_label
 
-    main = law[(law["scope"] == "all responses") & law["quantity"].isin([f"{what}_exponent" for what in _WHAT])]
-    overall = overall_rows(main)
-    last = last_target(main)
-    for kind in overall["advantage"].unique():
-        name = "score (A = 1)" if kind == "score" else f"gradient with {kind} advantages"
-        for what, words in _WHAT.items():
-            row = one_row(overall, target=last, advantage=kind, quantity=f"{what}_exponent")
-            if row is None:
-                continue
-            console.result.print(
-                f"[bold]{name}, {words}[/bold] grows as length to the power "
-                f"[bold]{number(row['value'])}[/bold] {interval(row)}: {verdict(row['verdict'])}"
-                f"{_across(main, last, kind, what)}"
-                if pd.notna(row["value"])
-                else f"[bold]{name}, {words}:[/bold] {verdict(row['verdict'])} ({row['method']})"
-            )
-    rows = []
-    for _, row in overall.iterrows():
-        quantity = str(row["quantity"]).removesuffix("_exponent")
-        undecided = row["verdict"] == "undetermined"
-        rows.append(
-            [
-                target_label(row["target"]),
-                "1" if row["advantage"] == "score" else str(row["advantage"]),
-                quantity,
-                number(row["value"]),
-                interval(row),
-                verdict(row["verdict"], short=True),
-                count(row["n_needed"]) if undecided else "",
-            ]
-        )
-    level = f"{100 * float(overall['level'].iloc[0]):g}%"
-    sizes = f"{overall['clusters'].max()} prompts, {overall['n'].max()} responses"
-    console.table(
-        f"Exponent of variance against length: {sizes}",
-        ["target", "A", "quantity", "exponent", f"{level} interval", "verdict", "needs N"],
-        rows,
-        caption="deviation: squared distance from the mean gradient; within: variance among responses of like length.\n"
-        "A: 1 is the score alone. needs N: responses of all prompts together that would decide. Intervals: "
-        "these prompts, responses drawn again.\nPer target, Euclidean geometry, on policy, no clipping.",
-    )
-
-
-def _across(law: pd.DataFrame, target: str, kind: str, what: str) -> str:
-    """Return the exponent's interval for prompts like these, where enough prompts give one."""
-    from gradvar.estimators.intervals import PROMPTS_LIKE_THESE
-
-    if "estimand" not in law:
-        return ""
-    rows = law[law["prompt_id"].isna() & (law["estimand"] == PROMPTS_LIKE_THESE)]
-    row = one_row(rows, target=target, advantage=kind, quantity=f"{what}_exponent")
-    return "" if row is None or pd.isna(row["low"]) else f"; prompts like these {interval(row)}"
-
-
-def _print_difference(law: pd.DataFrame) -> None:
-    overall = overall_rows(law[(law["scope"] == "all responses") & (law["quantity"] == "exponent_difference")])
-    rows = overall[overall["target"] == last_target(overall)] if len(overall) else overall
-    for _, row in rows.iterrows():
-        name = "score" if row["advantage"] == "score" else f"{row['advantage']} gradient"
-        console.result.print(f"{name}: deviation's exponent minus within's {number(row['value'])} {interval(row)}")
-
-
-def _print_law_by_prompt(law: pd.DataFrame) -> None:
-    from gradvar.runs import target_label
-
-    last = last_target(law)
-    rows = law[(law["scope"] == "all responses") & (law["target"] == last) & law["prompt_id"].notna()]
-    rows = rows[rows["quantity"].isin([f"{what}_exponent" for what in _WHAT])]
-    if rows["prompt_id"].nunique() < 2:
-        return
-    shown = [
-        [
-            str(row["prompt_id"]),
-            "1" if row["advantage"] == "score" else str(row["advantage"]),
-            str(row["quantity"]).removesuffix("_exponent"),
-            number(row["value"]),
-            interval(row),
-            verdict(row["verdict"], short=True),
-        ]
-        for _, row in rows.iterrows()
-    ]
-    names = ["prompt", "A", "quantity", "exponent", "interval", "verdict"]
-    console.table(f"Prompt by prompt: {target_label(last)}", names, shown)
+    last = last_target(rows)
+    own = row_of(rows, target=last)
+    said = f"; p {number(own['value'])} ({target_label(last)})"
+    others = rows[rows["target"] != last].sort_values("value")
+    if len(others):
+        worst = others.iloc[0]
+        single = target_label(str(worst["target"]))
+        said += f", smallest of the {len(others)} single targets' {number(worst['value'])} ({single})"
+    return said
 
 
 def _print_aggregators(cv: pd.DataFrame) -> None:
     from gradvar.runs import target_label
 
     last = last_target(cv)
-    overall = overall_rows(cv[(cv["target"] == last) & cv["rule"].notna()])
-    values = overall[overall["quantity"] == "cv"]
+    whole = overall(cv[(cv["target"] == last) & cv["rule"].notna()])
+    values = whole[whole["quantity"] == "cv"]
     if values.empty:
         console.result.print(f"No aggregator can be compared: {_reasons(cv)}.", style="yellow", markup=False)
         return
@@ -249,10 +161,10 @@ def _print_aggregators(cv: pd.DataFrame) -> None:
     unresolved = bool(values["value"].isna().any())
     for _, row in values.iterrows():
         same = {"rule": row["rule"], "alpha": row["alpha"]}
-        rho = one_row(overall, quantity="rho", **same)
-        ratio = one_row(overall, quantity="cv_ratio", **same)
+        rho = row_of(whole, quantity="rho", **same)
+        ratio = row_of(whole, quantity="cv_ratio", **same)
         cells = [
-            str(row["rule"]) + ("" if pd.isna(row["alpha"]) else f" α={row['alpha']:g}"),
+            rule_name(row),
             number(row["value"]) if pd.notna(row["value"]) else f"> {number(row['low'])}",
             interval(row),
             "" if rho is None else f"{number(rho['value'])} {interval(rho)}",
@@ -268,7 +180,7 @@ def _print_aggregators(cv: pd.DataFrame) -> None:
     )
     console.table(
         f"Total CV of each aggregator's update: {target_label(last)}, group of {first['group_size']}, "
-        f"{first['advantage']} advantages, {first['clusters']} prompts",
+        f"{first['advantage']} advantages, {counted(first['clusters'], 'prompt')}",
         [*columns, "N a prompt"] if unresolved else columns,
         rows,
         caption="Lower is less noise. Lengths random, as training sees them; these prompts, responses drawn "
@@ -294,7 +206,7 @@ def _print_prompts(cv: pd.DataFrame) -> None:
         if row["rule"] is None or pd.isna(row["rule"]):
             cells[""] = str(row["verdict"])
             continue
-        name = str(row["rule"]) + ("" if pd.isna(row["alpha"]) else f" α={row['alpha']:g}")
+        name = rule_name(row)
         columns = list(dict.fromkeys([*columns, name]))
         cells[name] = number(row["value"]) if pd.notna(row["value"]) else f"> {number(row['low'])}"
     if len(table) < 2:
@@ -311,12 +223,3 @@ def _print_prompts(cv: pd.DataFrame) -> None:
 def at_least(needed: str, only: Any) -> str:
     """Return a number of responses, marked where it is a lower bound only."""
     return f"≥ {needed}" if only is not None and bool(only) and needed[:1].isdigit() else needed
-
-
-def one_row(table: pd.DataFrame, **labels: Any) -> Any:
-    """Return the first row with these labels (None and NaN mean missing), or None."""
-    rows = table
-    for name, value in labels.items():
-        missing = value is None or (isinstance(value, float) and pd.isna(value))
-        rows = rows[rows[name].isna()] if missing else rows[rows[name] == value]
-    return rows.iloc[0] if len(rows) else None

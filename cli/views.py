@@ -62,7 +62,9 @@ def show_measured(run: Run, *, as_json: bool) -> None:
     more = [f", tau by {n} probes" for n in sorted({tau.probes for tau in taus})]
     more += [f", {n} prefixes" for n in sorted({norms.count for norms in prefixes})]
     console.result.print(
-        f"{len(run.measured_prompt_ids())} prompts measured on {', '.join(run.targets)}{''.join(more)}", markup=False
+        f"{console.counted(len(run.measured_prompt_ids()), 'prompt')} measured on {', '.join(run.targets)}"
+        f"{''.join(more)}",
+        markup=False,
     )
     if agreements:
         worst = max(one.max_abs for one in agreements.values())

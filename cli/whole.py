@@ -85,14 +85,17 @@ def run(
     batch_prompts: o.BatchPrompts = None,
     level: o.Level = None,
     margin: o.Margin = None,
+    equality_margin: o.EqualityMargin = None,
+    plan_rule: o.PlanRules = None,
     as_json: o.Json = False,
 ) -> None:
     """Sample, reward, measure, fit, compare, audit, draw and report: the whole job on any Hugging Face causal LM.
 
-    Kill it at any moment and type the same command again: it goes on where it was.
+    Kill it at any moment and type the same command again: it goes on where it was. The options of the
+    estimates hold for this command alone: `gradvar fit RUN` later takes the defaults.
     """
     options = dict(locals())
-    renamed = {"bias": "include_bias", "rule": "rules", "alpha": "alphas"}
+    renamed = {"bias": "include_bias", "rule": "rules", "alpha": "alphas", "plan_rule": "plan_rules"}
     skipped = ("run", "source", "as_json", "config")
     settings = o.given(config, **{renamed.get(k, k): v for k, v in options.items() if k not in skipped})
 

@@ -1,8 +1,9 @@
 """Arrays to numbers: everything that follows from a score Gram, rewards and lengths. Never imports torch."""
 
 from gradvar.estimators.advantages import ADVANTAGES, advantages
+from gradvar.estimators.advice import recommendation
 from gradvar.estimators.aggregation import RULES, Rule, aggregation_weights, find_rule, register_rule
-from gradvar.estimators.alpha_tables import alpha_table, recommendation
+from gradvar.estimators.alpha_tables import alpha_table
 from gradvar.estimators.audit import audit_table
 from gradvar.estimators.comparison import compare_table
 from gradvar.estimators.cv import aggregator_cv, aggregator_rho, cv_from_rho
@@ -14,7 +15,8 @@ from gradvar.estimators.identity_tables import identity_table
 from gradvar.estimators.law import VarianceLaw, fit_variance_law
 from gradvar.estimators.law_estimates import FamilyFit
 from gradvar.estimators.law_tables import law_table
-from gradvar.estimators.planning import planning_table
+from gradvar.estimators.noise_scale import noise_scale_table
+from gradvar.estimators.planning import parse_variant, planning_table
 from gradvar.estimators.prefixes import PrefixGrowth, prefix_growth, prefix_table
 from gradvar.estimators.proxies import proxy_table
 from gradvar.estimators.ratios import cv_ratio
@@ -65,6 +67,8 @@ __all__ = [
     "form_table",
     "identity_table",
     "law_table",
+    "noise_scale_table",
+    "parse_variant",
     "planning_table",
     "prefix_table",
     "proxy_table",

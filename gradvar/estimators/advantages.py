@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradvar.errors import GradvarError
+from gradvar.runs.config import ADVANTAGE_KINDS
 
 Array = NDArray[np.float64]
 
@@ -54,7 +55,7 @@ def _opo(rewards: Array, lengths: Array | None) -> Array:
     return np.asarray(np.where(silent, 0.0, rewards - baseline))
 
 
-ADVANTAGES: dict[str, Callable[[Array, Array | None], Array]] = {
+_DEFINED: dict[str, Callable[[Array, Array | None], Array]] = {
     "grpo": _grpo,
     "mean": _mean,
     "rloo": _rloo,
@@ -62,7 +63,8 @@ ADVANTAGES: dict[str, Callable[[Array, Array | None], Array]] = {
     "score": _score,
     "opo": _opo,
 }
-"""Every advantage estimator by its name."""
+ADVANTAGES = {name: _DEFINED[name] for name in ADVANTAGE_KINDS}
+"""Every advantage estimator by its name; the names stand in the run's settings."""
 
 _NEEDS_TWO = {"grpo", "mean", "rloo"}
 

@@ -1,4 +1,4 @@
-"""Which alpha: efficiency, bias and pressure of every rule, curves over alpha, and one sentence of advice."""
+"""Which alpha: efficiency, bias and pressure of every rule, and curves over alpha. The advice is in `advice`."""
 
 from __future__ import annotations
 
@@ -36,13 +36,15 @@ from gradvar.estimators.bias import (
     scale,
 )
 from gradvar.estimators.cv import NO_GRADIENT, SILENT, UNRESOLVED
+from gradvar.estimators.eta_ratios import eta_ratios
 from gradvar.estimators.groups import PERMUTATIONS, draw_groups, group_coefficients
 from gradvar.estimators.inputs import arrange, generator, has_gradient, is_silent
 from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
 from gradvar.estimators.pairs import mean_coefficients, pair_covariance
+from gradvar.estimators.paper_order import side
 from gradvar.estimators.surplus import of_log_efficiency, of_log_rho
 from gradvar.estimators.tails import angle_tails, length_tails
-from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, target_label
+from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
 
 ALPHA_GRID = tuple(np.arange(13) * 0.25)
 """0 to 3 by quarters."""
@@ -77,6 +79,9 @@ def alpha_table(
                                around it at which the curve's slope is not told apart from 0; an end on the grid's first
                                or last alpha is open, which `method` says
         "alpha_star_cv"        argmin of the CV likewise
+        "eta_ratio"            eta over that of VL Norm at its best alpha by eta, paired (`eta_ratios`); `against` and
+                               `against_alpha` name the reference; verdict "lower", "higher", "equal" (1 up to
+                               rounding), "undetermined" or "unresolved"
 
     Args:
         groups: Prompts by targets; several targets get their sum as well.
@@ -194,7 +199,12 @@ def alpha_table(
                     advantage=advantage,
                     scope="prompt group",
                     group_size=group_size,
-                    extra={"estimand": PROMPTS_LIKE_THESE if across else THESE_PROMPTS},
+                    extra={
+                        "against": None,
+                        "against_alpha": math.nan,
+                        **row.extra,
+                        "estimand": PROMPTS_LIKE_THESE if across else THESE_PROMPTS,
+                    },
                 )
                 for row in written
             ]
@@ -243,10 +253,10 @@ def _rows_of_pool(
             rows.append(TableRow(quantity=name, estimate=estimate, verdict=verdict, **labels))
         for name, product, per_reward in pushes:
             raw = estimate_of(product, k, level=level, method=way)
-            side = "up" if raw.low > 0 else "down" if raw.high < 0 else "undetermined"
-            rows.append(TableRow(quantity=f"{name}_product", estimate=raw, verdict=side, **labels))
+            towards = "up" if raw.low > 0 else "down" if raw.high < 0 else "undetermined"
+            rows.append(TableRow(quantity=f"{name}_product", estimate=raw, verdict=towards, **labels))
             found = gated(estimate_of(per_reward, k, level=level, method=way), upward.low > 0.0 or upward.high < 0.0)
-            rows.append(TableRow(quantity=f"{name}_pressure", estimate=found, verdict=side, **labels))
+            rows.append(TableRow(quantity=f"{name}_pressure", estimate=found, verdict=towards, **labels))
     columns = slice(len(variants) - len(grid), len(variants))
     alone = [p.of_updates(columns) for p in pool]
     for name, statistic, part in (
@@ -259,54 +269,35 @@ def _rows_of_pool(
         star = best_of_curve(curve, grid, level=level, method=f"argmax, slope 0; {way}", pairs=twice)
         verdict = UNRESOLVED if math.isnan(star.value) else "resolved"
         rows.append(TableRow(quantity=name, estimate=star, target="", rule=find_rule("vl_norm").name, verdict=verdict))
+        if name == "alpha_star_eta":
+            rows += _ratio_rows(pool, star, variants, grid, level=level, across=across)
     return rows
 
 
-def recommendation(table: pd.DataFrame, law: pd.DataFrame, *, target: str) -> str:
-    """One sentence: the alpha to use, what it rests on, or that the data cannot tell.
-
-    Args:
-        table: From `alpha_table`.
-        law: From `law_table`, for the fitted exponent beside it.
-        target: Target to speak of, "sum" for all together.
-
-    Returns:
-        A sentence for people.
-    """
-    mine = table[table["target"] == target]
-    mine = mine[mine["prompt_id"].isna()] if mine["prompt_id"].isna().any() else mine
-    mine = mine[mine["estimand"] != PROMPTS_LIKE_THESE]
-    star = mine[mine["quantity"] == "alpha_star_eta"]
-    row = law[
-        (law["target"] == target)
-        & (law["quantity"] == "within_exponent")
-        & (law["advantage"] != "score")
-        & (law["scope"] == "all responses")
-        & (law["estimand"] == THESE_PROMPTS)
-    ]
-    row = row[row["prompt_id"].isna()] if row["prompt_id"].isna().any() else row
-    fitted = ""
-    if len(row) and math.isfinite(row.iloc[0]["value"]):
-        beta = row.iloc[0]
-        fitted = f"; least-variance weights by the fitted law would be L^-{beta['value']:.2f}"
-        if math.isfinite(beta["low"]):
-            fitted += f" ({beta['low']:.2f} to {beta['high']:.2f})"
-    if star.empty or not math.isfinite(star.iloc[0]["value"]):
-        return (
-            f"The data cannot tell which alpha is best for {target_label(target)}: no signal above the noise{fitted}."
+def _ratio_rows(
+    pool: Sequence[Products],
+    star: Estimate,
+    variants: Sequence[tuple[Rule, float | None]],
+    grid: Sequence[float],
+    *,
+    level: float,
+    across: bool,
+) -> list[TableRow]:
+    method = f"eta over vl_norm's at its best alpha, same groups; {_ACROSS if across else _JACKKNIFE} of the log"
+    if math.isnan(star.value):
+        none = replace(star, low=math.nan, high=math.nan, method=f"{method}; unresolved: no best alpha")
+        ratios = [none] * len(variants)
+    else:
+        ratios = eta_ratios(pool, grid, star.value, level=level, method=method, across=across)
+    return [
+        TableRow(
+            quantity="eta_ratio",
+            estimate=ratio,
+            target="",
+            rule=rule.name,
+            alpha=alpha,
+            verdict=UNRESOLVED if math.isnan(ratio.value) else side(ratio.low, ratio.high),
+            extra={"against": "vl_norm", "against_alpha": star.value},
         )
-    best = star.iloc[0]
-    span = f"{best['low']:g} to {best['high']:g}"
-    inside = [a for a in (0.75, 1.0) if best["low"] <= a <= best["high"]]
-    paper = (
-        f"the paper's {' and '.join(f'{a:g}' for a in inside)} cannot be told apart from it"
-        if inside
-        else "the paper's 0.75 and 1 are measurably worse"
-    )
-    all_alphas = mine[(mine["quantity"] == "eta") & (mine["rule"] == "vl_norm")]["alpha"]
-    if best["low"] <= all_alphas.min() and best["high"] >= all_alphas.max():
-        return f"The data cannot tell one alpha from another for {target_label(target)} ({span} all fit){fitted}."
-    prompts = int(best["clusters"])
-    resting = f"efficiency on {prompts} prompt{'' if prompts == 1 else 's'}, {int(best['n'])} responses"
-    advice = f"Use vl_norm with alpha = {best['value']:g} ({span} fit as well) for {target_label(target)}"
-    return f"{advice}: {paper}; rests on {resting}{fitted}."
+        for (rule, alpha), ratio in zip(variants, ratios, strict=True)
+    ]

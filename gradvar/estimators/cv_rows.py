@@ -16,7 +16,8 @@ from gradvar.estimators.cv import (
 )
 from gradvar.estimators.groups import GroupMoments
 from gradvar.estimators.intervals import THESE_PROMPTS
-from gradvar.estimators.paper_order import claim, judge
+from gradvar.estimators.paper_order import EQUAL, UNDETERMINED, claim, judge, needed_to_judge, side
+from gradvar.runs.config import EQUALITY_MARGIN
 from gradvar.runs.records import Estimate, PromptScores, TableRow, no_estimate
 
 MomentsKey = tuple[str, str, float | None]
@@ -38,6 +39,8 @@ class CvStudy:
     group_size: int
     level: float
     seed: int
+    equality_margin: float = EQUALITY_MARGIN
+    """How far a ratio of CVs may lie from 1 where the paper's order has them equal."""
 
     def row(
         self,
@@ -53,6 +56,7 @@ class CvStudy:
         estimand: str = THESE_PROMPTS,
         paper: str | None = None,
         holds: str | None = None,
+        holds_needs: float = math.nan,
         against: str | None = None,
     ) -> TableRow:
         """Return one row with the study's labels."""
@@ -76,6 +80,7 @@ class CvStudy:
                 "estimand": estimand,
                 "paper": paper,
                 "holds": holds,
+                "holds_needs": holds_needs,
                 "against": against,
             },
         )
@@ -127,10 +132,10 @@ def ratio_row(
     per_prompt = ratio.n / max(ratio.clusters, 1)
     if not math.isfinite(ratio.value):
         verdict, needed = UNRESOLVED, math.nan
-    elif ratio.high < 1.0 or ratio.low > 1.0:
-        verdict, needed = ("lower" if ratio.high < 1.0 else "higher"), float(math.ceil(per_prompt))
+    elif (verdict := side(ratio.low, ratio.high)) != UNDETERMINED:
+        needed = math.nan if verdict == EQUAL else float(math.ceil(per_prompt))
     else:
-        verdict, distance = "undetermined", abs(math.log(ratio.value))
+        distance = abs(math.log(ratio.value))
         half = math.log(ratio.high / ratio.value)
         needed = float(math.ceil(per_prompt * (half / distance) ** 2)) if distance > 0 else math.inf
     paper = claim(variant, compared)
@@ -144,6 +149,7 @@ def ratio_row(
         n_needed=needed,
         estimand=estimand,
         paper=paper,
-        holds=judge(paper, ratio.low, ratio.high),
+        holds=judge(paper, ratio.low, ratio.high, margin=study.equality_margin),
+        holds_needs=needed_to_judge(paper, ratio, margin=study.equality_margin),
         against=compared[0].name,
     )

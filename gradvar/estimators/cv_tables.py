@@ -37,16 +37,14 @@ from gradvar.estimators.inputs import arrange, generator, why_nothing
 from gradvar.estimators.intervals import PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
 from gradvar.estimators.ratios import cv_ratio, cv_ratio_across, pooled_cv_ratio
 from gradvar.estimators.tails import LengthTails, length_tails
+from gradvar.runs.config import ALPHAS, EQUALITY_MARGIN, RULES
 from gradvar.runs.records import PromptScores, TableRow, estimate_table
-
-RULES_COMPARED = ("grpo", "dapo", "dr_grpo", "vl_norm")
-ALPHAS = (0.5, 0.75, 1.0, 2.0)
 
 
 def cv_table(
     groups: Sequence[PromptScores],
     *,
-    rules: Sequence[str] = RULES_COMPARED,
+    rules: Sequence[str] = RULES,
     alphas: Sequence[float] = ALPHAS,
     group_size: int = 8,
     advantage: str = "grpo",
@@ -54,6 +52,7 @@ def cv_table(
     further_references: Sequence[str] = (),
     level: float = 0.95,
     permutations: int = PERMUTATIONS,
+    equality_margin: float = EQUALITY_MARGIN,
     seed: int,
 ) -> pd.DataFrame:
     """Total CV of the aggregation rules, per prompt and pooled, with paired ratios against a reference rule.
@@ -61,10 +60,11 @@ def cv_table(
     Quantities, for every target:
         "rho", "cv"     per prompt; pooled over prompts for both estimands (`method` says which), verdict "resolved",
                         "unresolved" or "silent: all rewards equal"
-        "cv_ratio"      CV over the reference rule's on the same permutations; verdict "lower", "higher",
-                        "undetermined" or "unresolved"; `against` names the reference, `paper` says what the paper's
-                        order asks of the ratio ("at least 1", "at most 1", "equal", "nothing") and `holds` whether it
-                        does ("holds", "violated", "undetermined", "not claimed")
+        "cv_ratio"      CV over the reference rule's on the same permutations; verdict "lower", "higher", "equal" (1
+                        up to rounding), "undetermined" or "unresolved"; `against` names the reference, `paper` says
+                        what the paper's order asks of the ratio ("at least 1", "at most 1", "equal", "nothing") and
+                        `holds` whether it does ("holds", "violated", "undetermined", "not claimed"), `holds_needs` how
+                        many responses a prompt would decide that
         "silent_share"  share of groups of this size whose rewards are all equal
     A prompt whose rewards are all equal, whose gradients are all 0 ("no gradient"), or with fewer than two groups of
     verified responses, gets one "cv" row without rule that says so. The first two count in the pooled rows with their
@@ -80,6 +80,7 @@ def cv_table(
         further_references: Further rules likewise.
         level: Nominal coverage.
         permutations: Random permutations a prompt.
+        equality_margin: CVs count as equal where their ratio's interval lies within [1 / (1 + margin), 1 + margin].
         seed: Of the permutations; each prompt's are its own.
 
     Returns:
@@ -142,6 +143,7 @@ def cv_table(
                 group_size=group_size,
                 level=level,
                 seed=seed,
+                equality_margin=equality_margin,
             ),
             variants,
             references,

@@ -31,18 +31,24 @@ from gradvar.estimators.intervals import (
     t_quantile,
 )
 from gradvar.estimators.law import fit_variance_law
-from gradvar.estimators.paper_order import BY_ALGEBRA, EQUAL, UNDETERMINED, Variant, claim, judge
+from gradvar.estimators.paper_order import (
+    BY_ALGEBRA,
+    EQUAL,
+    Variant,
+    claim,
+    judge,
+    needed_to_judge,
+    side,
+)
 from gradvar.estimators.quasi import Dependence
 from gradvar.estimators.spread import NEIGHBOURS, within_dependence, within_length_variance
+from gradvar.runs.config import ALPHAS, EQUALITY_MARGIN, RULES
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
 
 Array = NDArray[np.float64]
 
 FORM_1 = "form 1: lengths given, Var = V L"
 FORM_2 = "form 2: lengths given, measured v(L)"
-
-ROUNDING = 1e-12
-"""Equal lengths make every ratio 1 to rounding, and a theorem is not violated by rounding."""
 
 
 def conditional_cv(
@@ -81,12 +87,13 @@ def conditional_cv(
 def form_table(
     groups: Sequence[PromptScores],
     *,
-    rules: Sequence[str] = ("grpo", "dapo", "dr_grpo", "vl_norm"),
-    alphas: Sequence[float] = (0.5, 0.75, 1.0, 2.0),
+    rules: Sequence[str] = RULES,
+    alphas: Sequence[float] = ALPHAS,
     reference: str = "grpo",
     advantage: str = "grpo",
     neighbours: int = NEIGHBOURS,
     level: float = 0.95,
+    equality_margin: float = EQUALITY_MARGIN,
     seed: int,
 ) -> pd.DataFrame:
     """Ratios of CVs to a reference rule's in forms 1 and 2, and whether the paper's order holds on measured variances.
@@ -94,10 +101,11 @@ def form_table(
     All N responses of a prompt are one scope, their lengths given, so ||grad J|| cancels in a ratio. Quantities:
         "cv_ratio_form_1"   exact, no interval
         "cv_ratio_form_2"   the within-length variances V_i in place of V L_i, jackknifed over responses on the log;
-                            `verdict` "higher", "lower" or "undetermined"
+                            `verdict` "higher", "lower", "equal" (1 up to rounding) or "undetermined"
     Column `against` names the reference, `paper` what the paper's order asks of the ratio ("equal", "at least 1",
     "at most 1", "nothing") and `holds` whether it does: "holds", "violated", "undetermined", "by algebra" (equal
-    weights for given lengths) or "not claimed".
+    weights for given lengths) or "not claimed"; `holds_needs`, responses a prompt that would
+    decide an undetermined one.
     Pooled rows (no prompt_id) average the logs over prompts, form 2 for both estimands (`estimand`). Prompts that are
     silent or without gradient are left out.
 
@@ -109,6 +117,7 @@ def form_table(
         advantage: Kind of `advantages`, over all verified responses of a prompt.
         neighbours: k of the within-length variance.
         level: Nominal coverage.
+        equality_margin: CVs count as equal where their ratio's interval lies within [1 / (1 + margin), 1 + margin].
         seed: Breaks ties between neighbours in length.
 
     Raises:
@@ -148,11 +157,15 @@ def form_table(
                 logs.setdefault(key, []).append((value, influence))
                 firsts.setdefault(key, []).append(first)
                 labels = {"target": target, "prompt_id": name, "advantage": advantage}
-                rows += _form_rows(key, compared, [(value, influence)], [first], labels, level=level, seed=seed)
+                rows += _form_rows(
+                    key, compared, [(value, influence)], [first], labels, level=level, margin=equality_margin, seed=seed
+                )
         for key, found in logs.items():
             if len(found) > 1:
                 labels = {"target": target, "advantage": advantage}
-                rows += _form_rows(key, compared, found, firsts[key], labels, level=level, seed=seed)
+                rows += _form_rows(
+                    key, compared, found, firsts[key], labels, level=level, margin=equality_margin, seed=seed
+                )
     return estimate_table(rows)
 
 
@@ -187,6 +200,7 @@ def _form_rows(
     labels: dict[str, Any],
     *,
     level: float,
+    margin: float,
     seed: int,
 ) -> list[TableRow]:
     rule, alpha = key
@@ -217,44 +231,45 @@ def _form_rows(
     first = math.exp(float(np.mean(firsts)))
     common: dict[str, Any] = {**labels, "rule": rule.name, "alpha": alpha, "scope": "all responses, lengths given"}
     across = _across_prompts(second, np.array([f[0] for f in found]), level)
-    told = {"paper": paper, "against": compared[0].name, "estimand": THESE_PROMPTS}
+
+    def told(estimand: str, ratio: Estimate) -> dict[str, Any]:
+        return {
+            "paper": paper,
+            "against": compared[0].name,
+            "estimand": estimand,
+            "holds": BY_ALGEBRA if equal else judge(paper, ratio.low, ratio.high, margin=margin),
+            "holds_needs": math.nan if equal else needed_to_judge(paper, ratio, margin=margin),
+        }
+
     return [
         TableRow(
             quantity="cv_ratio_form_1",
             estimate=replace(none, value=first),
             **common,
             # Exact arithmetic: the order is a theorem here, told as what these lengths make of it.
-            extra={**told, "holds": BY_ALGEBRA if equal else judge(paper, first + ROUNDING, first - ROUNDING)},
+            extra=told(THESE_PROMPTS, replace(none, value=first, low=first, high=first)),
         ),
         TableRow(
             quantity="cv_ratio_form_2",
             estimate=second,
-            verdict=_side(equal, second),
+            verdict=EQUAL if equal else side(second.low, second.high),
             **common,
-            extra={**told, "holds": BY_ALGEBRA if equal else judge(paper, second.low, second.high)},
+            extra=told(THESE_PROMPTS, second),
         ),
         *(
             [
                 TableRow(
                     quantity="cv_ratio_form_2",
                     estimate=across,
-                    verdict=_side(equal, across),
+                    verdict=EQUAL if equal else side(across.low, across.high),
                     **common,
-                    extra={
-                        **told,
-                        "estimand": PROMPTS_LIKE_THESE,
-                        "holds": BY_ALGEBRA if equal else judge(paper, across.low, across.high),
-                    },
+                    extra=told(PROMPTS_LIKE_THESE, across),
                 )
             ]
             if clusters > 1
             else []
         ),
     ]
-
-
-def _side(equal: bool, ratio: Estimate) -> str:
-    return "equal" if equal else "higher" if ratio.low > 1.0 else "lower" if ratio.high < 1.0 else UNDETERMINED
 
 
 def _across_prompts(second: Estimate, logs: Array, level: float) -> Estimate:

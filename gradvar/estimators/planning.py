@@ -2,7 +2,8 @@
 
 Up to a third of the responses the CV is estimated; beyond, extrapolated by CV^2 proportional to 1/n from the largest
 estimated size, and marked so. The noise scale of a rule, in responses, is n CV^2: tr Sigma / ||E ghat||^2 per
-response. The efficiency eta = cos^2 rho goes on with the same law, its direction kept:
+response (that of the gradient itself, of no rule, is in `noise_scale`). The efficiency eta = cos^2 rho goes on with the
+same law, its direction kept:
 
     eta(n) = <E ghat, grad J>^2 / (||grad J||^2 (||E ghat||^2 + tr Var(ghat) n0 / n))
 
@@ -11,6 +12,7 @@ Shape letters: N responses, n of a group, n0 of the largest estimated one.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +24,7 @@ from numpy.typing import NDArray
 
 from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import check_advantage
-from gradvar.estimators.aggregation import Rule, expand_rules
+from gradvar.estimators.aggregation import Rule, expand_rules, find_rule
 from gradvar.estimators.bias import (
     Array,
     Products,
@@ -48,8 +50,31 @@ from gradvar.estimators.tails import LengthTails, length_tails
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, no_estimate
 
 SIZES = (4, 8, 16, 32, 64, 128)
+"""Sizes for which the CV is estimated, or extrapolated where the rollouts do not hold three such groups."""
 AT_MOST = "at most"
 """Verdict where the smallest estimated size is enough already."""
+
+
+def parse_variant(text: str) -> tuple[str, float | None]:
+    """Return rule and alpha of "grpo" or "vl_norm:0.75".
+
+    Raises:
+        GradvarError: No such rule, no alpha where one is needed or one where none is, or no number.
+    """
+    name, colon, alpha = text.partition(":")
+    rule = find_rule(name)
+    if not rule.takes_alpha:
+        if colon:
+            raise GradvarError(f"--plan-rule: {rule.name} takes no alpha, received {text!r}: leave :{alpha} out")
+        return rule.name, None
+    try:
+        value = float(alpha)
+    except ValueError:
+        raise GradvarError(
+            f"--plan-rule: expected {rule.name} with its alpha, for example {rule.name}:1, received {text!r}"
+        ) from None
+    expand_rules((rule.name,), (value,))
+    return rule.name, value
 
 
 def planning_table(
@@ -57,17 +82,19 @@ def planning_table(
     *,
     rule: str = "grpo",
     alpha: float | None = None,
+    further: Sequence[tuple[str, float | None]] = (),
     sizes: Sequence[int] = SIZES,
     advantage: str = "grpo",
     level: float = 0.95,
     permutations: int = PERMUTATIONS,
     seed: int,
 ) -> pd.DataFrame:
-    """CV and efficiency against group size for one rule, per prompt and pooled over prompts.
+    """CV and efficiency against group size for one rule or several, per prompt and pooled over prompts.
 
     Quantities, for every target: "rho", "cv" and "eta" at each size (verdict "resolved", "unresolved" or
     "extrapolated"; no rho where extrapolated; an eta without a resolved direction is NaN and "unresolved" anywhere),
-    "silent_share" where it can be counted (pooled: the mean over all prompts), and "responses_for_cv_1": the
+    "silent_share" where it can be counted (pooled: the mean over all prompts; of no rule, told beside the first), and
+    "responses_for_cv_1": the
     noise scale n CV^2 in responses to a prompt, with the image of that CV's interval, at the smallest estimated size
     whose CV is at most 1, else at the largest (`responses_for_cv_1`; verdict "at most" where the smallest size is
     enough already). Pooled rows come for both estimands (`estimand`).
@@ -76,6 +103,7 @@ def planning_table(
         groups: Prompts by targets; several targets get their sum as well.
         rule: Name for `aggregation_weights`.
         alpha: Exponent of vl_norm.
+        further: Further rules with their alphas (`parse_variant`), on the same groups.
         sizes: Group sizes, at least 2.
         advantage: Kind of `advantages`, computed inside each group.
         level: Nominal coverage.
@@ -90,7 +118,7 @@ def planning_table(
     """
     check_level(level)
     check_advantage(advantage)
-    found, a = expand_rules((rule,), () if alpha is None else (alpha,))[0]
+    variants = [expand_rules((name,), () if a is None else (a,))[0] for name, a in ((rule, alpha), *further)]
     ordered = sorted(set(sizes))
     if not ordered or ordered[0] < 2:
         raise GradvarError(f"sizes must be at least 2, received {list(sizes)}")
@@ -107,9 +135,9 @@ def planning_table(
         for n in ordered:
             if 3 * n <= len(scores.lengths):
                 chosen = draw_groups(len(scores.lengths), n, permutations, rng=generator(seed, name, "groups"))
-                for target, one in _products_of_targets(grams, scores, chosen, (found, a), advantage).items():
+                for target, one in _products_of_targets(grams, scores, chosen, variants, advantage).items():
                     drawn[target][n][name] = one
-    for target, prompts in targets.items():
+    for (target, prompts), (k, (found, a)) in itertools.product(targets.items(), enumerate(variants)):
         labels: dict[str, Any] = {"target": target, "rule": found.name, "alpha": a, "advantage": advantage}
         nothing = {name: why for name, s in prompts.items() if (why := why_nothing(s, "grpo")) is not None}
         used = {name: s.verified() for name, s in prompts.items() if name not in nothing}
@@ -122,8 +150,8 @@ def planning_table(
                 rows.append(
                     TableRow(quantity="cv", estimate=none, prompt_id=name, verdict=nothing[name], **labels, extra=told)
                 )
-        moments = {n: {name: one[0] for name, one in own.items()} for n, own in drawn[target].items()}
-        aimed = {n: {name: one[1] for name, one in own.items()} for n, own in drawn[target].items()}
+        moments = {n: {name: one[k][0] for name, one in own.items()} for n, own in drawn[target].items()}
+        aimed = {n: {name: one[k][1] for name, one in own.items()} for n, own in drawn[target].items()}
         tails: dict[str, LengthTails] = {}
         for name, scores in used.items():
             count = len(scores.lengths)
@@ -136,7 +164,7 @@ def planning_table(
                 max_length=scores.max_length,
             )
             for n in ordered:
-                if n <= count:
+                if n <= count and k == 0:
                     share = no_estimate(
                         "exact over groups, no interval",
                         n=count,
@@ -158,7 +186,7 @@ def planning_table(
             raise GradvarError(
                 f"no prompt holds three groups of {ordered[0]} verified responses: sample more, or take smaller sizes"
             )
-        if len(prompts) > 1:
+        if len(prompts) > 1 and k == 0:
             rows += _silent_rows(list(prompts.values()), ordered, labels, level=level, seed=seed)
         pools: list[tuple[str | None, list[str]]] = [(name, [name]) for name in used]
         if len(used) > 1:
@@ -175,40 +203,48 @@ def planning_table(
     return estimate_table(rows)
 
 
-Drawn = dict[str, dict[int, dict[str, tuple[GroupMoments, Products]]]]
-"""By target, group size and prompt."""
+Drawn = dict[str, dict[int, dict[str, list[tuple[GroupMoments, Products]]]]]
+"""By target, group size and prompt, one pair a rule."""
 
 
 def _products_of_targets(
     grams: Mapping[str, Array],
     scores: PromptScores,
     groups: NDArray[np.intp],
-    variant: tuple[Rule, float | None],
+    variants: Sequence[tuple[Rule, float | None]],
     advantage: str,
-) -> dict[str, tuple[GroupMoments, Products]]:
+) -> dict[str, list[tuple[GroupMoments, Products]]]:
     """One prompt's moments and products on the same groups for every target."""
     limit = float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max())
-    c = group_coefficients(
-        groups, scores.rewards, scores.lengths, variant[0], advantage=advantage, alpha=variant[1], max_length=limit
+    c = np.stack(
+        [
+            group_coefficients(
+                groups, scores.rewards, scores.lengths, rule, advantage=advantage, alpha=alpha, max_length=limit
+            )
+            for rule, alpha in variants
+        ]
     )
     aim = reward_direction(scores.rewards, groups)[None]
-    made: dict[str, tuple[GroupMoments, Products]] = {}
+    made: dict[str, list[tuple[GroupMoments, Products]]] = {}
+    everywhere = np.ones(groups.shape[:2])
     for target, gram in grams.items():
-        own = products(gram, groups, c[None], aim)
-        everywhere = np.ones(groups.shape[:2])
-        pairs, bends = pairs_of_kinds(gram, groups, c[None], everywhere, own.same[1:], own.cross[1:])
-        moments = GroupMoments(
-            same=float(own.same[0, 0]),
-            cross=float(own.cross[0, 0]),
-            same_without=own.same[1:, 0],
-            cross_without=own.cross[1:, 0],
-            same_noise=own.noise[0][:, 0],
-            cross_noise=own.noise[1][:, 0],
-            kind=0,
-            pairs=pairs,
-            bend=bends[0],
-        )
-        made[target] = moments, own
+        every = products(gram, groups, c, aim)
+        pairs, bends = pairs_of_kinds(gram, groups, c, everywhere, every.same[1:], every.cross[1:])
+        made[target] = []
+        for k in range(len(variants)):
+            own = every.of_updates(slice(k, k + 1))
+            moments = GroupMoments(
+                same=float(own.same[0, 0]),
+                cross=float(own.cross[0, 0]),
+                same_without=own.same[1:, 0],
+                cross_without=own.cross[1:, 0],
+                same_noise=own.noise[0][:, 0],
+                cross_noise=own.noise[1][:, 0],
+                kind=k,
+                pairs=pairs,
+                bend=bends[k],
+            )
+            made[target].append((moments, own))
     return made
 
 

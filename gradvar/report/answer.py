@@ -157,11 +157,17 @@ def _near(rows: pd.DataFrame, best: Any, *, lower: bool, beaten: bool = False) -
     return f"Apart from its interval lie {', '.join(apart)}; the others' reach it."
 
 
+def _advantages(material: Material) -> str:
+    if material.advantage == material.cv_advantage:
+        return f"{material.advantage} advantages"
+    return f"{material.advantage} advantages (the law), {material.cv_advantage} (the aggregators)"
+
+
 def _rests_on(material: Material) -> Finding:
     text = (
         f"{material.responses} responses to {material.prompts} prompt{'' if material.prompts == 1 else 's'}, "
         f"{target_label(material.target)}, "
-        f"{material.advantage} advantages, groups of {material.group_size}. Intervals at {100 * material.level:g}% are "
+        f"{_advantages(material)}, groups of {material.group_size}. Intervals at {100 * material.level:g}% are "
         "for these prompts with responses drawn again"
     )
     text += "; “prompts like these” adds the spread between prompts" if material.prompts >= 4 else (

@@ -23,10 +23,18 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def interval(row: Any) -> str:
-    """Return low and high of a table row as an interval."""
+    """Return low and high of a table row as an interval; a ratio's end is not rounded onto 1, which it is judged by."""
     if pd.isna(row["low"]) and pd.isna(row["high"]):
         return "no interval"
-    return f"[{number(row['low'])}, {number(row['high'])}]"
+    write = _beside_one if "ratio" in str(row.get("quantity")) else number
+    return f"[{write(row['low'])}, {write(row['high'])}]"
+
+
+def _beside_one(value: Any) -> str:
+    shown = number(value)
+    if shown == "1" and abs(float(value) - 1.0) > 1e-9:
+        return next(text for digits in range(4, 17) if (text := number(value, digits)) != "1")
+    return shown
 
 
 def estimate(row: Any) -> str:

@@ -103,9 +103,13 @@ class Material:
     target: str
     """The target spoken of: the sum of all, or the only one."""
     advantage: str
+    """Of the fitted law."""
+    cv_advantage: str
+    """Of the aggregators compared."""
     group_size: int
     level: float
     margin: float
+    """Around exponent 1, as the law was judged."""
     advice: str | None
     disagreement: str | None
     sampler: pd.DataFrame

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from gradvar.report.laws import CLASS_COLUMNS, class_table, contradictions, family_table
 from gradvar.report.numbers import interval, number, tone
 from gradvar.report.records import Material, Section, Table, cell
 from gradvar.report.tables import aggregator_table, estimates_table, verdict_cell
@@ -91,10 +92,24 @@ def _law(material: Material) -> Section:
         if len(classes):
             labels = [("scope", "responses"), ("advantage", "A"), ("quantity", "of the")]
             tables.append(estimates_table(classes, "Exponent by reward class", labels, what="exponent"))
+        between = [row for row in class_table(law, material.target) if row[-1]]
+        if between:
+            caption = "Exponents between prompts: standard deviation tau, and p of no difference (Cochran's Q)"
+            cells = [[cell(text) for text in (*row[:3], *row[-2:])] for row in between]
+            columns = [*CLASS_COLUMNS[:3], *CLASS_COLUMNS[-2:]]
+            tables.append(Table(caption=caption, columns=columns, rows=cells, words=3))
+        columns, families = family_table(law, material.target)
+        if families:
+            caption = (
+                "Which family fits: share of the constant family's quasi-deviance explained, and how straight it is"
+            )
+            cells = [[cell(text) for text in row] for row in families]
+            tables.append(Table(caption=caption, columns=columns, rows=cells, words=1))
     words = [
         "Deviation is the squared distance from the mean gradient, as the paper's figures show it; within-length "
         "variance is what remains among responses of like length, and what least-variance weights depend on. A = 1 is "
-        f"the score alone. An exponent inside 1 ± {material.margin:g} with its whole interval counts as proportional."
+        f"the score alone. An exponent inside 1 ± {material.margin:g} with its whole interval counts as proportional.",
+        *([] if law is None else [f"{one}." for one in contradictions(law, material.target)]),
     ]
     keys = ("length_law", "exponents", "atlas")
     drawings = [drawing for key in keys for drawing in material.drawings.get(key, ())]
@@ -110,6 +125,9 @@ def _aggregators(material: Material) -> Section:
     if cv is not None:
         mine = overall(cv[cv["rule"].notna()], target=material.target)
         of_alpha = None if alpha is None else overall(alpha[alpha["rule"].notna()], target=material.target)
+        if of_alpha is not None:  # beside one another only what was made for the same updates
+            same = of_alpha["group_size"].eq(material.group_size) & of_alpha["advantage"].eq(material.cv_advantage)
+            of_alpha = of_alpha[same.fillna(False)]
         if len(mine):
             caption = f"Noise, bias, efficiency: {target_label(material.target)}, groups of {material.group_size}"
             tables.append(aggregator_table(mine, of_alpha, caption))
@@ -153,6 +171,12 @@ def _alpha(material: Material) -> Section:
             rows = rows.assign(best=rows["quantity"].map(words))
             caption = "Best alpha of vl_norm, and the alphas not told apart from it"
             tables.append(estimates_table(rows, caption, [("best", "by")], what="alpha"))
+        ratios = overall(alpha[alpha["quantity"] == "eta_ratio"], target=material.target)
+        ratios = ratios[ratios["value"].notna()]
+        if len(ratios):
+            best = ratios["against_alpha"].iloc[0]
+            caption = f"Efficiency over that of vl_norm at its best alpha = {best:g}, on the same groups"
+            tables.append(estimates_table(ratios, caption, [("rule", "aggregator")], what="ratio"))
     words_ = [material.advice] if material.advice else []
     return Section(
         key="alpha", title="Which alpha", words=words_, tables=tables, drawings=material.drawings.get("alpha", ()),
@@ -166,15 +190,22 @@ def _group_size(material: Material) -> Section:
     if planning is not None:
         rows = overall(planning[planning["quantity"].isin(["cv", "eta"])], target=material.target)
         rows = rows[rows["group_size"].notna()]
-        labels = [("group_size", "responses"), ("quantity", "quantity")]
+        labels = [("rule", "aggregator"), ("group_size", "responses"), ("quantity", "quantity")]
         if len(rows):
-            tables.append(estimates_table(rows, "CV and efficiency of grpo by group size", labels))
+            tables.append(estimates_table(rows, "CV and efficiency by group size", labels))
         rows = planning[(planning["quantity"] == "responses_for_cv_1") & (planning["target"] == material.target)]
         if len(rows):
             caption = "Noise scale: responses to a prompt whose update has as much noise as signal"
             # Without an interval nothing is said of prompts like these.
             rows = rows[(rows["estimand"] != PROMPTS_LIKE_THESE) | rows["low"].notna()] if "estimand" in rows else rows
-            labels = [("prompt_id", "prompt"), *([("estimand", "drawn again")] if "estimand" in rows else [])]
+            again = [("estimand", "drawn again")] if "estimand" in rows else []
+            labels = [("rule", "aggregator"), ("prompt_id", "prompt"), *again]
+            tables.append(estimates_table(rows, caption, labels, what="responses"))
+        rows = planning[(planning["quantity"] == "gradient_noise_scale") & (planning["target"] == material.target)]
+        if len(rows):
+            rows = rows[(rows["estimand"] != PROMPTS_LIKE_THESE) | rows["low"].notna()]
+            caption = "Noise scale of the gradient itself: tr Σ / ||grad J||² of one response, A = r - E r"
+            labels = [("prompt_id", "prompt"), ("estimand", "drawn again")]
             tables.append(estimates_table(rows, caption, labels, what="responses"))
         silent = planning[(planning["quantity"] == "silent_share") & (planning["target"] == material.target)]
         silent = silent[silent["group_size"] == material.group_size]

@@ -24,10 +24,16 @@ ENGINES = ("auto", "vllm", "transformers", "imported")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 CROSS = ("none", "sketch", "exact")
 CHECKPOINTING = ("off", "reentrant", "non_reentrant")
-ADVANTAGES = ("grpo", "mean", "rloo", "raw", "score", "opo")
+ADVANTAGE_KINDS = ("grpo", "mean", "rloo", "raw", "score", "opo")
+"""Names of the advantage estimators, which `estimators.advantages` defines."""
+RULES = ("grpo", "dapo", "dr_grpo", "vl_norm")
+"""Aggregators compared where none is named."""
+ALPHAS = (0.5, 0.75, 1.0, 1.5, 2.0)
+"""Exponents of vl_norm compared where none is named."""
+EQUALITY_MARGIN = 0.05
+"""CVs whose ratio lies within [1 / 1.05, 1.05] count as equal."""
 
-
-_OPTIONS = {"alphas": "alpha", "rules": "rule", "include_bias": "bias"}
+_OPTIONS = {"alphas": "alpha", "rules": "rule", "plan_rules": "plan-rule", "include_bias": "bias"}
 
 
 def _option(name: str) -> str:
@@ -184,10 +190,12 @@ class EstimateConfig:
     """Responses in the group that an aggregator sums over."""
     advantage: str = "grpo"
     """grpo, mean, rloo, raw, score or opo."""
-    rules: tuple[str, ...] = ("grpo", "dapo", "dr_grpo", "vl_norm")
+    rules: tuple[str, ...] = RULES
     """Aggregators to compare."""
-    alphas: tuple[float, ...] = (0.5, 0.75, 1.0, 1.5, 2.0)
+    alphas: tuple[float, ...] = ALPHAS
     """Exponents of vl_norm to compare."""
+    plan_rules: tuple[str, ...] = ("grpo", "vl_norm:1")
+    """Rules whose group size is planned; vl_norm with its alpha after a colon."""
     batch_prompts: tuple[int, ...] = (8, 128)
     """Prompts of a batch, where the run holds products between prompts; each has a group of responses."""
     level: float = 0.95
@@ -202,6 +210,8 @@ class EstimateConfig:
     """Audit, assumption 3: ratio of variances within this of 1."""
     length_margin: float = 0.25
     """Audit, assumption 4: variance of E[g | L] below this share of ||E g||^2."""
+    equality_margin: float = EQUALITY_MARGIN
+    """The paper's order: CVs count as equal where their ratio lies within [1 / (1 + margin), 1 + margin]."""
     overlong_buffer: int | None = None
     """Tokens before the length limit in which soft overlong punishment grows; None: a fifth of the limit, as DAPO."""
     seed: int = 0
@@ -209,7 +219,7 @@ class EstimateConfig:
 
     def __post_init__(self) -> None:
         _require(self.group_size >= 2, "group_size", "at least 2", self.group_size)
-        _require(self.advantage in ADVANTAGES, "advantage", f"one of {', '.join(ADVANTAGES)}", self.advantage)
+        _require(self.advantage in ADVANTAGE_KINDS, "advantage", f"one of {', '.join(ADVANTAGE_KINDS)}", self.advantage)
         _require(
             self.overlong_buffer is None or self.overlong_buffer >= 1,
             "overlong_buffer",
@@ -217,11 +227,12 @@ class EstimateConfig:
             self.overlong_buffer,
         )
         _require(len(self.rules) > 0, "rules", "at least one aggregator", self.rules)
+        _require(len(self.plan_rules) > 0, "plan_rules", "at least one aggregator", self.plan_rules)
         _require(all(map(math.isfinite, self.alphas)), "alphas", "finite numbers", self.alphas)
         sizes = self.batch_prompts
         _require(len(sizes) > 0 and min(sizes) >= 1, "batch_prompts", "numbers of prompts from 1", sizes)
         _require(0.5 <= self.level < 1, "level", "a fraction from 0.5, below 1", self.level)
-        for name in ("margin", "identity_margin", "token_margin", "baseline_margin", "length_margin"):
+        for name in ("margin", *(f"{what}_margin" for what in ("identity", "token", "baseline", "length", "equality"))):
             _require(_is_positive(getattr(self, name)), name, "a number above 0", getattr(self, name))
         _require(self.seed >= 0, "seed", "a whole number from 0", self.seed)
 

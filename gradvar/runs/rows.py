@@ -29,6 +29,12 @@ def overall(table: pd.DataFrame, *, target: str | None = None, estimand: str = T
     return rows[rows["prompt_id"] == rows["prompt_id"].iloc[0]] if len(rows) else rows
 
 
+def last_target(table: pd.DataFrame) -> str:
+    """Return the sum of targets where the table has it, else its last target."""
+    targets = [str(target) for target in table["target"].unique() if target != "any"]
+    return "sum" if "sum" in targets else targets[-1]
+
+
 def row_of(table: pd.DataFrame | None, **labels: Any) -> Any:
     """Return the first row with these labels (None and NaN mean missing), or None."""
     rows = table

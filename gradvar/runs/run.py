@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from gradvar.errors import GradvarError
 from gradvar.runs import provenance, storage
-from gradvar.runs.config import CONFIGS, Config, as_json, resolve
+from gradvar.runs.config import CONFIGS, Config, EstimateConfig, as_json, resolve
 from gradvar.runs.files import RunFiles, rollouts_digest
 from gradvar.runs.measures import Measures, PrefixNorms, TauEstimate, read_left_out
 from gradvar.runs.records import PromptScores, Rollout, ScoreGram
@@ -42,6 +42,15 @@ class Run(RunFiles):
         """Return the settings of one section as run.json holds them (empty before its stage ran)."""
         return dict(self.info["config"].get(_section(kind), {}))
 
+    def options(self, stage: str) -> EstimateConfig:
+        """Return the options that an estimating stage's tables were made with, the defaults before it ran.
+
+        They describe tables that are there, and are no later command's defaults. Runs of earlier versions hold one
+        set for all stages.
+        """
+        made = self.info["stages"].get(stage, {}).get("options")
+        return resolve(EstimateConfig, self.stored(EstimateConfig) if made is None else made)
+
     def save(self) -> None:
         """Write run.json."""
         storage.write_json(self.path / "run.json", self.info)
@@ -49,8 +58,12 @@ class Run(RunFiles):
     def begin(
         self, stage: str, config: Config | None = None, *, device: str | None = None, started: str | None = None
     ) -> None:
-        """Note in run.json that a stage started, with its settings and what it runs on."""
-        if config is not None:
+        """Note in run.json that a stage started, with its settings and what it runs on.
+
+        How estimates are made belongs to the stage (`options`), everything else to the run (`config`).
+        """
+        how = as_json(config) if isinstance(config, EstimateConfig) else None
+        if config is not None and how is None:
             self.info["config"][_section(type(config))] = as_json(config)
         self.info["status"] = f"{stage}: running"
         self.info["stages"][stage] = {
@@ -60,6 +73,7 @@ class Run(RunFiles):
             "git": provenance.git_state(),
             "host": provenance.host(),
             **({"device": device} if device else {}),
+            **({"options": how} if how is not None else {}),
         }
         self.save()
         self.log(f"{stage} started")

@@ -47,7 +47,8 @@ def compare(
 
     Args:
         runs: At least two runs with Grams, the reference first; only the first is written to.
-        given: Settings of `EstimateConfig` given now; what is not given is the first run's own.
+        given: Settings of `EstimateConfig` given now; what is not given takes its default, whatever
+            the runs' tables were made with.
         listener: Who is told.
         rule: Aggregator whose CV, noise scale and efficiency are compared.
         alpha: Its exponent, where it takes one.

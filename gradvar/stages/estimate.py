@@ -15,11 +15,14 @@ from gradvar.estimators import (
     form_table,
     identity_table,
     law_table,
+    noise_scale_table,
+    parse_variant,
     planning_table,
     proxy_table,
     recommendation,
     total_form,
 )
+from gradvar.estimators.advice import EXPONENT
 from gradvar.runs import SUM, EstimateConfig, PromptScores, Run
 from gradvar.runs.provenance import utc_now
 from gradvar.stages.batch import write_batches
@@ -104,6 +107,7 @@ def cv(run: Run, given: Mapping[str, Any], listener: Listener | None = None, *, 
             group_size=config.group_size,
             advantage=config.advantage,
             level=config.level,
+            equality_margin=config.equality_margin,
             seed=config.seed,
         )
         advance(1)
@@ -130,10 +134,6 @@ def cv(run: Run, given: Mapping[str, Any], listener: Listener | None = None, *, 
     return table
 
 
-GROUP_SIZES = (4, 8, 16, 32, 64, 128)
-"""Sizes for which the CV is estimated, or extrapolated where the rollouts do not hold three such groups."""
-
-
 def alpha(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> dict[str, pd.DataFrame]:
     """Estimate efficiency, bias and pressure over alpha, the paper's order, and CV against group size.
 
@@ -155,12 +155,17 @@ def alpha(run: Run, given: Mapping[str, Any], listener: Listener | None = None) 
     check_group_size(groups, config)
     common: dict[str, Any] = {"advantage": config.advantage, "level": config.level, "seed": config.seed}
     rules = tuple(rule for rule in config.rules if not find_rule(rule).takes_alpha)
+    for planned in config.plan_rules:
+        parse_variant(planned)
     with listener.task("alpha", 3) as advance:
-        tables = {"alpha": alpha_table(groups, rules=rules, group_size=config.group_size, **common)}
+        curves = alpha_table(groups, rules=rules, group_size=config.group_size, **common)
+        beside = _fitted_exponent(groups, config)
+        beside = beside[[name for name in beside.columns if name in curves.columns]]
+        tables = {"alpha": pd.concat([curves, beside], ignore_index=True)}
         advance(1)
         tables["forms"] = _three_forms(groups, config, common)
         advance(1)
-        tables["planning"] = planning_table(groups, sizes=GROUP_SIZES, **common)
+        tables["planning"] = _planning(groups, config, common)
         advance(1)
     run.begin("alpha", config, started=started)
     for name, table in tables.items():
@@ -172,16 +177,44 @@ def alpha(run: Run, given: Mapping[str, Any], listener: Listener | None = None) 
 def _three_forms(groups: Sequence[PromptScores], config: EstimateConfig, common: dict[str, Any]) -> pd.DataFrame:
     """Forms 1, 2 and 3 of every rule's CV against grpo's and dapo's: the two ends of the paper's order."""
     options: dict[str, Any] = {"rules": config.rules, "alphas": config.alphas, **common}
+    options["equality_margin"] = config.equality_margin
     parts = [form_table(groups, reference=reference, **options) for reference in ("grpo", "dapo")]
     total = cv_table(groups, further_references=("dapo",), group_size=config.group_size, **options)
     parts.append(total_form(total))
     return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
 
 
+def _planning(groups: Sequence[PromptScores], config: EstimateConfig, common: dict[str, Any]) -> pd.DataFrame:
+    """Every planned rule against group size, and the noise scale of the gradient itself."""
+    (rule, alpha), *further = dict.fromkeys(map(parse_variant, config.plan_rules))
+    parts = [
+        planning_table(groups, rule=rule, alpha=alpha, further=further, **common),
+        noise_scale_table(groups, level=config.level, seed=config.seed),
+    ]
+    columns = list(dict.fromkeys(name for part in parts for name in part.columns))
+    filled = [part.dropna(axis=1, how="all") for part in parts]  # pandas warns of columns that are all missing
+    return pd.concat(filled, ignore_index=True).reindex(columns=columns)
+
+
+def _fitted_exponent(groups: Sequence[PromptScores], config: EstimateConfig) -> pd.DataFrame:
+    """Rows of the fitted exponent beside the best alpha, made here: the advice depends on no other command's table."""
+    target = _spoken(groups)
+    mine = [group for group in groups if group.target == target]
+    options: dict[str, Any] = {"level": config.level, "margin": config.margin, "seed": config.seed}
+    law = law_table(mine, advantages_studied=[config.advantage], subsets=False, **options)
+    return law[law["quantity"] == EXPONENT]
+
+
+def _spoken(groups: Sequence[PromptScores]) -> str:
+    """Return the target that the advice is about: all together, or the only one."""
+    targets = list(dict.fromkeys(group.target for group in groups))
+    return SUM if SUM in targets else targets[0]
+
+
 def advice(run: Run) -> str | None:
-    """Return which alpha to use and what that rests on, in one sentence; None before `alpha` and `fit` ran."""
-    if not all((run.path / "tables" / f"{name}.parquet").exists() for name in ("alpha", "law")):
+    """Return which alpha to use and what that rests on, in one sentence; None before `alpha` ran."""
+    if not (run.path / "tables" / "alpha.parquet").exists():
         return None
     table = run.table("alpha")
     target = SUM if SUM in set(table["target"]) else str(table["target"].iloc[0])
-    return recommendation(table, run.table("law"), target=target)
+    return recommendation(table, target=target)

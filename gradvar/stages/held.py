@@ -44,7 +44,6 @@ class Held:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.config = run.config(EstimateConfig)
         self._tables: dict[str, pd.DataFrame | None] = {}
         self._scores: dict[str, list[PromptScores]] = {}
         self.targets = [*run.targets, SUM] if len(run.targets) > 1 else run.targets or [SUM]
@@ -53,6 +52,10 @@ class Held:
         self.prompt_ids = [group.prompt_id for group in self.scores(self.last)]
         """Prompts that were measured."""
         self.shown = self.prompt_ids[:SHOWN_PROMPTS]
+
+    def options(self, table: str) -> EstimateConfig:
+        """Return the options that a table was made with; of a table that the run lacks, the defaults."""
+        return self.run.options(COMMANDS.get(table, table))
 
     def table(self, name: str) -> pd.DataFrame | None:
         """Return one estimate table, None where the run has none."""

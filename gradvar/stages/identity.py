@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradvar.errors import GradvarError
-from gradvar.runs.config import CONFIGS, IDENTITY, Config, resolve
+from gradvar.runs.config import CONFIGS, IDENTITY, Config, EstimateConfig, resolve
 from gradvar.runs.records import Prompt
 from gradvar.runs.run import Run
 
 
 def agreed_config(run: Run, kind: type[Config], given: Mapping[str, Any]) -> Config:
     """Return the settings of one section: the run's own, overridden by what was given now.
+
+    How estimates are made is given each time: an earlier command's margin or advantage is no later one's default.
 
     Args:
         run: The run, new or not.
@@ -22,7 +24,7 @@ def agreed_config(run: Run, kind: type[Config], given: Mapping[str, Any]) -> Con
     Raises:
         GradvarError: A setting of the run's identity was given another value, or a value is out of range.
     """
-    stored = run.stored(kind)
+    stored = {} if kind is EstimateConfig else run.stored(kind)
     section = next(name for name, each in CONFIGS.items() if each is kind)
     asked = {name: value for name, value in given.items() if not (value == "auto" and name in stored)}
     config = resolve(kind, stored, asked)

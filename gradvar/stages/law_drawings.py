@@ -56,7 +56,7 @@ def length_laws_by_prompt(held: Held) -> list[Drawing | NotDrawn]:
 
 def kinds(held: Held) -> list[str]:
     """Return the advantages the law was fitted for: the score alone, and the run's own."""
-    return list(dict.fromkeys(["score", held.config.advantage]))
+    return list(dict.fromkeys(["score", held.options("law").advantage]))
 
 
 def exponents(held: Held) -> list[Drawing | NotDrawn]:
@@ -79,14 +79,16 @@ def exponents(held: Held) -> list[Drawing | NotDrawn]:
             rows = rows[rows["value"].notna()]
             if rows[by].nunique() < 2:
                 continue
-            draw = partial(plot_exponents, rows=rows, by=by, margin=held.config.margin, title=gradient_words(kind))
+            draw = partial(
+                plot_exponents, rows=rows, by=by, margin=held.options("law").margin, title=gradient_words(kind)
+            )
             panels.append(Panel(draw=draw, height=tall(int(1.4 * rows[by].nunique()))))
             drawn.append(rows)
         if panels:
             drawing = Drawing(
                 stem=f"exponents_by_{by.removesuffix('_id')}",
                 title=f"Exponents {words}",
-                alt=f"Fitted exponents with intervals, {words}; the grey band is 1 ± {held.config.margin:g}.",
+                alt=f"Fitted exponents with intervals, {words}; the grey band is 1 ± {held.options('law').margin:g}.",
                 panels=panels,
                 numbers=pd.concat(drawn, ignore_index=True),
             )
@@ -129,7 +131,7 @@ def atlas(held: Held) -> list[Drawing | NotDrawn]:
         panels.append(Panel(draw=draw, **size))
         drawn.append(chosen)
     shares = variance_share_table(
-        [group for target in held.run.targets for group in held.scores(target)], level=held.config.level
+        [group for target in held.run.targets for group in held.scores(target)], level=held.options("law").level
     )
     whole = overall(shares)
     draw = partial(plot_atlas, rows=whole, percent=True, label="share of the variance", title=_WHERE)

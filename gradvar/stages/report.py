@@ -15,7 +15,7 @@ from gradvar.estimators import advantages, deviations
 from gradvar.figures import Drawing, NotDrawn
 from gradvar.report import Material, PromptSample, Response, render_report
 from gradvar.runs import PromptScores, Run, SampleConfig, storage, target_label
-from gradvar.runs.config import CONFIGS
+from gradvar.runs.config import CONFIGS, as_json
 from gradvar.stages.agreement import disagreement, sampler_agreements
 from gradvar.stages.estimate import advice
 from gradvar.stages.figures import DRAWERS
@@ -62,7 +62,7 @@ def report(run: Run, listener: Listener | None = None) -> Path:
 
 
 def _material(held: Held, drawings: dict[str, Sequence[Drawing | NotDrawn]]) -> Material:
-    run, config = held.run, held.config
+    run, law, cv = held.run, held.options("law"), held.options("cv")
     tables = {name: table for name in COMMANDS if (table := held.table(name)) is not None}
     agreements = sampler_agreements(run)
     groups = held.scores(held.last)
@@ -73,10 +73,11 @@ def _material(held: Held, drawings: dict[str, Sequence[Drawing | NotDrawn]]) -> 
         missing={name: str(held.why_not(name)) for name in COMMANDS if name not in tables},
         drawings=drawings,
         target=held.last,
-        advantage=config.advantage,
-        group_size=config.group_size,
-        level=config.level,
-        margin=config.margin,
+        advantage=law.advantage,
+        cv_advantage=cv.advantage,
+        group_size=cv.group_size,
+        level=law.level,
+        margin=law.margin,
         advice=advice(run),
         disagreement=disagreement(run),
         sampler=pd.DataFrame([{"prompt_id": name, **vars(one)} for name, one in agreements.items()]),
@@ -84,7 +85,7 @@ def _material(held: Held, drawings: dict[str, Sequence[Drawing | NotDrawn]]) -> 
         left_out=max(0, len(groups) - MOST_PROMPTS),
         facts=_facts(run),
         commands=_commands(run),
-        config=json.dumps(run.info["config"], indent=2, ensure_ascii=False),
+        config=json.dumps({**run.info["config"], **_estimates(run)}, indent=2, ensure_ascii=False),
         prompts=len(groups),
         responses=sum(len(group.lengths) for group in groups),
         notes=_notes(held, groups),
@@ -99,7 +100,7 @@ def _sample(held: Held, scores: PromptScores) -> PromptSample:
     known = ~np.isnan(scores.rewards)
     if known.sum() > 1:
         mine = scores.verified()
-        factors = advantages(mine.rewards, held.config.advantage, lengths=mine.lengths)
+        factors = advantages(mine.rewards, held.options("law").advantage, lengths=mine.lengths)
         weighted[known] = deviations(mine.gram, factors)
     rewards = scores.rewards[known]
     return PromptSample(
@@ -168,7 +169,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         (
             "seeds",
             ", ".join(
-                f"{name} {run.stored(kind).get('seed', 0)}" for name, kind in CONFIGS.items() if name != "reward"
+                f"{name} {run.options('fit').seed if name == 'estimate' else run.stored(kind).get('seed', 0)}"
+                for name, kind in CONFIGS.items()
+                if name != "reward"
             ),
         ),
         ("made", str(info.get("created"))),
@@ -189,19 +192,28 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     return facts
 
 
+def _estimates(run: Run) -> dict[str, Any]:
+    """Return, by stage, the options its tables were made with."""
+    made = {name: stage["options"] for name, stage in run.info["stages"].items() if "options" in stage}
+    return {"estimates": made} if made else {}
+
+
 def _commands(run: Run) -> list[str]:
     """Return the commands that make this run again, stage by stage."""
     path = shlex.quote(str(run.path))
     skipped = ("include_bias", "device", "dtype")
     made = {stage: _options(run.info["config"].get(stage, {}), CONFIGS[stage], skipped) for stage in _MAKING}
     lines = [f"gradvar {stage} {path}{words}" for stage, words in made.items()]
-    lines.append(f"gradvar fit {path}{_options(run.info['config'].get('estimate', {}), CONFIGS['estimate'], ())}")
-    return [*lines, *(f"gradvar {stage} {path}" for stage in ("cv", "alpha", "audit", "figures", "report"))]
+    lines += [
+        f"gradvar {stage} {path}{_options(as_json(run.options(stage)), CONFIGS['estimate'], ())}"
+        for stage in ("fit", "cv", "alpha", "audit")
+    ]
+    return [*lines, *(f"gradvar {stage} {path}" for stage in ("figures", "report"))]
 
 
 def _options(stored: dict[str, Any], kind: type[Any], skipped: Sequence[str]) -> str:
     """Return a section's settings that differ from the defaults as options of the command line."""
-    renamed = {"rules": "rule", "alphas": "alpha"}
+    renamed = {"rules": "rule", "alphas": "alpha", "plan_rules": "plan_rule"}
     defaults = vars(kind())
     words = ""
     for name, value in stored.items():

@@ -26,6 +26,7 @@ from gradvar.figures import (
     plot_token_covariance,
     tall,
 )
+from gradvar.report.numbers import rule_name
 from gradvar.runs import target_label
 from gradvar.runs.rows import ALL_RESPONSES, overall
 from gradvar.stages.held import Held
@@ -138,15 +139,23 @@ def group_sizes(held: Held) -> Drawn:
         return [NotDrawn(stem="group_size", title=title, why=why)]
     rows = overall(_rows(held, "planning", "cv", "eta"))
     rows = rows[rows["group_size"].notna()]
+    by_rule = {str(rule): own for rule, own in rows.groupby(rows.apply(rule_name, axis=1), sort=False)}
     panels = [
-        Panel(draw=partial(plot_group_size, rows=rows, quantity=quantity, title=f"{name}: {target_label(held.last)}"))
+        Panel(
+            draw=partial(
+                plot_group_size, rows=own, quantity=quantity, title=f"{name} of {rule}: {target_label(held.last)}"
+            )
+        )
+        for rule, own in by_rule.items()
         for quantity, name in (("cv", "noise"), ("eta", "efficiency"))
-        if (rows["quantity"] == quantity).any()
+        if (own["quantity"] == quantity).any()
     ]
     if not panels:
         return [_silent("group_size", title)]
-    rule = rows["rule"].iloc[0]
-    alt = f"CV and efficiency of {rule} against the number of responses in a group; extrapolated sizes are hollow."
+    alt = (
+        f"CV and efficiency of {' and '.join(by_rule)} against the number of responses in a group; extrapolated sizes "
+        "are hollow."
+    )
     return [Drawing(stem="group_size", title=title, alt=alt, panels=panels, numbers=rows)]
 
 
@@ -216,7 +225,7 @@ def _rows(held: Held, table: str, *quantities: str) -> pd.DataFrame:
 
 def _compared_alphas(held: Held, rows: pd.DataFrame) -> pd.DataFrame:
     """Keep of the fine grid the alphas that the other tables compare."""
-    return rows[rows["alpha"].isna() | np.isin(rows["alpha"].to_numpy(dtype=float), [0.0, *held.config.alphas])]
+    return rows[rows["alpha"].isna() | np.isin(rows["alpha"].to_numpy(dtype=float), [0.0, *held.options("cv").alphas])]
 
 
 def _drawing(

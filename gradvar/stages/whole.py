@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gradvar.errors import GradvarError
-from gradvar.estimators import find_rule
+from gradvar.estimators import find_rule, parse_variant
 from gradvar.gradients import check_targets
 from gradvar.models import find_model, load_skeleton
 from gradvar.rollouts.rewards import choose_reward
@@ -74,6 +74,8 @@ def check_estimates(run: Run, given: Mapping[str, Any]) -> None:
     """
     for rule in agreed_config(run, EstimateConfig, given).rules:
         find_rule(rule)
+    for planned in agreed_config(run, EstimateConfig, given).plan_rules:
+        parse_variant(planned)
     agreed_config(run, MeasureConfig, given)
     agreed_config(run, RewardConfig, given)
 

@@ -59,7 +59,7 @@ def test_audit_prints_words_and_writes_every_assumption(call, tmp_path):
     assert all(both[a] == {"these prompts", "prompts like these"} for a in (0, 2, 3, 4))
     document = json.loads(call("audit", tmp_path / "r", "--json"))
     assert {row["length_high"] for row in document["audit"]}
-    assert gradvar.open_run(tmp_path / "r").info["config"]["estimate"]["length_margin"] == 0.4
+    assert gradvar.open_run(tmp_path / "r").options("audit").length_margin == 0.25
 
 
 def test_audit_refuses_bad_options_and_writes_nothing(call, tmp_path):
@@ -196,23 +196,25 @@ def test_extras_of_dapo_beside_the_plain_update(call, tmp_path):
     simulated(tmp_path / "r", 1, 2, texts=["a", "b"], signal=3.0, targets=TARGETS[:1])
     out = call("cv", tmp_path / "r", "--extras", "--overlong-buffer", "900")
     assert "DAPO's extras, each beside the plain update" in out
+    assert gradvar.open_run(tmp_path / "r").options("cv").overlong_buffer == 900
     document = json.loads(call("cv", tmp_path / "r", "--extras", "--json"))
     assert {row["extra"] for row in document["extras"] if row["rule"] == "dapo"} >= {"none", "dynamic sampling"}
     complete(gradvar.open_run(tmp_path / "r").table("extras"), 0)
-    assert gradvar.open_run(tmp_path / "r").info["config"]["estimate"]["overlong_buffer"] == 900
+    assert gradvar.open_run(tmp_path / "r").options("cv").overlong_buffer is None
     line = call("cv", tmp_path / "r", "--extras", "--overlong-buffer", "0", code=2)
     assert "--overlong-buffer: expected at least 1 token" in line
 
 
 def test_noise_scale_of_prompts_like_these_only_where_it_has_an_interval():
     from cli.choices import _across
+    from cli.console import count
 
     row = {"target": "sum", "prompt_id": None, "quantity": "responses_for_cv_1", "estimand": "prompts like these"}
     table = pd.DataFrame([{**row, "low": 12.2, "high": 30.0}])
-    assert _across(table) == "; prompts like these [12, 30]"
-    assert _across(table.assign(low=math.nan)) == ""
-    assert _across(table.assign(prompt_id="p0")) == ""
-    assert _across(table.drop(columns="estimand")) == ""
+    assert _across(table, row, count) == "; prompts like these [12, 30]"
+    assert _across(table.assign(low=math.nan), row, count) == ""
+    assert _across(table.assign(prompt_id="p0"), row, count) == ""
+    assert _across(table.drop(columns="estimand"), row, count) == ""
 
 
 def test_responses_that_are_a_lower_bound_are_printed_so(call, tmp_path):

@@ -7,6 +7,7 @@ from scipy import stats
 
 from gradvar.errors import GradvarError
 from gradvar.estimators import conditional_cv, cv_table, find_rule, form_table, paper_order, total_form
+from gradvar.runs.records import Estimate
 from tests.estimators import references, simulator
 from tests.estimators.test_tables import only, pick, prompts
 
@@ -122,7 +123,19 @@ def test_the_order_against_dapo_and_in_form_3():
     assert set(total["quantity"]) == {"cv_ratio_form_3"}
     assert set(total["against"]) == {"dapo"}
     row = only(total, prompt_id="p0", rule="dr_grpo")
-    assert (row["paper"], row["holds"]) == ("equal", "violated" if row["verdict"] != "undetermined" else "undetermined")
+    assert (row["paper"], row["holds"]) == ("equal", paper_order.judge("equal", row["low"], row["high"]))
+
+
+def test_the_whole_order_can_hold_in_form_3():
+    groups = prompts(4, n=256, targets=("a",), beta=2.0, signal=3.0)
+    rules = ("grpo", "dapo", "vl_norm")
+    table = cv_table(groups, rules=rules, alphas=(1.0,), equality_margin=0.4, permutations=64, seed=0)
+    pooled = pick(total_form(table), prompt_id=None, estimand="these prompts")
+    assert dict(zip(pooled["rule"], pooled["holds"], strict=True)) == {"dapo": "holds", "vl_norm": "holds"}
+    assert paper_order.whole_order(list(pooled["holds"])) == "holds"
+    narrow = cv_table(groups, rules=rules, alphas=(1.0,), equality_margin=1e-4, permutations=64, seed=0)
+    row = only(total_form(narrow), prompt_id=None, estimand="these prompts", rule="vl_norm")
+    assert row["holds"] == "violated" or row["holds_needs"] > 256
 
 
 def test_the_papers_order_on_any_two_rules():
@@ -142,8 +155,47 @@ def test_the_papers_order_on_any_two_rules():
     assert paper_order.judge("at most 1", 1.1, 1.9) == "violated"
     assert paper_order.judge("at least 1", 0.9, math.inf) == "undetermined"
     assert paper_order.judge("equal", 0.9, 1.1) == "undetermined"
-    assert paper_order.judge("equal", 1.05, 1.1) == "violated"
+    assert paper_order.judge("equal", 1.04, 1.1) == "undetermined"
+    assert paper_order.judge("equal", 1.06, 1.1) == "violated"
+    assert paper_order.judge("equal", 0.96, 1.04) == "holds"
+    assert paper_order.judge("equal", 0.8, 0.96) == "undetermined"
+    assert paper_order.judge("equal", 0.8, 0.9, margin=0.3) == "holds"
+    assert paper_order.judge("equal", math.nan, math.nan) == "undetermined"
     assert paper_order.whole_order(["holds", "by algebra", "not claimed"]) == "holds"
     assert paper_order.whole_order(["holds", "undetermined"]) == "undetermined"
     assert paper_order.whole_order(["holds", "violated", "undetermined"]) == "violated"
-    assert paper_order.whole_order(["not claimed"]) == "undetermined"
+    assert paper_order.whole_order(["by algebra", "by algebra"]) == "holds"
+    assert paper_order.whole_order(["not claimed"]) == "not tested"
+
+
+@pytest.mark.parametrize("claimed", ["equal", "at least 1", "at most 1"])
+def test_a_ratio_of_1_up_to_rounding_bears_out_every_claim(claimed):
+    assert paper_order.judge(claimed, 1.0, 1.0) == "holds"
+    assert paper_order.judge(claimed, 1 - 1e-13, 1 + 1e-13) == "holds"
+    assert paper_order.side(1 - 1e-13, 1.0) == "equal"
+
+
+def test_what_would_decide_a_claim():
+    def ratio(value, low, high):
+        return Estimate(value=value, low=low, high=high, level=0.95, method="", n=128, clusters=2, seed=0)
+
+    # Half-width 0.2 up to the margin's end 0.05 away on the log scale: 64 (0.2 / 0.05)^2.
+    one = ratio(1.0, math.exp(-0.2), math.exp(0.2))
+    assert paper_order.needed_to_judge("equal", one, margin=math.expm1(0.05)) == pytest.approx(64 * 16, abs=1)
+    two = ratio(math.exp(0.1), math.exp(-0.1), math.exp(0.3))
+    assert paper_order.needed_to_judge("at least 1", two) == pytest.approx(64 * 4, abs=1)
+    assert math.isnan(paper_order.needed_to_judge("at least 1", ratio(1.5, 1.2, 1.9)))
+    assert paper_order.needed_to_judge("at least 1", ratio(1.0, 0.9, 1.1)) == math.inf
+
+
+def test_one_length_only_holds_alike_in_every_form():
+    groups = [replace(g, lengths=np.full_like(g.lengths, 50.0)) for g in prompts(1, n=64, targets=("a",))]
+    parts = [form_table(groups, reference=r, seed=0) for r in ("grpo", "dapo")]
+    total = cv_table(groups, further_references=("dapo",), permutations=64, seed=0)
+    ratios = total[total["quantity"] == "cv_ratio"]
+    assert set(ratios["verdict"]) == {"equal"}
+    for table in (*parts, total_form(total)):
+        judged = table[table["paper"] != "nothing"] if "paper" in table else table
+        for _, own in judged.groupby("quantity"):
+            assert set(own["holds"]) <= {"holds", "by algebra"}
+            assert paper_order.whole_order(list(own["holds"])) == "holds"

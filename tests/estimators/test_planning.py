@@ -2,12 +2,13 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 from gradvar.errors import GradvarError
 from gradvar.estimators import alpha_table, cv_table, planning_table
-from gradvar.estimators.planning import responses_for_cv_1
+from gradvar.estimators.planning import parse_variant, responses_for_cv_1
 from gradvar.runs.records import Estimate
 from tests.estimators import references
 from tests.estimators.test_tables import only, pick, prompts
@@ -203,3 +204,26 @@ def test_prompts_like_these_by_leaving_out_prompts():
     assert eta["value"] == pytest.approx(1 - math.exp(whole))
     assert eta["low"] == pytest.approx(1 - math.exp(whole + half(logs) - min(bias, 0)))
     assert eta["high"] == pytest.approx(1 - math.exp(whole - half(logs) - max(bias, 0)))
+
+
+def test_further_rules_have_the_rows_that_they_have_alone(groups):
+    options = {"sizes": (8, 16, 64), "permutations": 32, "seed": 4}
+    both = planning_table(groups, rule="grpo", further=[("vl_norm", 1.0)], **options)
+    alone = planning_table(groups, rule="vl_norm", alpha=1.0, **options)
+    mine = pick(both, rule="vl_norm").reset_index(drop=True)
+    theirs = alone[alone["quantity"] != "silent_share"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(mine, theirs, rtol=1e-9)
+    assert set(pick(both, quantity="silent_share")["rule"]) == {"grpo"}
+
+
+def test_a_planned_rule_is_its_name_with_an_alpha_where_it_takes_one():
+    assert parse_variant("grpo") == ("grpo", None)
+    assert parse_variant("vl_norm:0.75") == ("vl_norm", 0.75)
+    for text, words in (
+        ("vl_norm", "vl_norm:1"),
+        ("grpo:1", "takes no alpha"),
+        ("vl_norm:x", "received"),
+        ("gro", "grpo"),
+    ):
+        with pytest.raises(GradvarError, match=words):
+            parse_variant(text)

@@ -1,0 +1,82 @@
+"""Efficiency of every update over that of VL Norm at its best alpha, paired: the same groups, the same replicates.
+
+    log eta(a) - log eta(best),   log eta(best) = sum_g w_g log eta(grid_g)
+
+w are the spline's weights at the argmax (`best_alpha`), so the reference may lie between the grid's alphas. ||grad J||
+cancels in a ratio. The best alpha is held fixed in the replicates: it was chosen on the same data, which flatters it by
+about its own slope's error squared over twice the curvature, and nothing else.
+
+The interval is the delete-one jackknife of the log, t, less what the choice of permutations adds; on the lower side,
+where rare short responses unseen would lie, nothing is taken out.
+Shape letters: N responses, R kinds of update, of which the last G are VL Norm on the grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from gradvar.estimators.best_alpha import fine_alphas, spline
+from gradvar.estimators.bias import Array, Jackknifed, Products, estimate_of, jackknifed, log_efficiency
+from gradvar.estimators.intervals import jackknife_variance
+from gradvar.estimators.paper_order import ROUNDING
+from gradvar.runs.records import Estimate
+
+
+def eta_ratios(
+    pool: Sequence[Products], grid: Sequence[float], best: float, *, level: float, method: str, across: bool
+) -> list[Estimate]:
+    """Return eta over VL Norm's at `best` for every kind of update.
+
+    Args:
+        pool: Prompts' products; the last G kinds of update are VL Norm on the grid.
+        grid: Ascending alphas (G,).
+        best: Alpha of the reference, inside the grid's range.
+        level: Nominal coverage.
+        method: Of the records.
+        across: For prompts like these, else for these prompts.
+
+    Returns:
+        R estimates, NaN with "unresolved" where an update is not known to go along grad J. Exactly 1 has [1, 1].
+    """
+    values, _ = spline(grid)
+    weights = values[:, int(np.argmin(np.abs(fine_alphas(grid) - best)))]
+    size = len(grid)
+
+    def over_best(same: Array, cross: Array, mixed: Array, direction: Array) -> Array:
+        logs = log_efficiency(same, cross, mixed, direction)
+        return np.asarray(logs - (logs[..., -size:] @ weights)[..., None])
+
+    result = replace(jackknifed(pool, over_best, across=across), surplus=None)
+    if not across:
+        noise = _noise(pool, weights, size)
+        result = replace(result, surplus=(noise, np.zeros_like(noise)))
+    return [_ratio(result, k, level=level, method=method) for k in range(len(result.value))]
+
+
+def _noise(pool: Sequence[Products], weights: Array, size: int) -> Array:
+    """(R,) variance that the choice of permutations adds to the jackknife's, to first order."""
+    same = np.sum([p.same[0] for p in pool], axis=0)
+    mixed = np.sum([p.mixed[0, :, 0] for p in pool], axis=0)
+    total = np.zeros(len(same))
+    with np.errstate(all="ignore"):
+        for p in pool:
+            moved = 2.0 * p.noise[2][:, :, 0] / mixed - p.noise[0] / same
+            total += jackknife_variance(moved - (moved[:, -size:] @ weights)[:, None])
+    return total
+
+
+def _ratio(result: Jackknifed, k: int, *, level: float, method: str) -> Estimate:
+    apart = max(float(np.abs(r[:, k]).max()) for r in result.replicates)
+    if apart <= ROUNDING and abs(float(result.value[k])) <= ROUNDING:
+        one = estimate_of(result, k, level=level, method=method)
+        return replace(one, value=1.0, low=1.0, high=1.0)
+    found = estimate_of(result, k, level=level, method=method)
+    if math.isnan(found.value):
+        return replace(found, low=math.nan, high=math.nan)
+    whole = estimate_of(replace(result, surplus=None), k, level=level, method=method)
+    low, high = min(found.low, whole.low), found.high
+    return replace(found, value=math.exp(found.value), low=math.exp(max(low, -700.0)), high=math.exp(min(high, 700.0)))
