@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.calibration_truths import ALPHAS, GRID, GROUP, LAW, LONGEST, RULES, Truths, label
+from benchmarks.calibration_truths import ALPHAS, GRID, GROUP, LAW, LONGEST, RULES, Truths, eta_ratio_truth, label
 from gradvar.estimators import find_rule
 from gradvar.estimators.additive import of_prompts_like_these, of_these_prompts, ratio_of_signals
 from gradvar.estimators.baselines import baseline_sums, log_independence_ratio
@@ -24,6 +24,7 @@ from gradvar.estimators.bias import (
     cosine_estimate,
     estimate_of,
     eta_estimate,
+    inner_product,
     jackknifed,
     length_direction,
     log_efficiency,
@@ -35,19 +36,21 @@ from gradvar.estimators.bias import (
     scale,
 )
 from gradvar.estimators.cv import cv_from_rho, pooled_rho
+from gradvar.estimators.eta_ratios import eta_ratios
 from gradvar.estimators.groups import GroupMoments, draw_groups, group_coefficients, group_moments, moments_of_kinds
 from gradvar.estimators.identity import identity_from_parts, identity_parts
 from gradvar.estimators.inputs import is_silent
 from gradvar.estimators.law import fit_exponent
 from gradvar.estimators.law_samples import Sample, sample_of, spread_of
 from gradvar.estimators.length_bins import bin_products, length_bins
+from gradvar.estimators.noise_scale import noise_moments
 from gradvar.estimators.pairs import mean_coefficients, pair_covariance
 from gradvar.estimators.prediction import Pair, predictions
 from gradvar.estimators.proxies import prompt_pairs
 from gradvar.estimators.ratios import pooled_cv_ratio
 from gradvar.estimators.spread import NEIGHBOURS
 from gradvar.estimators.surplus import of_log_efficiency, of_log_rho
-from gradvar.estimators.tails import LengthTails, angle_tails, length_tails
+from gradvar.estimators.tails import LengthTails, Variant, angle_tails, length_tails
 from gradvar.estimators.token_covariance import share_estimate, share_sums
 from gradvar.runs.records import Estimate, PromptScores
 from tests.estimators import simulator
@@ -56,6 +59,7 @@ Array = NDArray[np.float64]
 
 HERE, LIKE = "these prompts", "prompts like these"
 LEVEL = 0.95
+RATIO = "eta ratio "
 PERMUTATIONS = 512
 """The default's: what the choice of permutations adds depends on it."""
 MANY = 512
@@ -116,6 +120,11 @@ def every_interval(
         if kind not in kinds:
             continue
         for name, one, across in maker(prompts, rng):
+            if name.startswith(RATIO):
+                rule, _, best = name.removeprefix(RATIO).rpartition(" at ")
+                if "eta grpo" in here:
+                    truth = eta_ratio_truth(here, rule, float(best))
+                    found.append(_found(f"{RATIO}{rule} over the best vl_norm", HERE, truth, one))
             if name in here:
                 found.append(_found(name, HERE, here[name], one))
             if across is not None and like is not None and name in like:
@@ -177,7 +186,9 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
     c = [_coefficients(s, g) for s, g in zip(used, drawn, strict=True)]
     kinds = [moments_of_kinds(s.gram, g, one[REWARDED]) for s, g, one in zip(used, drawn, c, strict=True)]
     moments: dict[int, list[GroupMoments]] = {k: [one[i] for one in kinds] for i, k in enumerate(REWARDED)}
-    tails = {k: [_tails(s, k) for s in used] for k in REWARDED}
+    variants = [(find_rule(rule), alpha) for rule, alpha in RULES]
+    tails = {k: [_tails(s, variants[k]) for s in used] for k in REWARDED}
+    alone: dict[str, Any] = {"group_size": 1, "level": LEVEL}
     for k in REWARDED:
         name = label(*RULES[k])
         here, like = pooled_rho(moments[k], group_size=GROUP, level=LEVEL, tails=tails[k])
@@ -187,8 +198,11 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
             cv = cv_from_rho(here)
             squares = {end: GROUP * getattr(cv, end) ** 2 for end in ("value", "low", "high")}
             yield "noise scale grpo", replace(cv, **squares), None
+            own = [cv_from_rho(one) for one in pooled_rho([noise_moments(s.gram, s.rewards) for s in used], **alone)]
+            squared = [replace(one, value=one.value**2, low=one.low**2, high=one.high**2) for one in own]
+            yield "noise scale of the gradient", squared[0], squared[1]
         else:
-            both = [_tails(s, k, 0) for s in used]
+            both = [_tails(s, variants[k], variants[0]) for s in used]
             ratio = pooled_cv_ratio(moments[k], moments[0], group_size=GROUP, level=LEVEL, tails=both)
             yield f"cv ratio {name}/grpo", ratio, None
     yield from _sizes(used, rng)
@@ -199,27 +213,30 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
         for s, g, one in zip(used, drawn, c, strict=True)
     ]
     noise, angle = jackknifed(pool, log_noise), jackknifed(pool, cosine)
-    along, longer = jackknifed(pool, scale), jackknifed(pool, pressure(1))
+    along, product, longer = (jackknifed(pool, one) for one in (scale, inner_product(1), pressure(1)))
     for k in REWARDED:
         name = label(*RULES[k])
-        variant = find_rule(RULES[k][0]), RULES[k][1]
         turning = [
-            angle_tails(s.gram, s.rewards, s.lengths, variant, advantage="grpo", max_length=LONGEST) for s in used
+            angle_tails(s.gram, s.rewards, s.lengths, variants[k], advantage="grpo", max_length=LONGEST) for s in used
         ]
         yield f"eta {name}", eta_estimate(pool, noise, k, level=LEVEL, method="", tails=tails[k]), None
         yield f"cosine {name}", cosine_estimate(pool, angle, k, level=LEVEL, method="", tails=turning), None
         yield f"scale {name}", estimate_of(along, k, level=LEVEL, method=""), None
+        yield f"length product {name}", estimate_of(product, k, level=LEVEL, method=""), None
         yield f"length pressure {name}", estimate_of(longer, k, level=LEVEL, method=""), None
     pairs = np.sum([_pairs(*one) for one in zip(used, drawn, c, strict=True)], axis=0)
-    alone = [p.of_updates(slice(3, None)) for p in pool]
+    curve = [p.of_updates(slice(3, None)) for p in pool]
     for what, statistic, part in (("eta", log_efficiency, of_log_efficiency), ("cv", log_rho, of_log_rho)):
         with np.errstate(all="ignore"):
-            twice = part(alone, pairs, GROUP)
-        yield (
-            f"alpha* by {what}",
-            best_of_curve(jackknifed(alone, statistic), GRID, level=LEVEL, method="", pairs=twice),
-            None,
-        )
+            twice = part(curve, pairs, GROUP)
+        star = best_of_curve(jackknifed(curve, statistic), GRID, level=LEVEL, method="", pairs=twice)
+        yield f"alpha* by {what}", star, None
+        if what == "eta" and math.isfinite(star.value):
+            best = find_rule("vl_norm"), star.value
+            ends = [[_tails(s, variant, best) for s in used] for variant in variants]
+            ratios = eta_ratios(pool, GRID, star.value, level=LEVEL, method="", across=False, tails=ends)
+            for k in REWARDED:
+                yield f"{RATIO}{label(*RULES[k])} at {star.value}", ratios[k], None
 
 
 def _permutations(n: int) -> int:
@@ -232,11 +249,8 @@ def _pairs(s: PromptScores, groups: NDArray[np.intp], updates: Array) -> Array:
     return pair_covariance(s.gram, means[:-1], means[-1])
 
 
-def _tails(s: PromptScores, k: int, reference: int | None = None) -> LengthTails:
-    rule, *other = [(find_rule(RULES[j][0]), RULES[j][1]) for j in (k, reference) if j is not None]
-    return length_tails(
-        s.gram, s.rewards, s.lengths, rule, other[0] if other else None, advantage="grpo", max_length=LONGEST
-    )
+def _tails(s: PromptScores, rule: Variant, reference: Variant | None = None) -> LengthTails:
+    return length_tails(s.gram, s.rewards, s.lengths, rule, reference, advantage="grpo", max_length=LONGEST)
 
 
 def _coefficients(s: PromptScores, groups: NDArray[np.intp]) -> Array:
@@ -263,7 +277,9 @@ def _sizes(used: list[PromptScores], rng: np.random.Generator) -> Made:
                 groups, s.rewards, s.lengths, find_rule("grpo"), advantage="grpo", max_length=LONGEST
             )
             parts.append(group_moments(s.gram, groups, made))
-        here, like = pooled_rho(parts, group_size=size, level=LEVEL, tails=[_tails(s, 0) for s in used])
+        here, like = pooled_rho(
+            parts, group_size=size, level=LEVEL, tails=[_tails(s, (find_rule("grpo"), None)) for s in used]
+        )
         yield f"planning: cv at n = {size}", cv_from_rho(here), cv_from_rho(like)
         if far is not None:
             cv = cv_from_rho(here)

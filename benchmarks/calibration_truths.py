@@ -60,6 +60,8 @@ class Moments:
     """(2,) grad J."""
     longer: Array
     """(2,) grad E[L]."""
+    power: float
+    """E ||(r - E r) s||^2."""
 
 
 def group_moments_of(
@@ -87,6 +89,11 @@ def group_moments_of(
     )
     z, lengths, chance = _grid(law)
     drift = law.get("drift", 0.0)
+    v = (lengths / simulator.TYPICAL_LENGTH) ** law["beta"] + (drift * z) ** 2
+    power = sum(
+        float((share * (r - p_all) ** 2 * (v + (law["signal"] * (r - chance)) ** 2)).mean())
+        for r, share in ((1.0, chance), (0.0, 1.0 - chance))
+    )
     return Moments(
         mean=mean[:-1],
         same=same[:-1],
@@ -94,6 +101,7 @@ def group_moments_of(
         everyone=np.array([same[-1] - float(mean[-1] @ mean[-1]), norms[-1]]),
         gradient=np.array([law["signal"] * float((chance * (1 - chance)).mean()), drift * float((chance * z).mean())]),
         longer=np.array([0.0, drift * float((lengths * z).mean())]),
+        power=power,
     )
 
 
@@ -122,6 +130,7 @@ def group_truths(prompts: list[Moments]) -> Truths:
             f"eta {name}": eta[k],
             f"cosine {name}": mixed[k] / math.sqrt(cross[k] * direction),
             f"scale {name}": mixed[k] / direction,
+            f"length product {name}": longer[k],
             f"length pressure {name}": longer[k] / mixed[k],
         }
     between, _ = spline(GRID)
@@ -132,7 +141,16 @@ def group_truths(prompts: list[Moments]) -> Truths:
     norms = np.sum([m.norms[0] for m in prompts])
     found["assumption 3: baseline ratio"] = group / everyone[0] * everyone[1] / norms
     found["noise scale grpo"] = GROUP * cv[0] ** 2
+    found["noise scale of the gradient"] = sum(m.power for m in prompts) / direction - 1.0
     return found
+
+
+def eta_ratio_truth(found: Truths, name: str, best: float) -> float:
+    """Eta of a rule over VL Norm's at an alpha between the grid's."""
+    between, _ = spline(GRID)
+    weights = between[:, int(np.argmin(np.abs(fine_alphas(GRID) - best)))]
+    curve = np.log([found[f"eta {label('vl_norm', alpha)}"] for alpha in GRID])
+    return float(found[f"eta {name}"] / math.exp(curve @ weights))
 
 
 def law_truths(prompts: list[dict[str, Any]]) -> Truths:

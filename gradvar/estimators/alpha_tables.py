@@ -270,16 +270,18 @@ def _rows_of_pool(
         verdict = UNRESOLVED if math.isnan(star.value) else "resolved"
         rows.append(TableRow(quantity=name, estimate=star, target="", rule=find_rule("vl_norm").name, verdict=verdict))
         if name == "alpha_star_eta":
-            rows += _ratio_rows(pool, star, variants, grid, level=level, across=across)
+            rows += _ratio_rows(pool, prompts, star, variants, grid, advantage=advantage, level=level, across=across)
     return rows
 
 
 def _ratio_rows(
     pool: Sequence[Products],
+    prompts: Sequence[PromptScores],
     star: Estimate,
     variants: Sequence[tuple[Rule, float | None]],
     grid: Sequence[float],
     *,
+    advantage: str,
     level: float,
     across: bool,
 ) -> list[TableRow]:
@@ -288,7 +290,15 @@ def _ratio_rows(
         none = replace(star, low=math.nan, high=math.nan, method=f"{method}; unresolved: no best alpha")
         ratios = [none] * len(variants)
     else:
-        ratios = eta_ratios(pool, grid, star.value, level=level, method=method, across=across)
+        best = find_rule("vl_norm"), star.value
+        tails = [
+            [
+                length_tails(s.gram, s.rewards, s.lengths, variant, best, advantage=advantage, max_length=s.max_length)
+                for s in prompts
+            ]
+            for variant in variants
+        ]
+        ratios = eta_ratios(pool, grid, star.value, level=level, method=method, across=across, tails=tails)
     return [
         TableRow(
             quantity="eta_ratio",

@@ -21,13 +21,20 @@ import numpy as np
 
 from gradvar.estimators.best_alpha import fine_alphas, spline
 from gradvar.estimators.bias import Array, Jackknifed, Products, estimate_of, jackknifed, log_efficiency
-from gradvar.estimators.intervals import jackknife_variance
 from gradvar.estimators.paper_order import ROUNDING
+from gradvar.estimators.tails import LengthTails
 from gradvar.runs.records import Estimate
 
 
 def eta_ratios(
-    pool: Sequence[Products], grid: Sequence[float], best: float, *, level: float, method: str, across: bool
+    pool: Sequence[Products],
+    grid: Sequence[float],
+    best: float,
+    *,
+    level: float,
+    method: str,
+    across: bool,
+    tails: Sequence[Sequence[LengthTails]] | None = None,
 ) -> list[Estimate]:
     """Return eta over VL Norm's at `best` for every kind of update.
 
@@ -38,6 +45,7 @@ def eta_ratios(
         level: Nominal coverage.
         method: Of the records.
         across: For prompts like these, else for these prompts.
+        tails: Of every kind of update, one a prompt: `length_tails` beside VL Norm at `best`, of CVs.
 
     Returns:
         R estimates, NaN with "unresolved" where an update is not known to go along grad J. Exactly 1 has [1, 1].
@@ -51,32 +59,20 @@ def eta_ratios(
         return np.asarray(logs - (logs[..., -size:] @ weights)[..., None])
 
     result = replace(jackknifed(pool, over_best, across=across), surplus=None)
-    if not across:
-        noise = _noise(pool, weights, size)
-        result = replace(result, surplus=(noise, np.zeros_like(noise)))
-    return [_ratio(result, k, level=level, method=method) for k in range(len(result.value))]
+    return [
+        _ratio(result, k, None if across or tails is None else tails[k], level=level, method=method)
+        for k in range(len(result.value))
+    ]
 
 
-def _noise(pool: Sequence[Products], weights: Array, size: int) -> Array:
-    """(R,) variance that the choice of permutations adds to the jackknife's, to first order."""
-    same = np.sum([p.same[0] for p in pool], axis=0)
-    mixed = np.sum([p.mixed[0, :, 0] for p in pool], axis=0)
-    total = np.zeros(len(same))
-    with np.errstate(all="ignore"):
-        for p in pool:
-            moved = 2.0 * p.noise[2][:, :, 0] / mixed - p.noise[0] / same
-            total += jackknife_variance(moved - (moved[:, -size:] @ weights)[:, None])
-    return total
-
-
-def _ratio(result: Jackknifed, k: int, *, level: float, method: str) -> Estimate:
+def _ratio(result: Jackknifed, k: int, tails: Sequence[LengthTails] | None, *, level: float, method: str) -> Estimate:
     apart = max(float(np.abs(r[:, k]).max()) for r in result.replicates)
     if apart <= ROUNDING and abs(float(result.value[k])) <= ROUNDING:
         one = estimate_of(result, k, level=level, method=method)
         return replace(one, value=1.0, low=1.0, high=1.0)
-    found = estimate_of(result, k, level=level, method=method)
+    turned = None if tails is None else [one.turned() for one in tails]
+    found = estimate_of(result, k, level=level, method=method, tails=turned)
     if math.isnan(found.value):
         return replace(found, low=math.nan, high=math.nan)
-    whole = estimate_of(replace(result, surplus=None), k, level=level, method=method)
-    low, high = min(found.low, whole.low), found.high
-    return replace(found, value=math.exp(found.value), low=math.exp(max(low, -700.0)), high=math.exp(min(high, 700.0)))
+    ends = math.exp(max(found.low, -700.0)), math.exp(min(found.high, 700.0))
+    return replace(found, value=math.exp(found.value), low=ends[0], high=ends[1])

@@ -21,7 +21,7 @@ Shape letters: N responses.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +58,11 @@ class LengthTails:
     long: Tail
     longest: float = math.inf
     """No response is longer, tokens."""
+
+    def turned(self) -> LengthTails:
+        """The same for what falls where the CV or noise rises: an efficiency."""
+        short, long = (Tail(side=-end.side, power=end.power) for end in (self.short, self.long))
+        return replace(self, short=short, long=long)
 
     def unseen(self, influence: Array) -> tuple[float, float]:
         """Influences of unseen responses: (root sum of squares of those that would lower the estimate, raise it).
