@@ -26,14 +26,12 @@ from gradvar.estimators.bias import (
     eta_estimate,
     inner_product,
     jackknifed,
-    length_direction,
     log_efficiency,
     log_noise,
     log_rho,
     pressure,
-    products,
-    reward_direction,
     scale,
+    what_is_known,
 )
 from gradvar.estimators.cv import cv_from_rho, pooled_rho
 from gradvar.estimators.eta_ratios import eta_ratios
@@ -52,6 +50,7 @@ from gradvar.estimators.spread import NEIGHBOURS
 from gradvar.estimators.surplus import of_log_efficiency, of_log_rho
 from gradvar.estimators.tails import LengthTails, Variant, angle_tails, length_tails
 from gradvar.estimators.token_covariance import share_estimate, share_sums
+from gradvar.estimators.update_products import length_direction, products, reward_direction
 from gradvar.runs.records import Estimate, PromptScores
 from tests.estimators import simulator
 
@@ -214,13 +213,18 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
     ]
     noise, angle = jackknifed(pool, log_noise), jackknifed(pool, cosine)
     along, product, longer = (jackknifed(pool, one) for one in (scale, inner_product(1), pressure(1)))
+    known = what_is_known(pool, level=LEVEL)
     for k in REWARDED:
         name = label(*RULES[k])
         turning = [
             angle_tails(s.gram, s.rewards, s.lengths, variants[k], advantage="grpo", max_length=LONGEST) for s in used
         ]
-        yield f"eta {name}", eta_estimate(pool, noise, k, level=LEVEL, method="", tails=tails[k]), None
-        yield f"cosine {name}", cosine_estimate(pool, angle, k, level=LEVEL, method="", tails=turning), None
+        yield f"eta {name}", eta_estimate(pool, noise, k, level=LEVEL, method="", tails=tails[k], known=known), None
+        yield (
+            f"cosine {name}",
+            cosine_estimate(pool, angle, k, level=LEVEL, method="", tails=turning, known=known),
+            None,
+        )
         yield f"scale {name}", estimate_of(along, k, level=LEVEL, method=""), None
         yield f"length product {name}", estimate_of(product, k, level=LEVEL, method=""), None
         yield f"length pressure {name}", estimate_of(longer, k, level=LEVEL, method=""), None

@@ -15,25 +15,19 @@ from gradvar.estimators.advantages import check_advantage
 from gradvar.estimators.aggregation import Rule, expand_rules, find_rule
 from gradvar.estimators.best_alpha import best_of_curve
 from gradvar.estimators.bias import (
-    Array,
-    Products,
     cosine,
     cosine_estimate,
-    direction_is_known,
-    entropy_direction,
     estimate_of,
     eta_estimate,
     gated,
     inner_product,
     jackknifed,
-    length_direction,
     log_efficiency,
     log_noise,
     log_rho,
     pressure,
-    products,
-    reward_direction,
     scale,
+    what_is_known,
 )
 from gradvar.estimators.cv import NO_GRADIENT, SILENT, UNRESOLVED
 from gradvar.estimators.eta_ratios import eta_ratios
@@ -44,6 +38,14 @@ from gradvar.estimators.pairs import mean_coefficients, pair_covariance
 from gradvar.estimators.paper_order import side
 from gradvar.estimators.surplus import of_log_efficiency, of_log_rho
 from gradvar.estimators.tails import angle_tails, length_tails
+from gradvar.estimators.update_products import (
+    Array,
+    Products,
+    entropy_direction,
+    length_direction,
+    products,
+    reward_direction,
+)
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
 
 ALPHA_GRID = tuple(np.arange(13) * 0.25)
@@ -233,7 +235,7 @@ def _rows_of_pool(
         (name, jackknifed(pool, inner_product(which), across=across), jackknifed(pool, pressure(which), across=across))
         for which, name in enumerate(("length", "entropy")[: 1 + with_entropy], start=1)
     ]
-    known = direction_is_known(pool, level=level, across=across)
+    known = what_is_known(pool, level=level, across=across)
     rows = []
     for k, variant in enumerate(variants):
         noisier, turning = (
@@ -241,13 +243,13 @@ def _rows_of_pool(
             for made in (length_tails, angle_tails)
         )
         labels: dict[str, Any] = {"target": "", "rule": variant[0].name, "alpha": variant[1]}
-        spoken: dict[str, Any] = {"level": level, "across": across}
+        spoken: dict[str, Any] = {"level": level, "across": across, "known": known}
         eta = eta_estimate(pool, noise, k, method=f"{way} of log(1 - eta)", tails=noisier, **spoken)
         upward = estimate_of(gained, k, level=level, method=way)
         for name, estimate in (
             ("eta", eta),
             ("cosine", cosine_estimate(pool, angle, k, method=way, tails=turning, **spoken)),
-            ("scale", gated(estimate_of(along, k, level=level, method=way), known)),
+            ("scale", gated(estimate_of(along, k, level=level, method=way), known.direction)),
         ):
             verdict = UNRESOLVED if math.isnan(estimate.value) else "resolved"
             rows.append(TableRow(quantity=name, estimate=estimate, verdict=verdict, **labels))

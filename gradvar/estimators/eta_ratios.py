@@ -20,9 +20,10 @@ from dataclasses import replace
 import numpy as np
 
 from gradvar.estimators.best_alpha import fine_alphas, spline
-from gradvar.estimators.bias import Array, Jackknifed, Products, estimate_of, jackknifed, log_efficiency
+from gradvar.estimators.bias import Jackknifed, estimate_of, jackknifed, log_efficiency
 from gradvar.estimators.paper_order import ROUNDING
 from gradvar.estimators.tails import LengthTails
+from gradvar.estimators.update_products import Array, Products
 from gradvar.runs.records import Estimate
 
 

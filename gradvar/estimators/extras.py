@@ -21,15 +21,7 @@ from numpy.typing import NDArray
 
 from gradvar.estimators.advantages import check_advantage
 from gradvar.estimators.aggregation import Rule, expand_rules
-from gradvar.estimators.bias import (
-    Products,
-    cosine,
-    estimate_of,
-    jackknifed,
-    products,
-    reward_direction,
-    within_one,
-)
+from gradvar.estimators.bias import cosine, estimate_of, jackknifed, within_one
 from gradvar.estimators.cv import UNRESOLVED, cv_from_rho, pooled_rho, resolution
 from gradvar.estimators.groups import (
     PERMUTATIONS,
@@ -45,6 +37,7 @@ from gradvar.estimators.intervals import THESE_PROMPTS, check_level
 from gradvar.estimators.ratios import pooled_cv_ratio
 from gradvar.estimators.tails import LengthTails, length_tails
 from gradvar.estimators.transforms import soft_overlong
+from gradvar.estimators.update_products import Products, products, reward_direction
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, no_estimate
 
 Array = NDArray[np.float64]

@@ -25,16 +25,7 @@ from numpy.typing import NDArray
 from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import check_advantage
 from gradvar.estimators.aggregation import Rule, expand_rules, find_rule
-from gradvar.estimators.bias import (
-    Array,
-    Products,
-    Statistic,
-    eta_estimate,
-    jackknifed,
-    log_noise,
-    products,
-    reward_direction,
-)
+from gradvar.estimators.bias import Statistic, eta_estimate, jackknifed, log_noise
 from gradvar.estimators.cv import UNRESOLVED, cv_from_rho, pooled_rho, resolution
 from gradvar.estimators.groups import PERMUTATIONS, GroupMoments, draw_groups, group_coefficients, pairs_of_kinds
 from gradvar.estimators.groups import silent_share as share_of_silent
@@ -47,6 +38,7 @@ from gradvar.estimators.intervals import (
     t_quantile,
 )
 from gradvar.estimators.tails import LengthTails, length_tails
+from gradvar.estimators.update_products import Array, Products, products, reward_direction
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, no_estimate
 
 SIZES = (4, 8, 16, 32, 64, 128)

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from gradvar.estimators.intervals import jackknife_variance
 
 if TYPE_CHECKING:
-    from gradvar.estimators.bias import Products, Statistic
+    from gradvar.estimators.bias import Statistic
+    from gradvar.estimators.update_products import Products
 
 Array = NDArray[np.float64]
 

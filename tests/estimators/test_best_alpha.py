@@ -6,11 +6,12 @@ from scipy import stats
 
 from gradvar.estimators import find_rule
 from gradvar.estimators.best_alpha import best_of_curve, fine_alphas, spline
-from gradvar.estimators.bias import Jackknifed, jackknifed, log_efficiency, products, reward_direction
+from gradvar.estimators.bias import Jackknifed, jackknifed, log_efficiency
 from gradvar.estimators.groups import draw_groups, group_coefficients
 from gradvar.estimators.intervals import effective_degrees
 from gradvar.estimators.pairs import mean_coefficients, pair_covariance
 from gradvar.estimators.surplus import of_log_efficiency
+from gradvar.estimators.update_products import products, reward_direction
 from tests.estimators import simulator
 
 GRID = tuple(np.arange(13) * 0.25)

@@ -11,21 +11,18 @@ from gradvar.errors import GradvarError
 from gradvar.estimators import aggregator_rho, alpha_table, find_rule, law_table, recommendation
 from gradvar.estimators.bias import (
     cosine,
-    entropy_direction,
     estimate_of,
     eta_estimate,
     jackknifed,
-    length_direction,
     log_noise,
     pressure,
-    products,
-    reward_direction,
     scale,
     within_one,
 )
 from gradvar.estimators.group_products import half_differences
 from gradvar.estimators.groups import draw_groups, group_coefficients
 from gradvar.estimators.inputs import generator
+from gradvar.estimators.update_products import entropy_direction, length_direction, products, reward_direction
 from gradvar.runs.records import Estimate
 from tests.estimators import references, simulator
 from tests.estimators.test_tables import only, pick, prompts

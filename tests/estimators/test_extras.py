@@ -8,10 +8,10 @@ import pytest
 
 from gradvar.errors import GradvarError
 from gradvar.estimators import alpha_table, cv_table, extras_table, find_rule, soft_overlong
-from gradvar.estimators.bias import reward_direction
 from gradvar.estimators.extras import FILTERING, PUNISHMENT, SAMPLING
 from gradvar.estimators.groups import draw_groups, group_coefficients, group_moments, loud_groups, silent_share
 from gradvar.estimators.inputs import generator
+from gradvar.estimators.update_products import reward_direction
 from tests.estimators import simulator
 from tests.estimators.test_tables import only, pick, prompts
 
