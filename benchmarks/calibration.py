@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.calibration --workers 2
 
-About 12 minutes on two cores. Each setting is written when it is done; with --only, --sizes or --kinds the other rows
+About 35 minutes on two cores. Each setting is written when it is done; with --only, --sizes or --kinds the other rows
 of the table are kept as they are. To try one thing: --kinds groups --each 400 --out elsewhere.csv.
 
 Gradients are drawn with a known law, mean, rank, token covariance and reward structure (tests/estimators/simulator.py),
@@ -263,7 +263,7 @@ def settings(scale: float) -> list[Setting]:
 
     made = [
         Setting(name=name, laws=(name,), n=n, prompts=1, draws=times(draws))
-        for name, (n, draws) in itertools.product(SETTINGS, ((16, 300), (64, 300), (128, 300), (512, 100)))
+        for name, (n, draws) in itertools.product(SETTINGS, ((16, 300), (64, 300), (128, 300), (512, 80)))
     ]
     made += [
         Setting(
@@ -274,7 +274,7 @@ def settings(scale: float) -> list[Setting]:
     names = tuple(SETTINGS)
     made += [
         Setting(name="8 prompts of any of these", laws=names, n=n, prompts=8, draws=times(draws))
-        for n, draws in ((16, 200), (64, 200), (128, 80), (512, 12))
+        for n, draws in ((16, 200), (64, 200), (128, 60), (512, 12))
     ]
     moving = ("beta 1, mean moves with L",)
     made.append(Setting(name="8 equal prompts, mean moves with L", laws=moving, n=64, prompts=8, draws=times(200)))
