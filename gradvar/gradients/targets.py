@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from gradvar.errors import GradvarError
 from gradvar.gradients.devices import input_device, is_offloaded
 from gradvar.gradients.experts import Direct, find_direct, is_one_expert
-from gradvar.gradients.fused import split_gate_up, split_qkv
+from gradvar.gradients.fused import Blocks, split_gate_up, split_qkv
 from gradvar.gradients.states import Autocast
 
 QKV_KINDS = ("q", "k", "v", "qkv", "kv")
@@ -208,6 +209,17 @@ def _whole(path: str, module: nn.Module, kind: str, layer: int | None) -> Target
     )
 
 
+def _content(layer: nn.Module) -> Iterator[object]:
+    """Yield what tells a layer from another of its class: its modules, their sizes and settings, not their number."""
+    for path, module in layer.named_modules():
+        yield path, type(module), *((name, tuple(p.shape)) for name, p in module.named_parameters(recurse=False))
+        for name, value in vars(module).items():
+            if isinstance(value, (bool, int, float, str)) and not re.search("layer|training", name):
+                yield name, value
+            elif isinstance(value, PreTrainedConfig):
+                yield name, id(value)
+
+
 def output_embeddings(model: nn.Module) -> nn.Module | None:
     """Return the module that makes logits, None where the model names none."""
     getter: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
@@ -234,7 +246,7 @@ class TargetCatalogue:
         self.layers = decoder_layers(model)
         self.whole: dict[str, Target] = {}
         self.refused: dict[str, str] = {}
-        self._splits: dict[tuple[object, ...], tuple[tuple[str, int, int], ...]] = {}
+        self._splits: dict[tuple[object, ...], Blocks] = {}
         number = {path: i for i, (path, _) in enumerate(self.layers)}
         head = output_embeddings(model)
         for path, module in model.named_modules():
@@ -310,7 +322,7 @@ class TargetCatalogue:
             return [target, *[replace(target, key=f"{target.key}:{name}", kind=name) for name in names]]
         path, layer = self.layers[target.layer]
         inside = target.module[len(path) + 1 :]
-        memo = (type(layer), inside, target.shape)
+        memo = (inside, *_content(layer))
         if memo not in self._splits:
             # its roundings would hide which rows matter to which
             with Autocast.current(input_device(self.model)).off():
