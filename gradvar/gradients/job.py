@@ -29,6 +29,10 @@ class TokenColumns:
     entropy: list[NDArray[np.float64] | None]
     collision: list[NDArray[np.float64] | None]
 
+    def copy(self) -> TokenColumns:
+        """Return columns of their own with the same values."""
+        return TokenColumns(logprobs=list(self.logprobs), entropy=list(self.entropy), collision=list(self.collision))
+
 
 @dataclass(kw_only=True, eq=False)
 class Job:

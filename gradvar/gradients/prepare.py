@@ -73,8 +73,8 @@ def planned(
         token_budget = min(1, token_budget or 1)
     kind = choose_checkpointing(model, checkpointing)
     with torch.inference_mode(False), torch.enable_grad(), frozen(model), full_precision():
-        head = Head(model, list(prompt_ids)[-_PROBE_TOKENS:])
-        tied, tied_scale = check_sharing(model, chosen, head)
+        head = Head(model, _different(prompt_ids, model))
+        tied, tied_scale = check_sharing(model, chosen, head, include_bias)
         check_causal(head.base, list(prompt_ids)[-_PROBE_TOKENS:])
         if not check_padding(head.base, list(prompt_ids)[-_PROBE_TOKENS:], padding_side):
             token_budget = min(1, token_budget or 1)
@@ -119,6 +119,13 @@ def planned(
         if device.type == "cpu":
             job.resident = Resident(before, usable(job.plan.memory_budget) + job.plan.host_memory_budget)
         yield job
+
+
+def _different(prompt: Sequence[int], model: nn.Module) -> list[int]:
+    """Return a few token ids, none twice: what is done to the logits may depend on the tokens."""
+    vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    found = dict.fromkeys([*reversed(prompt), *range(min(_PROBE_TOKENS, vocabulary))])
+    return list(found)[:_PROBE_TOKENS]
 
 
 def plan_measurement(

@@ -442,11 +442,16 @@ def test_an_input_changed_in_place_is_refused():
 
 def test_q_k_and_v_keep_their_common_input_once(qwen, monkeypatch):
     kept = []
-    monkeypatch.setattr(FactorStore, "_keep", lambda self, i, a, delta: kept.append(a.untyped_storage().data_ptr()))
-    monkeypatch.setattr(FactorStore, "fill", lambda self, i, start, stop, out: out.zero_())
+    own = FactorStore._keep
+
+    def keep(self, i, a, delta):
+        kept.append((a, a.untyped_storage().data_ptr()))
+        own(self, i, a, delta)
+
+    monkeypatch.setattr(FactorStore, "_keep", keep)
     measure_scores(qwen, [3] * 3, [[4], [5]], "last:qkv")
-    assert len(kept) == 6
-    assert len(set(kept)) == 1
+    assert len(kept) == 3 + 6  # of the witness, and of the two responses
+    assert len({pointer for _, pointer in kept}) == 2
 
 
 # -- refusals
