@@ -54,6 +54,12 @@ class Predictions:
         scores = replace(self.scores, hidden_gradient=gradient * factor.to(gradient.device, gradient.dtype)[:, None])
         return replace(self, weights=self.weights * factor, scores=scores)
 
+    def again(self, job: Job, factor: Tensor) -> Predictions:
+        """Return the same as `reweighted`, the head run anew: what is measured inside it is captured as it runs."""
+        weights = self.weights * factor
+        scores = job.head.token_scores(self.flat, self.tokens, weights, job.temperature, job.plan.chunk_bytes)
+        return replace(self, weights=weights, scores=scores)
+
 
 def new_store(job: Job, block: Block, count: int, host: HostMemory | None) -> GradientStore:
     """Return a store for so many responses: as the plan has it, or (without `host`) of a batch's factors alone."""

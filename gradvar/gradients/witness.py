@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gradvar.errors import GradvarError
 from gradvar.gradients.batches import Batch, UnalignedTokensError, make_batches
-from gradvar.gradients.capture import ParameterTaps, Sink, Taps
+from gradvar.gradients.capture import ParameterTaps, Sink, Taps, hooked
 from gradvar.gradients.collect import Predictions, collector, new_store, predictions
 from gradvar.gradients.devices import is_offloaded
 from gradvar.gradients.gram import GradientStore, piece
@@ -145,8 +145,10 @@ def make_witness(job: Job, blocks: Sequence[Block], batches: Sequence[Batch]) ->
         taps.listen(keep)
         direct.listen(held.compare)
         logprobs, hidden = _own_logprobs(alone, batch, count)
+        taps.listen(lambda path, a, delta: None)  # the model's own head may run once more, adapters in it too
         seen = predictions(alone, batch, hidden)
         seen.fill_heads([0], stores)
+        taps.listen(keep)
         gradient = _backward(logprobs, seen)
         held.compare_silent(set(direct.silent()))
     witness.hidden = hidden.detach()[0, witness.start :].clone()
@@ -252,21 +254,20 @@ class _Autograd:
             gap = size = 0.0
             for start, stop in _pieces(store, store.rows):
                 if kind == "bias":
-                    own = store.bias_gradient(0)[start:stop]
+                    own = store.bias_gradient(0)[start:stop].clone()
                 else:
                     own = torch.empty((stop - start, store.columns), dtype=store.dtype, device=store.device)
                     store.fill(0, start, stop, own)
                 rows = slice(block.start + start, block.start + stop)
-                exact = torch.zeros_like(own)
+                size += float(torch.linalg.vector_norm(own)) ** 2
                 if gradient is not None:
                     flat = gradient.flatten() if kind == "bias" else gradient
-                    exact = (flat.T if isinstance(module, Conv1D) and kind == "weight" else flat)[rows].to(own.device)
-                gap += float((own.double() - exact.double()).square().sum())
-                size += float(torch.maximum(own.double().square().sum(), exact.double().square().sum()))
+                    own -= (flat.T if isinstance(module, Conv1D) and kind == "weight" else flat)[rows].to(own.device)
+                gap += float(torch.linalg.vector_norm(own)) ** 2
             width = _size(self._job, self.parameters[name])
             terms = self._terms.get(name, 0.0)
             if gap > _ROUNDINGS[width] ** 2 * size + _TERM_ROUNDINGS[width] ** 2 * terms:
-                self._wrong[block.target.key] = (gap / size) ** 0.5
+                self._wrong[block.target.key] = (gap / size) ** 0.5 if size else float("inf")
 
     def compare_silent(self, names: set[str]) -> None:
         """Compare parameters that autograd found no use of."""
@@ -288,17 +289,6 @@ class _Autograd:
                 "autograd's, so it cannot be measured: its weight is used outside its module's call too, or the "
                 f"module does not compute x W' + b with its own weight{hooked(module)}; choose other targets"
             )
-
-
-def hooked(*modules: nn.Module) -> str:
-    """Return a remark that names the modules' own forward hooks, empty where there are none."""
-    names = [
-        f"{getattr(hook, '__qualname__', type(hook).__name__)} on {type(module).__name__}"
-        for module in modules
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        if not (getattr(hook, "__module__", None) or "").startswith("gradvar.")
-    ]
-    return f" (it has a forward hook: {', '.join(names)}?)" if names else ""
 
 
 def _size(job: Job, tensor: Tensor) -> int:
