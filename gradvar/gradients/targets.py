@@ -45,6 +45,7 @@ _BESIDE = re.compile(r"indexer|encoder_?attn|cross_?att.*|inter_attention")
 _LORA = re.compile(r"\.(?:lora_[AB]|modules_to_save)\.([^.]+)$")
 
 
+NO_MATRIX = "not a Linear or Conv1D"
 _NO_VALUES = "has weights on the meta device (no values)"
 
 
@@ -113,7 +114,7 @@ def features(module: nn.Module) -> tuple[int, int]:
 def refusal(path: str, module: nn.Module) -> str | None:
     """Return why a module cannot be measured, or None where it can."""
     if not is_linear(module):
-        return f"is a {type(module).__name__}, not a Linear or Conv1D"
+        return f"is a {type(module).__name__}, {NO_MATRIX}"
     weight = module._parameters.get("weight")
     if weight is None:
         return "has a weight that is computed from other parameters (a parametrisation)"
@@ -130,6 +131,11 @@ def _quantised(weight: torch.Tensor, module: nn.Module) -> str | None:
     if weight.is_floating_point() and weight.element_size() > 1:
         return None
     return f"has quantised weights ({str(weight.dtype).removeprefix('torch.')}, {type(module).__name__})"
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Return whether the module is a library's own Linear over quantised weights."""
+    return not is_linear(module) and "quant" in str(type(module)) and "Linear" in str(type(module))
 
 
 def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -152,8 +158,7 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if best is None or size > best[0]:
             best = (size, path, module)
     if best is None:
-        layers = ((path, str(type(module))) for path, module in model.named_modules())
-        packed = next((path for path, kind in layers if "quant" in kind and "Linear" in kind), None)
+        packed = next((path for path, module in model.named_modules() if _is_packed(module)), None)
         if packed is not None:
             raise GradvarError(
                 f"{packed} has quantised weights ({type(model.get_submodule(packed)).__name__}) and no plain Linear is "
@@ -262,6 +267,11 @@ class TargetCatalogue:
             self.whole[path] = _whole(path, module, kind, index)
         self.adapters = {path for path in self.whole if _acts(model, path)}  # those that act
 
+    def kind(self, path: str) -> str:
+        """Return the role of a module, measured or refused, by where it sits."""
+        number = next((i for i, (outer, _) in enumerate(self.layers) if path.startswith(f"{outer}.")), None)
+        return self._kind(path, number)
+
     def _kind(self, path: str, index: int | None) -> str:
         if index is None:
             return "other"
@@ -270,6 +280,9 @@ class TargetCatalogue:
 
     def _add_direct(self, path: str, module: nn.Module, index: int | None) -> None:
         """List what a module other than a Linear holds: an expert tensor or router, or else what is refused."""
+        if _is_packed(module):
+            self.refused[path] = f"has quantised weights ({type(module).__name__})"
+            return
         own = dict(module.named_parameters(recurse=False))
         found = {direct.weight: direct for direct in find_direct(path, module)} if index is not None else {}
         for name, weight in own.items():
