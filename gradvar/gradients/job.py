@@ -65,6 +65,11 @@ class Job:
     """Gives freed host memory back where the budget asks for it."""
     done: int = field(default=0)
 
+    def dtype_of(self, target: Target) -> torch.dtype:
+        """Return the dtype of a target's weights; those of one model may differ."""
+        parameters = self.model.get_submodule(target.module).parameters()
+        return next((p.dtype for p in parameters if p.is_floating_point()), self.dtype)
+
     @property
     def factor_dtype(self) -> torch.dtype:
         """The widest dtype that the targets' factors come in: peft keeps adapters in float32 beside bfloat16."""

@@ -133,11 +133,14 @@ def _add_reweighted(
 ) -> None:
     """Add the squared norms of the batch's reweighted scores, one more backward pass of its graph for each."""
     rows = range(len(batch.members))
+    head = () if job.head.module is None else tuple(job.head.module.modules())
+    inside_head = any(job.model.get_submodule(path) in head for path in job.tapped_paths(blocks))
     for index in range(job.extra.count):
         stores = [(block, new_store(job, block, len(rows), None)) for block in blocks]
         taps.listen(collector(job, batch, rows, stores))
         direct.listen(direct_collector(rows, stores))
-        other = seen.reweighted(job.extra.column(index, batch.members, seen.weights))
+        factor = job.extra.column(index, batch.members, seen.weights)
+        other = seen.again(job, factor) if inside_head else seen.reweighted(factor)
         _backward(other, taps, rows, stores, keep_graph=index + 1 < job.extra.count)
         for block, store in stores:
             bias = job.extra.include_bias and block.target.has_bias

@@ -24,6 +24,7 @@ from gradvar.gradients.reweighted import check_counts, reweightings
 from gradvar.gradients.sketch import SketchPlan
 from gradvar.gradients.specs import resolve_targets
 from gradvar.gradients.states import Autocast, frozen, full_precision
+from gradvar.gradients.targets import Target
 
 _PROBE_TOKENS = 8
 
@@ -92,7 +93,7 @@ def planned(
             device=device,
             padding_side=padding_side,
             packed=packs(model, head.base, list(prompt_ids)[-_PROBE_TOKENS:], packing),
-            dtype=next(p.dtype for p in model.parameters() if p.is_floating_point()),
+            dtype=_dtype(model, chosen),
             tied=tied,
             tied_scale=tied_scale,
             tokens=TokenColumns(logprobs=[None] * n, entropy=[None] * n, collision=[None] * n),
@@ -119,6 +120,13 @@ def planned(
         if device.type == "cpu":
             job.resident = Resident(before, usable(job.plan.memory_budget) + job.plan.host_memory_budget)
         yield job
+
+
+def _dtype(model: nn.Module, targets: Sequence[Target]) -> torch.dtype:
+    """Return the model's dtype; float64 where a target's weights are, whatever is beside them."""
+    modules = [model, *(model.get_submodule(target.module) for target in targets)]
+    first = [next(p.dtype for p in module.parameters() if p.is_floating_point()) for module in modules]
+    return torch.float64 if torch.float64 in first else first[0]
 
 
 def _different(prompt: Sequence[int], model: nn.Module) -> list[int]:

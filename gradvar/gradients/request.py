@@ -99,6 +99,13 @@ def _check_model(model: nn.Module) -> None:
         raise GradvarError(f"expected a transformers causal language model, received {type(model).__name__}")
     if getattr(config, "return_dict", True) is False:
         raise GradvarError("the model gives tuples, without names: set model.config.return_dict = True")
+    text = config.get_text_config()
+    cap = getattr(text, "attn_logit_softcapping", None)
+    if cap is not None and getattr(config, "_attn_implementation", None) == "sdpa":
+        raise GradvarError(
+            f"sdpa attention leaves out the soft cap of this model's attention (attn_logit_softcapping={cap:g}): load "
+            'it with attn_implementation="eager"'
+        )
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise GradvarError("the model was loaded under torch.inference_mode, so it has no gradients: load it outside")
     if getattr(config, "is_encoder_decoder", False):
