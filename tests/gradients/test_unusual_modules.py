@@ -1,0 +1,215 @@
+"""Modules called twice, shared, changed, in place, under autocast; heads that do more than multiply."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gradvar.errors import GradvarError
+from gradvar.gradients import list_targets, measure_scores, resolve_targets
+from gradvar.gradients.batches import make_batches
+from gradvar.gradients.gram import FactorStore
+from tests.gradients import references
+from tests.gradients.models import (
+    least_budget,
+    make_model,
+    make_prompt_and_responses,
+)
+
+
+def test_a_module_called_twice_sums_over_its_calls():
+    """ALBERT's way: both layers are one module."""
+    model = make_model("llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    prompt, responses = make_prompt_and_responses()
+    targets = [t for t in list_targets(model) if t.module.startswith("model.layers.0.mlp")]
+    assert len(targets) == 3
+    measured = measure_scores(model, prompt, responses, "model.layers.0.mlp.*", token_budget=60)
+    expected = references.flat_scores(model, targets, prompt, responses)
+    for target in targets:
+        gap = references.error(measured.grams[target.key].gram(), references.gram_of(expected[target.key]))
+        assert gap < 1e-10
+    least = least_budget(model, prompt, responses, "model.layers.0.mlp.*")
+    small = measure_scores(model, prompt, responses, "model.layers.0.mlp.*", memory_budget=least)
+    for key, gram in small.grams.items():
+        assert references.error(gram.gram(), measured.grams[key].gram()) < 1e-12
+
+
+def test_a_weight_that_two_modules_share_is_refused():
+    model = make_model("llama")
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(GradvarError, match=r"shares its weight with model\.layers\.0\.mlp\.up_proj"):
+        measure_scores(model, *make_prompt_and_responses(), "last:up")
+
+
+def test_a_module_that_computes_something_else_is_refused():
+    model = make_model("llama")
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda module, args, output: 1.01 * output)
+    with pytest.raises(GradvarError, match="does not compute x W'"):
+        measure_scores(model, *make_prompt_and_responses(), "last:up")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_module_that_computes_something_else_is_refused_in_half_precision(dtype):
+    model = make_model("llama", dtype)
+    measure_scores(model, *make_prompt_and_responses(), "last:up")
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda module, args, output: 1.1 * output)
+    with pytest.raises(GradvarError, match="does not compute x W'"):
+        measure_scores(model, *make_prompt_and_responses(), "last:up")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "found"),
+    [
+        ("cohere", {"logit_scale": 0.8333}, "linear, scaled by"),  # that of Command R+
+        ("granite", {"logits_scaling": 0.95}, "linear, scaled by"),
+        ("gemma2", {"final_logit_softcapping": 100.0}, "linear, soft-capped at"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_is_done_to_logits_is_seen_in_any_precision(name, changes, found, dtype):
+    prompt, responses = make_prompt_and_responses()
+    model = make_model(name, dtype, **changes)
+    measured = measure_scores(model, prompt, responses, "last:qkv")
+    assert measured.head.startswith(found)
+    number, given = float(measured.head.split()[-1]), next(iter(changes.values()))
+    assert number == pytest.approx(1 / given if name == "granite" else given, rel=max(1e-5, 2 * torch.finfo(dtype).eps))
+    model.eval()
+    for response, logprobs in zip(responses, measured.logprobs, strict=True):
+        expected = references.token_log_probs(model, prompt, response).detach().numpy()
+        np.testing.assert_allclose(logprobs, expected, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_what_no_curve_says_is_left_to_the_models_own_code():
+    """A head that adds to its logits: its own code is run, and the head itself cannot be measured."""
+    prompt, responses = make_prompt_and_responses()
+    model = make_model("llama")
+    model.lm_head.register_forward_hook(lambda module, args, output: output + 0.3 * output.square())
+    measured = measure_scores(model, prompt, responses, "last:qkv")
+    assert measured.head == "the model's own head"
+    for response, logprobs in zip(responses, measured.logprobs, strict=True):
+        expected = references.token_log_probs(model, prompt, response).detach().numpy()
+        np.testing.assert_allclose(logprobs, expected, atol=1e-12)
+    with pytest.raises(GradvarError, match="more to its logits than a matrix product, a scale or a soft cap"):
+        measure_scores(model, prompt, responses, "lm_head")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["qwen2_tied", "gpt2", "gemma", "mamba2"])  # Mamba's states are float32 at any dtype
+def test_a_plain_head_is_seen_in_half_precision(name, dtype):
+    assert measure_scores(make_model(name, dtype), *make_prompt_and_responses(), "*").head == "linear"
+
+
+def test_a_module_that_takes_no_part_is_an_error_not_a_zero():
+    model = make_model("llama")
+    model.model.layers[1].unused = nn.Linear(16, 16).double()
+    with pytest.raises(GradvarError, match=r"no gradient reached model\.layers\.1\.unused"):
+        measure_scores(model, *make_prompt_and_responses(), "model.layers.1.unused")
+
+
+def test_a_module_that_changes_its_projection_in_place():
+    model = make_model("llama")
+    model.model.layers[1].mlp.act_fn = nn.ReLU(inplace=True)
+    prompt, responses = make_prompt_and_responses()
+    targets = resolve_targets(model, "last:gate,down")
+    measured = measure_scores(model, prompt, responses, "last:gate,down")
+    expected = references.flat_scores(model, targets, prompt, responses)
+    for key, gram in measured.grams.items():
+        assert references.error(gram.gram(), references.gram_of(expected[key])) < 1e-10
+
+
+class TimeFirst(nn.Module):
+    """An MLP whose projections see (T, B, D), as some models have it."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.inner = mlp
+
+    def forward(self, x):
+        return self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_tokens_in_an_unknown_order_go_one_response_at_a_time():
+    model = make_model("llama")
+    model.model.layers[1].mlp = TimeFirst(model.model.layers[1].mlp)
+    prompt, responses = make_prompt_and_responses((17, 30, 30, 2, *[4] * 9))  # 8 tokens: nine would be one too many
+    targets = resolve_targets(model, "last:mlp")
+    expected = references.flat_scores(model, targets, prompt, responses)
+    for budget in (1, 64, 10_000):
+        seen = []
+        measured = measure_scores(model, prompt, responses, "last:mlp,q", token_budget=budget, on_progress=seen.append)
+        assert measured.plan.token_budget == 1
+        assert seen[-1] == len(responses)
+        for target in targets:
+            gap = references.error(measured.grams[target.key].gram(), references.gram_of(expected[target.key]))
+            assert gap < 1e-10
+
+
+def test_no_batch_has_as_many_rows_as_tokens():
+    prompt, responses = [3, 4], [[5] * 5 for _ in range(20)]
+    for budget in range(1, 120):
+        batches = make_batches(prompt, responses, budget, torch.device("cpu"))
+        shapes = [tuple(batch.input_ids.shape) for batch in batches]
+        assert (6, 6) not in shapes
+        assert sorted(i for batch in batches for i in batch.members) == list(range(20))
+        assert all(rows * length <= max(budget, length) for rows, length in shapes)
+
+
+def test_autocast_reaches_the_model_and_not_the_sums():
+    model = make_model("qwen2", torch.float32)
+    prompt, responses = make_prompt_and_responses()
+    exact = measure_scores(model, prompt, responses, "last:qkv")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        measured = measure_scores(model, prompt, responses, "last:qkv")
+        assert torch.is_autocast_enabled("cpu")
+    for key, gram in measured.grams.items():
+        assert gram.dtype == "float32 autocast bfloat16"
+        gap = references.error(gram.gram(), exact.grams[key].gram())
+        assert 1e-4 < gap < 0.1, "autocast had no effect, or too much"
+
+
+@pytest.mark.parametrize("name", ["phi3", "glm4", "falcon_interleaved"])
+def test_targets_are_the_same_under_autocast(name):
+    model = make_model(name, torch.float32)
+    specs = [target.key for target in list_targets(model)]
+    exact = measure_scores(model, *make_prompt_and_responses(), specs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert [target.key for target in list_targets(model)] == specs
+        measured = measure_scores(model, *make_prompt_and_responses(), specs)
+    for key, gram in measured.grams.items():
+        assert references.error(gram.gram(), exact.grams[key].gram()) < 0.2
+
+
+class Spoiler(nn.Module):
+    """Changes its projection's input in place afterwards."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        x = x.detach().clone()
+        y = self.linear(x)
+        x += 1
+        return y
+
+
+def test_an_input_changed_in_place_is_refused():
+    model = make_model("llama")
+    model.model.layers[1].self_attn.v_proj = Spoiler(model.model.layers[1].self_attn.v_proj)
+    with pytest.raises(GradvarError, match="input in place"):
+        measure_scores(model, *make_prompt_and_responses(), "*.1.*v_proj.linear")
+
+
+def test_q_k_and_v_keep_their_common_input_once(qwen, monkeypatch):
+    kept = []
+    own = FactorStore._keep
+
+    def keep(self, i, a, delta):
+        kept.append((a, a.untyped_storage().data_ptr()))
+        own(self, i, a, delta)
+
+    monkeypatch.setattr(FactorStore, "_keep", keep)
+    measure_scores(qwen, [3] * 3, [[4], [5]], "last:qkv")
+    assert len(kept) == 3 + 6  # of the witness, and of the two responses
+    assert len({pointer for _, pointer in kept}) == 2
