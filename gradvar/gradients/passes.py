@@ -25,7 +25,7 @@ from gradvar.gradients.gram import GradientStore
 from gradvar.gradients.job import Job, TokenValues
 from gradvar.gradients.plan import Block
 from gradvar.gradients.spill import HostMemory
-from gradvar.gradients.trunk import choose_forward
+from gradvar.gradients.trunk import Trunk, choose_forward
 from gradvar.gradients.witness import make_witness
 
 
@@ -70,6 +70,9 @@ def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool) -> list[tupl
             job.resident.make_room(needed)
             with job.autocast.on():
                 hidden = forward(batch)
+                if isinstance(forward, Trunk) and not _real_states_finite(batch, hidden):
+                    # rows of a mask without a single key have made NaN (Gemma 2, eager, float64)
+                    hidden = last_hidden(job.head.base, batch)
             job.resident.make_room(needed)
             witness.compare_states(batch, hidden)
             seen = predictions(job, batch, hidden)
@@ -87,6 +90,11 @@ def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool) -> list[tupl
         _check_silent(direct, ran)
     job.extra.add(norms)
     return stores
+
+
+def _real_states_finite(batch: Batch, hidden: Tensor) -> bool:
+    flat = hidden.detach().reshape(-1, hidden.shape[-1])
+    return bool((flat if batch.real is None else flat[batch.real]).isfinite().all())
 
 
 @contextmanager

@@ -304,13 +304,13 @@ def _pieces(store: GradientStore, rows: int) -> Iterator[tuple[int, int]]:
 
 
 def _same_in_batch(own: Tensor, alone: Tensor) -> bool:
-    """Return whether a batch changed no more than roundings; what is not finite is found elsewhere."""
+    """Return whether a batch changed no more than roundings; what is not finite alone is found elsewhere."""
     if own.shape != alone.shape:
         return False
     size = own.dtype.itemsize
     own, alone = own.double(), alone.to(own.device).double()
     gap = (own - alone).abs()
-    if not bool(gap.isfinite().all()):
+    if not bool(alone.isfinite().all()):
         return True
     if size > 2:
         return float(gap.max()) <= _BATCH_ROUNDINGS[size] * float(alone.abs().max())

@@ -221,7 +221,8 @@ FLOAT32_INSIDE = (
     "gptj",
     "bloom",
     "mpt",
-    "ernie4_5_moe",
+    "ernie4_5_moe",  # its router
+    "gemma2",  # eager attention's softmax
 )
 
 
