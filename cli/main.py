@@ -80,6 +80,11 @@ def _message(error: Exception, arguments: list[str]) -> str | None:
         return f"{text}{_received(text, arguments)}" or None
     if type(error).__name__ == "Abort":
         return "stopped"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded here
+        return (
+            "the GPU's memory ran out: expected room for the model and the memory budget beside it; lower "
+            "--memory-budget (or --token-budget), or let other processes on the GPU end"
+        )
     return None
 
 

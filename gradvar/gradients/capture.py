@@ -206,3 +206,14 @@ class ParameterTaps:
     def silent(self) -> list[str]:
         """Return the names whose gradient never came: autograd found no use of them."""
         return [name for name in self._parameters if name not in self._fired]
+
+
+def hooked(*modules: nn.Module) -> str:
+    """Return a remark that names the modules' own forward hooks, empty where there are none."""
+    names = [
+        f"{getattr(hook, '__qualname__', type(hook).__name__)} on {type(module).__name__}"
+        for module in modules
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        if not (getattr(hook, "__module__", None) or "").startswith("gradvar.")
+    ]
+    return f" (it has a forward hook: {', '.join(names)}?)" if names else ""

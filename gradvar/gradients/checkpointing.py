@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from gradvar.errors import GradvarError
+from gradvar.gradients.devices import is_offloaded
 from gradvar.gradients.targets import decoder_layers
 from gradvar.runs.config import CHECKPOINTING
 
@@ -46,7 +47,8 @@ def checkpointed(model: nn.Module, kind: str) -> Iterator[None]:
     before = [(layer, layer.__dict__.get("forward")) for layer in layers]
     try:
         for layer in layers:
-            layer.forward = _wrapped(layer.forward, kind == "reentrant")
+            offloaded = any(is_offloaded(module) for module in layer.modules())
+            layer.forward = _wrapped(layer.forward, kind == "reentrant", offloaded)
         yield
     finally:
         for layer, own in before:
@@ -56,7 +58,7 @@ def checkpointed(model: nn.Module, kind: str) -> Iterator[None]:
                 layer.__dict__.pop("forward", None)
 
 
-def _wrapped(own: Callable[..., Any], reentrant: bool) -> Callable[..., Any]:
+def _wrapped(own: Callable[..., Any], reentrant: bool, offloaded: bool) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         flat = [*args, *kwargs.values()]  # the reentrant kind sees positional tensors only
         inside = any(_carries_graph(value) for value in flat if not isinstance(value, Tensor))
@@ -71,7 +73,9 @@ def _wrapped(own: Callable[..., Any], reentrant: bool) -> Callable[..., Any]:
         def run(*values: Any) -> Any:
             return own(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
 
-        return checkpoint(run, *flat, use_reentrant=reentrant, preserve_rng_state=False)
+        # a layer left midway would keep the weights that were brought for it
+        with set_checkpoint_early_stop(not offloaded):
+            return checkpoint(run, *flat, use_reentrant=reentrant, preserve_rng_state=False)
 
     return forward
 

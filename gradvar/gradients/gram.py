@@ -185,7 +185,7 @@ class HeadStore(GradientStore):
         self._shift = None if bias is None else bias[self._span]
         self._temperature = temperature
         self._outputs: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
-        self._inputs: dict[int, tuple[Tensor, Tensor]] = {}
+        self._inputs: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def add_output(self, response: int, hidden: Tensor, tokens: Tensor, weights: Tensor, normaliser: Tensor) -> None:
         """Add the predicting positions: hidden (T, I), tokens, weights and log normalisers (T,)."""
@@ -199,8 +199,9 @@ class HeadStore(GradientStore):
                 self._bias[response, begin:end] = delta.sum(0).to(self._wide, torch.float64)
 
     def add_input(self, response: int, ids: Tensor, gradient: Tensor) -> None:
-        """Add what arrives at the input embedding: ids (T,), gradient (T, I)."""
-        self._inputs[response] = (ids.to(self.device) - self._span.start, gradient.to(self.device, self.dtype))
+        """Add what arrives at one call of the input embedding: ids (T,), gradient (T, I)."""
+        part = (ids.to(self.device) - self._span.start, gradient.to(self.device, self.dtype))
+        self._inputs.setdefault(response, []).append(part)
 
     def _keep(self, response: int, a: Tensor, delta: Tensor) -> None:
         raise TypeError("the output embedding takes add_output and add_input")
@@ -230,8 +231,7 @@ class HeadStore(GradientStore):
         hidden = self._outputs[response][0]
         for begin, end in self._pieces(response, start, stop):
             _multiply_wide(self._delta(response, begin, end).T, hidden, out[begin - start : end - start])
-        if response in self._inputs:
-            ids, gradient = self._inputs[response]
+        for ids, gradient in self._inputs.get(response, []):
             here = (ids >= start) & (ids < stop)
             out.index_add_(0, ids[here] - start, gradient[here])
 

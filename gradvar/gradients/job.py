@@ -29,6 +29,10 @@ class TokenColumns:
     entropy: list[NDArray[np.float64] | None]
     collision: list[NDArray[np.float64] | None]
 
+    def copy(self) -> TokenColumns:
+        """Return columns of their own with the same values."""
+        return TokenColumns(logprobs=list(self.logprobs), entropy=list(self.entropy), collision=list(self.collision))
+
 
 @dataclass(kw_only=True, eq=False)
 class Job:
@@ -60,6 +64,11 @@ class Job:
     resident: Resident = field(default_factory=lambda: Resident(None, 0))
     """Gives freed host memory back where the budget asks for it."""
     done: int = field(default=0)
+
+    def dtype_of(self, target: Target) -> torch.dtype:
+        """Return the dtype of a target's weights; those of one model may differ."""
+        parameters = self.model.get_submodule(target.module).parameters()
+        return next((p.dtype for p in parameters if p.is_floating_point()), self.dtype)
 
     @property
     def factor_dtype(self) -> torch.dtype:

@@ -10,9 +10,7 @@ from torch import nn
 
 from gradvar.errors import GradvarError
 from gradvar.gradients.specs import PRESETS, find_targets
-from gradvar.gradients.targets import Target, TargetCatalogue
-
-_NO_MATRIX = re.compile(r"not a Linear or Conv1D$")
+from gradvar.gradients.targets import NO_MATRIX, Target, TargetCatalogue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +119,7 @@ def _refused(catalogue: TargetCatalogue) -> tuple[dict[str, str], dict[str, int]
     others: dict[str, int] = {}
     layer_of = {path: i for i, (path, _) in enumerate(catalogue.layers)}
     for path, why in catalogue.refused.items():
-        if _NO_MATRIX.search(why):
+        if why.endswith(NO_MATRIX):
             name = why.removeprefix("is a ").partition(",")[0]
             others[name] = others.get(name, 0) + 1
         else:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradvar.errors import GradvarError
+from gradvar.gradients.capture import hooked
 from gradvar.gradients.curve import Curve, fitted_curves
 from gradvar.gradients.devices import input_device, values
 from gradvar.gradients.states import Autocast
@@ -115,6 +116,7 @@ class Head:
         raise GradvarError(
             f"{type(self._model).__name__}: no inner model was found whose last hidden state gives the model's logits; "
             "expected a transformers causal language model (model.base_model or model.get_decoder())"
+            + hooked(self._model, *_base_candidates(self._model))
         )
 
     def own_logits(self, hidden: Tensor) -> Tensor:

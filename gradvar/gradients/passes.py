@@ -7,8 +7,9 @@ Shape letters: N responses, L response tokens, T tokens of a batch row, D hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,56 +17,65 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradvar.errors import GradvarError
-from gradvar.gradients.batches import Batch, UnalignedTokensError
+from gradvar.gradients.batches import Batch, UnalignedTokensError, last_hidden
 from gradvar.gradients.capture import ParameterTaps, Taps
-from gradvar.gradients.devices import execution_device
+from gradvar.gradients.collect import Predictions, collector, direct_collector, new_store, predictions
 from gradvar.gradients.experts import is_one_expert
-from gradvar.gradients.gram import FactorStore, GradientStore, HeadStore, MatrixStore
+from gradvar.gradients.gram import GradientStore
 from gradvar.gradients.job import Job, TokenValues
-from gradvar.gradients.logprobs import TokenScores, compute_dtype
 from gradvar.gradients.plan import Block
-from gradvar.gradients.spill import HostFactorStore, HostMatrixStore, HostMemory
-from gradvar.gradients.trunk import choose_forward
+from gradvar.gradients.spill import HostMemory
+from gradvar.gradients.trunk import Trunk, choose_forward
+from gradvar.gradients.witness import make_witness
 
 
 def run_pass(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientStore]]:
     """Run all responses through the model once and keep the gradients of the pass's blocks.
 
-    Where a target's tokens cannot be told apart by response in a batch, each response goes alone.
+    Where a target's tokens cannot be told apart by response in a batch, or a batch changes what a response gives, each
+    goes alone.
     """
-    done = job.done
+    done, tokens = job.done, job.tokens
+    job.tokens = tokens.copy()
     try:
         with job.autocast.off():
-            return _run_batches(job, blocks)
+            return _run_batches(job, blocks, alone=False)
     except UnalignedTokensError:
-        job.done = done
+        job.done, job.tokens = done, tokens
         job.plan = replace(job.plan, token_budget=1)
         with job.autocast.off():
-            return _run_batches(job, blocks)
+            return _run_batches(job, blocks, alone=True)
 
 
-def _run_batches(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientStore]]:
-    host = HostMemory()
-    stores = [(block, _new_store(job, block, len(job.responses), host)) for block in blocks]
-    norms = job.extra.empty(block.target.key for block in blocks)
-    first_pass = job.tokens.logprobs[0] is None
+def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool) -> list[tuple[Block, GradientStore]]:
     batches = job.batches(job.plan.token_budget)
     needed = job.plan.work_bytes + job.plan.trunk_bytes
+    job.resident.make_room(needed)
+    witness = make_witness(job, blocks, batches)
+    host = HostMemory()
+    stores = [(block, new_store(job, block, len(job.responses), host)) for block in blocks]
+    norms = job.extra.empty(block.target.key for block in blocks)
+    first_pass = job.tokens.logprobs[0] is None
     with job.autocast.on(), torch.no_grad():
-        forward = choose_forward(
+        forward = (lambda batch: last_hidden(job.head.base, batch)) if alone else choose_forward(
             job.model, job.head.base, job.prompt, job.responses, _lowest_layer(job, blocks),
             tokens=max(batch.input_ids.numel() for batch in batches), spare_bytes=job.plan.spare_bytes,
         )  # fmt: skip
     modules = {path: job.model.get_submodule(path) for path in job.tapped_paths(blocks)}
-    with Taps(modules) as taps, ParameterTaps(job.direct_parameters(blocks)) as direct:
+    parameters = job.direct_parameters(blocks)
+    with Taps(modules) as taps, ParameterTaps(parameters) as direct, _noting_runs(job, parameters) as ran:
         for batch in batches:
-            taps.listen(_collector(job, batch, batch.members, stores))
-            direct.listen(_direct_collector(batch.members, stores))
+            taps.listen(witness.watching(batch, collector(job, batch, batch.members, stores)))
+            direct.listen(direct_collector(batch.members, stores))
             job.resident.make_room(needed)
             with job.autocast.on():
                 hidden = forward(batch)
+                if isinstance(forward, Trunk) and not _real_states_finite(batch, hidden):
+                    # rows of a mask without a single key have made NaN (Gemma 2, eager, float64)
+                    hidden = last_hidden(job.head.base, batch)
             job.resident.make_room(needed)
-            seen = _predictions(job, batch, hidden)
+            witness.compare_states(batch, hidden)
+            seen = predictions(job, batch, hidden)
             job.resident.make_room(needed)
             if first_pass:
                 _keep_tokens(job, batch, seen)
@@ -77,14 +87,35 @@ def _run_batches(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, Gradien
             _add_reweighted(job, batch, blocks, taps, direct, seen, norms)
             job.done += len(batch.members)
             job.report(job.done // len(job.plan.passes))
-        _check_silent(direct)
+        _check_silent(direct, ran)
     job.extra.add(norms)
     return stores
 
 
-def _check_silent(direct: ParameterTaps) -> None:
-    """Refuse parameters that no response's gradient reached; tokens may well leave out one expert's own module."""
-    silent = [name for name in direct.silent() if not is_one_expert(name)]
+def _real_states_finite(batch: Batch, hidden: Tensor) -> bool:
+    flat = hidden.detach().reshape(-1, hidden.shape[-1])
+    return bool((flat if batch.real is None else flat[batch.real]).isfinite().all())
+
+
+@contextmanager
+def _noting_runs(job: Job, names: Iterable[str]) -> Iterator[set[str]]:
+    """Note which modules of single experts run, by the full names of their parameters."""
+    ran: set[str] = set()
+    paths = {name.rpartition(".")[0] for name in names if is_one_expert(name)}
+    hooks = [
+        job.model.get_submodule(path).register_forward_hook(lambda module, args, output, path=path: ran.add(path))
+        for path in paths
+    ]
+    try:
+        yield ran
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_silent(direct: ParameterTaps, ran: set[str]) -> None:
+    """Refuse parameters that no response's gradient reached, but for experts that no token reached."""
+    silent = [name for name in direct.silent() if not is_one_expert(name) or name.rpartition(".")[0] in ran]
     if silent:
         raise GradvarError(
             f"no gradient reached {', '.join(silent)}: the model did not use it for these responses; leave it out of "
@@ -105,49 +136,27 @@ def _add_reweighted(
     blocks: Sequence[Block],
     taps: Taps,
     direct: ParameterTaps,
-    seen: _Predictions,
+    seen: Predictions,
     norms: dict[str, Tensor],
 ) -> None:
     """Add the squared norms of the batch's reweighted scores, one more backward pass of its graph for each."""
     rows = range(len(batch.members))
+    head = () if job.head.module is None else tuple(job.head.module.modules())
+    inside_head = any(job.model.get_submodule(path) in head for path in job.tapped_paths(blocks))
     for index in range(job.extra.count):
-        stores = [(block, _new_store(job, block, len(rows), None)) for block in blocks]
-        taps.listen(_collector(job, batch, rows, stores))
-        direct.listen(_direct_collector(rows, stores))
-        other = seen.reweighted(job.extra.column(index, batch.members, seen.weights))
+        stores = [(block, new_store(job, block, len(rows), None)) for block in blocks]
+        taps.listen(collector(job, batch, rows, stores))
+        direct.listen(direct_collector(rows, stores))
+        factor = job.extra.column(index, batch.members, seen.weights)
+        other = seen.again(job, factor) if inside_head else seen.reweighted(factor)
         _backward(other, taps, rows, stores, keep_graph=index + 1 < job.extra.count)
         for block, store in stores:
             bias = job.extra.include_bias and block.target.has_bias
             norms[block.target.key][index, list(batch.members)] += store.squared_norms(bias, job.plan.tile_bytes)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Predictions:
-    """A batch's last hidden states where they predict response tokens; R such positions."""
-
-    hidden: Tensor
-    """(B, T, D) with its graph."""
-    flat: Tensor
-    """(R, D) the predicting ones, detached."""
-    where: Tensor
-    """(R,) their flat positions."""
-    tokens: Tensor
-    """(R,) the tokens that they predict."""
-    weights: Tensor
-    """(R,) weight of each token's log-probability."""
-    spans: list[slice]
-    """Each row's positions among the R."""
-    scores: TokenScores
-
-    def reweighted(self, factor: Tensor) -> _Predictions:
-        """Return the same positions with weights (and the gradients they make) times the factor (R,)."""
-        gradient = self.scores.hidden_gradient
-        scores = replace(self.scores, hidden_gradient=gradient * factor.to(gradient.device, gradient.dtype)[:, None])
-        return replace(self, weights=self.weights * factor, scores=scores)
-
-
 def _backward(
-    seen: _Predictions,
+    seen: Predictions,
     taps: Taps,
     rows: Sequence[int],
     stores: Sequence[tuple[Block, GradientStore]],
@@ -155,12 +164,7 @@ def _backward(
     keep_graph: bool,
 ) -> None:
     """Send the gradient at the last hidden states down; it reaches the stores, in which `rows` are the batch's."""
-    for _, store in stores:
-        if isinstance(store, HeadStore):
-            for i, span in zip(rows, seen.spans, strict=True):
-                store.add_output(
-                    i, seen.flat[span], seen.tokens[span], seen.weights[span], seen.scores.normaliser[span]
-                )
+    seen.fill_heads(rows, stores)
     if seen.hidden.requires_grad:
         gradient = torch.zeros_like(seen.hidden).reshape(-1, seen.hidden.shape[-1])
         gradient[seen.where] = seen.scores.hidden_gradient.to(gradient.dtype)
@@ -168,113 +172,7 @@ def _backward(
     taps.finish()
 
 
-def _new_store(job: Job, block: Block, count: int, host: HostMemory | None) -> GradientStore:
-    """Return a store for so many responses: as the plan has it, or (without `host`) of a batch's factors alone."""
-    rows = block.stop - block.start
-    kind = compute_dtype(job.dtype)
-    if block.target.kind == "head":
-        head = job.head
-        if head.weight is None:
-            raise GradvarError(
-                f"{block.target.key}: this model does more to its logits than a matrix product, a scale or a soft cap, "
-                "so the head cannot be measured; choose other targets"
-            )
-        return HeadStore(count, block.start, rows, head.weight, head.bias, head.curve, job.temperature, kind)
-    device = execution_device(job.model.get_submodule(block.target.module))
-    size = (count, rows, block.target.in_features, kind, device)
-    factors = (host is None or block.keep == "factors") and block.target.direct is None
-    if host is not None and block.home == "host":
-        return HostFactorStore(*size, host) if factors else HostMatrixStore(*size, host)
-    return FactorStore(*size) if factors else MatrixStore(*size)
-
-
-def _collector(
-    job: Job, batch: Batch, rows: Sequence[int], stores: Sequence[tuple[Block, GradientStore]]
-) -> Callable[[str, Tensor, Tensor], None]:
-    """Return the sink that sorts a batch's factors into the stores' `rows`, response by response."""
-    shared: dict[int, tuple[Tensor, list[Tensor]]] = {}  # q, k and v get the same tensor: it is packed and kept once
-
-    def sink(path: str, a: Tensor, delta: Tensor) -> None:
-        outputs = batch.split(delta, path)
-        if path == job.tied:
-            ids = batch.split(a[..., None], path)
-            for _, store in stores:
-                if isinstance(store, HeadStore):
-                    for i, ids_i, delta_i in zip(rows, ids, outputs, strict=True):
-                        store.add_input(i, ids_i[:, 0], _embedding_gradient(job, ids_i[:, 0], delta_i))
-            return
-        if id(a) not in shared:
-            shared[id(a)] = (a, batch.split(a.detach().to(delta.device), path))  # a hook may bring it after ours saw it
-        for block, store in stores:
-            if block.target.module == path:
-                for i, a_i, delta_i in zip(rows, shared[id(a)][1], outputs, strict=True):
-                    store.add(i, a_i, delta_i[:, block.start : block.stop])
-
-    return sink
-
-
-def _direct_collector(
-    rows: Sequence[int], stores: Sequence[tuple[Block, GradientStore]]
-) -> Callable[[str, Tensor], None]:
-    """Return the sink that gives autograd's own gradients to the one response of a batch.
-
-    Raises:
-        UnalignedTokensError: There are several.
-    """
-
-    def sink(name: str, gradient: Tensor) -> None:
-        if len(rows) > 1:
-            raise UnalignedTokensError(f"{name}: its gradient cannot be told apart by response in a batch")
-        for block, store in stores:
-            direct, module = block.target.direct, block.target.module
-            if direct is not None and isinstance(store, MatrixStore):
-                span = slice(block.start, block.stop)
-                if name == f"{module}.{direct.weight}":
-                    store.add_gradient(rows[0], direct.rows(gradient)[span], None)
-                elif name == f"{module}.{direct.bias}":
-                    store.add_gradient(rows[0], None, gradient.flatten()[span])
-
-    return sink
-
-
-def _embedding_gradient(job: Job, ids: Tensor, outputs: Tensor) -> Tensor:
-    """Return (T, D) gradients of the rows that the tokens fed take from the input embedding."""
-    embedding = job.model.get_submodule(job.tied or "")
-    gradient = outputs.to(compute_dtype(job.dtype)) * job.tied_scale
-    skip = getattr(embedding, "padding_idx", None)  # torch gives that row no gradient
-    return gradient if skip is None else gradient * (ids != skip)[:, None]
-
-
-def _predictions(job: Job, batch: Batch, hidden: Tensor) -> _Predictions:
-    """Return where the batch's last hidden states predict response tokens, and what they say of them."""
-    length = batch.input_ids.shape[1]
-    where: list[int] = []
-    tokens: list[int] = []
-    weights: list[int] = []
-    spans = []
-    for row, i in enumerate(batch.members):
-        spans.append(slice(len(where), len(where) + len(job.responses[i])))
-        start = (0 if batch.packed else row * length) + batch.firsts[row] + len(job.prompt) - 1
-        where += range(start, start + len(job.responses[i]))
-        tokens += job.responses[i]
-        weights += job.masks[i]
-    device = batch.input_ids.device
-    at = torch.tensor(where, device=hidden.device)
-    flat = hidden.detach().reshape(-1, hidden.shape[-1]).index_select(0, at)
-    chosen = torch.tensor(tokens, device=device)
-    weight = torch.tensor(weights, dtype=compute_dtype(job.dtype), device=device)
-    return _Predictions(
-        hidden=hidden,
-        flat=flat,
-        where=at,
-        tokens=chosen,
-        weights=weight,
-        spans=spans,
-        scores=job.head.token_scores(flat, chosen, weight, job.temperature, job.plan.chunk_bytes),
-    )
-
-
-def _keep_tokens(job: Job, batch: Batch, seen: _Predictions) -> None:
+def _keep_tokens(job: Job, batch: Batch, seen: Predictions) -> None:
     scores = seen.scores
     columns = [x.double().cpu().numpy() for x in (scores.logprobs, scores.entropy, scores.collision)]
     names = [job.ids[i] for i in batch.members]
@@ -286,7 +184,14 @@ def _keep_tokens(job: Job, batch: Batch, seen: _Predictions) -> None:
 
 
 def whole(values: Sequence[NDArray[np.float64] | None]) -> TokenValues:
-    """Return the values of all responses, once every one has come in."""
+    """Return the values of all responses, once every one has come in.
+
+    Raises:
+        RuntimeError: One did not.
+    """
+    missing = sum(value is None for value in values)
+    if missing:
+        raise RuntimeError(f"{missing} of {len(values)} responses have no log-probabilities: expected them of all")
     return [value for value in values if value is not None]
 
 

@@ -24,6 +24,7 @@ from gradvar.gradients.reweighted import check_counts, reweightings
 from gradvar.gradients.sketch import SketchPlan
 from gradvar.gradients.specs import resolve_targets
 from gradvar.gradients.states import Autocast, frozen, full_precision
+from gradvar.gradients.targets import Target
 
 _PROBE_TOKENS = 8
 
@@ -73,8 +74,8 @@ def planned(
         token_budget = min(1, token_budget or 1)
     kind = choose_checkpointing(model, checkpointing)
     with torch.inference_mode(False), torch.enable_grad(), frozen(model), full_precision():
-        head = Head(model, list(prompt_ids)[-_PROBE_TOKENS:])
-        tied, tied_scale = check_sharing(model, chosen, head)
+        head = Head(model, _different(prompt_ids, model))
+        tied, tied_scale = check_sharing(model, chosen, head, include_bias)
         check_causal(head.base, list(prompt_ids)[-_PROBE_TOKENS:])
         if not check_padding(head.base, list(prompt_ids)[-_PROBE_TOKENS:], padding_side):
             token_budget = min(1, token_budget or 1)
@@ -92,7 +93,7 @@ def planned(
             device=device,
             padding_side=padding_side,
             packed=packs(model, head.base, list(prompt_ids)[-_PROBE_TOKENS:], packing),
-            dtype=next(p.dtype for p in model.parameters() if p.is_floating_point()),
+            dtype=_dtype(model, chosen),
             tied=tied,
             tied_scale=tied_scale,
             tokens=TokenColumns(logprobs=[None] * n, entropy=[None] * n, collision=[None] * n),
@@ -119,6 +120,20 @@ def planned(
         if device.type == "cpu":
             job.resident = Resident(before, usable(job.plan.memory_budget) + job.plan.host_memory_budget)
         yield job
+
+
+def _dtype(model: nn.Module, targets: Sequence[Target]) -> torch.dtype:
+    """Return the model's dtype; float64 where a target's weights are, whatever is beside them."""
+    modules = [model, *(model.get_submodule(target.module) for target in targets)]
+    first = [next(p.dtype for p in module.parameters() if p.is_floating_point()) for module in modules]
+    return torch.float64 if torch.float64 in first else first[0]
+
+
+def _different(prompt: Sequence[int], model: nn.Module) -> list[int]:
+    """Return a few token ids, none twice: what is done to the logits may depend on the tokens."""
+    vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    found = dict.fromkeys([*reversed(prompt), *range(min(_PROBE_TOKENS, vocabulary))])
+    return list(found)[:_PROBE_TOKENS]
 
 
 def plan_measurement(

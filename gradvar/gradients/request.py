@@ -16,7 +16,7 @@ from gradvar.gradients.batches import Batch, last_hidden, make_batches
 from gradvar.gradients.devices import input_device, is_offloaded, values
 from gradvar.gradients.logprobs import Head
 from gradvar.gradients.positions import position_limit
-from gradvar.gradients.targets import Target
+from gradvar.gradients.targets import Target, output_embeddings
 
 _REACH_SHARE = 1 / 8
 """Part of what another token moves that is taken for rounding in half precision."""
@@ -45,11 +45,14 @@ def check_request(
     vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     _check_ids(prompt, vocabulary, "the prompt")
     limit = position_limit(model)
+    head = output_embeddings(model)
+    predicted = min(vocabulary, int(getattr(head, "out_features", vocabulary)))
     written: list[list[int]] = []
     for i, response in zip(ids, responses, strict=True):
         if not len(response):
             raise GradvarError(f"response {i} is empty: expected at least one token")
         _check_ids(response, vocabulary, f"response {i}")
+        _check_ids(response, predicted, f"response {i}", "output embedding")
         if limit is not None and len(prompt) + len(response) - 1 > limit:
             raise GradvarError(
                 f"response {i} with its prompt feeds {len(prompt) + len(response) - 1} tokens: the model has {limit} "
@@ -79,11 +82,11 @@ def whole_numbers(ids: Sequence[int], what: str) -> list[int]:
         raise GradvarError(f"{what}: expected token ids, whole numbers, received {str(ids)[:60]}") from None
 
 
-def _check_ids(ids: Sequence[int], vocabulary: int, what: str) -> None:
+def _check_ids(ids: Sequence[int], vocabulary: int, what: str, holder: str = "vocabulary") -> None:
     wrong = next((x for x in ids if not 0 <= x < vocabulary), None)
     if wrong is not None:
         raise GradvarError(
-            f"{what} holds token id {wrong}: the model's vocabulary has ids 0 to {vocabulary - 1}; was it made by "
+            f"{what} holds token id {wrong}: the model's {holder} has ids 0 to {vocabulary - 1}; was it made by "
             "another tokenizer?"
         )
 
@@ -96,6 +99,13 @@ def _check_model(model: nn.Module) -> None:
         raise GradvarError(f"expected a transformers causal language model, received {type(model).__name__}")
     if getattr(config, "return_dict", True) is False:
         raise GradvarError("the model gives tuples, without names: set model.config.return_dict = True")
+    text = config.get_text_config()
+    cap = getattr(text, "attn_logit_softcapping", None)
+    if cap is not None and getattr(config, "_attn_implementation", None) == "sdpa":
+        raise GradvarError(
+            f"sdpa attention leaves out the soft cap of this model's attention (attn_logit_softcapping={cap:g}): load "
+            'it with attn_implementation="eager"'
+        )
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise GradvarError("the model was loaded under torch.inference_mode, so it has no gradients: load it outside")
     if getattr(config, "is_encoder_decoder", False):
@@ -108,7 +118,9 @@ def _hides_hooks(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None and hooked
 
 
-def check_sharing(model: nn.Module, targets: Sequence[Target], head: Head) -> tuple[str | None, float]:
+def check_sharing(
+    model: nn.Module, targets: Sequence[Target], head: Head, include_bias: bool = True
+) -> tuple[str | None, float]:
     """Return the path and scale of the input embedding where the chosen head shares its weight; refuse other sharing.
 
     Raises:
@@ -116,15 +128,27 @@ def check_sharing(model: nn.Module, targets: Sequence[Target], head: Head) -> tu
     """
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(id(weight), []).append(path)
+        for parameter in (module._parameters.get("weight"), module._parameters.get("bias")):
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(path)
     tied: tuple[str | None, float] = (None, 1.0)
     for target in targets:
-        if target.direct is not None:  # autograd adds up every use of the parameter
-            continue
         module = model.get_submodule(target.module)
+        if target.direct is not None:  # autograd adds up every use of the parameter
+            if is_offloaded(module):
+                raise GradvarError(
+                    f"{target.key} is offloaded, so autograd's gradient of it is lost: choose other targets, or keep "
+                    f"{target.module} on a device"
+                )
+            continue
         others = [path for path in owners[id(module._parameters["weight"])] if path != target.module]
+        shift = module._parameters.get("bias") if include_bias else None
+        shared = [path for path in owners[id(shift)] if path != target.module] if shift is not None else []
+        if shared:
+            raise GradvarError(
+                f"{target.key} shares its bias with {', '.join(shared)}, whose part of the gradient cannot be "
+                "separated: choose other targets, or leave biases out"
+            )
         embedding = model.get_input_embeddings()  # type: ignore[operator]
         if module is head.module and is_offloaded(module) and model.config.get_text_config().tie_word_embeddings:  # type: ignore[operator, union-attr]
             others = [path for path, other in model.named_modules() if other is embedding]  # no longer one tensor
@@ -148,7 +172,7 @@ def _embedding_scale(module: nn.Module) -> float | None:
     if not isinstance(module, nn.Embedding) or module.max_norm is not None or module.scale_grad_by_freq:
         return None
     with torch.no_grad(), values(module):
-        ids = torch.arange(min(8, module.num_embeddings), device=module.weight.device)
+        ids = module.weight.any(1).nonzero()[:8, 0]  # what is 0, as padding is, tells nothing
         rows, output = module.weight[ids].double(), module(ids).double()
         scale = float((rows * output).sum() / (rows * rows).sum().clamp_min(torch.finfo(torch.float64).tiny))
         gap = float((output - scale * rows).abs().max())

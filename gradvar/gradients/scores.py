@@ -154,15 +154,14 @@ def measure_scores(
     for key, total in sums.items():
         require_finite(ids, [bool(x) for x in total.diagonal().isfinite()], f"the gradient over {key}")
     extra = _extra_norms(job)
-    name = str(job.dtype).removeprefix("torch.")
-    if job.autocast.dtype is not None:
-        name += f" autocast {str(job.autocast.dtype).removeprefix('torch.')}"
+    name = _dtype_name(job, job.dtype)
+    names = {target.key: _dtype_name(job, job.dtype_of(target)) for target in job.targets}
     grams = {
         key: ScoreGram(
             target=key,
             matrix=total.numpy(),
             rollout_ids=ids,
-            dtype=name,
+            dtype=names[key],
             include_bias=include_bias,
             temperature=float(temperature),
         )
@@ -237,6 +236,11 @@ def score_grams(
         token_budget=token_budget,
         memory_budget=memory_budget,
     ).grams
+
+
+def _dtype_name(job: Job, dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return name if job.autocast.dtype is None else f"{name} autocast {str(job.autocast.dtype).removeprefix('torch.')}"
 
 
 def _gram(block: Block, store: GradientStore, bias: bool, tile_bytes: int, sketch: Sketch | None) -> torch.Tensor:

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from gradvar.errors import GradvarError
-from gradvar.gradients.targets import MLP_KINDS, QKV_KINDS, Target, TargetCatalogue
+from gradvar.gradients.targets import MLP_KINDS, NO_MATRIX, QKV_KINDS, Target, TargetCatalogue
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "qkv": QKV_KINDS,
@@ -73,6 +73,7 @@ def find_targets(catalogue: TargetCatalogue, spec: str) -> list[Target]:
     Raises:
         GradvarError: It matches nothing, or names something that cannot be measured.
     """
+    spec = re.sub(r"\s*([:,])\s*", r"\1", spec)
     if not spec:
         raise GradvarError("a target is empty: expected for example last:qkv")
     selector, colon, kinds = spec.partition(":")
@@ -91,6 +92,9 @@ def find_targets(catalogue: TargetCatalogue, spec: str) -> list[Target]:
             )
         wanted += PRESETS[name]
     layers = _layer_numbers(spec, selector, len(catalogue.layers))
+    if not catalogue.adapters:  # a quantised model's adapters are measured
+        inside = [path for path in catalogue.refused if _layer_of(catalogue, path) in layers]
+        _refuse_part_quantised(catalogue, spec, [path for path in inside if catalogue.kind(path) in wanted])
     if set(MLP_KINDS) & set(wanted):
         _refuse_part_of_the_experts(catalogue, spec, wanted, layers)
     found = []
@@ -101,7 +105,11 @@ def find_targets(catalogue: TargetCatalogue, spec: str) -> list[Target]:
             found += [part for part in parts if part.kind in wanted]
     if not found:
         kinds_here = sorted({p.kind for t in catalogue.by_preset() if t.layer in layers for p in catalogue.parts(t)})
-        refused = [f"{p} {why}" for p, why in catalogue.refused.items() if _layer_of(catalogue, p) in layers]
+        refused = [
+            f"{path} {why}"
+            for path, why in catalogue.refused.items()
+            if _layer_of(catalogue, path) in layers and not why.endswith(NO_MATRIX)
+        ]
         raise GradvarError(
             f"target {spec!r} matches nothing: "
             + (f"these layers have {', '.join(kinds_here)}" if kinds_here else "these layers have no measurable matrix")
@@ -113,6 +121,17 @@ def find_targets(catalogue: TargetCatalogue, spec: str) -> list[Target]:
 
 def _layer_of(catalogue: TargetCatalogue, path: str) -> int | None:
     return next((i for i, (outer, _) in enumerate(catalogue.layers) if path.startswith(f"{outer}.")), None)
+
+
+def _refuse_part_quantised(catalogue: TargetCatalogue, spec: str, paths: Sequence[str]) -> None:
+    """Refuse a spec that names quantised matrices beside others, which alone would be measured unsaid."""
+    left_out = [path for path in paths if "quantised" in catalogue.refused[path]]
+    if left_out:
+        more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
+        raise GradvarError(
+            f"target {spec!r}: {left_out[0]} {catalogue.refused[left_out[0]]} and is not measured{more}; name the "
+            "others alone, by their layers or by a glob"
+        )
 
 
 def _refuse_part_of_the_experts(
@@ -160,6 +179,7 @@ def _by_glob(catalogue: TargetCatalogue, spec: str) -> list[Target]:
         candidates = list(catalogue.whole.values())
     found = [t for t in candidates if fnmatchcase(t.key, spec)]
     if found:
+        _refuse_part_quantised(catalogue, spec, [path for path in catalogue.refused if fnmatchcase(path, spec)])
         return found
     for path, why in catalogue.refused.items():
         if fnmatchcase(path, spec):
@@ -167,10 +187,19 @@ def _by_glob(catalogue: TargetCatalogue, spec: str) -> list[Target]:
                 f"target {spec!r}: {path} {why} and cannot be measured; measurable: {catalogue.describe()}"
             )
     if blocks and candidates:
+        rows = _some([t.key.rpartition(":")[2] for t in candidates if t.rows])
+        fused = named[0].kind in ("qkv", "gate_up")
         raise GradvarError(
-            f"target {spec!r} matches nothing: the rows of {named[0].key} that can be measured alone are "
-            f"{_some([t.key.rpartition(':')[2] for t in candidates if t.rows]) or 'none (not contiguous)'}"
+            f"target {spec!r} matches nothing: "
+            + (
+                f"the rows of {named[0].key} that can be measured alone are {rows or 'none (not contiguous)'}"
+                if rows or fused
+                else f"{named[0].key} is one matrix and has no parts: name it as {stem}"
+            )
         )
+    lower = spec.lower()
+    if lower != spec and _LAYER_SELECTOR.fullmatch(lower.partition(":")[0]):
+        raise GradvarError(f"target {spec!r} matches nothing: did you mean {lower}?")
     near = difflib.get_close_matches(spec, list(catalogue.whole), n=3, cutoff=0.5)
     raise GradvarError(
         f"target {spec!r} matches nothing: "

@@ -16,7 +16,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """Put every parameter out of the graph and every module in eval mode (no dropout); restore both on leaving.
 
     A graph that a hook begins at the input embedding (transformers' `enable_input_require_grads`, which comes with
-    checkpointing and adapters) is cut there too: backward would run through every layer for nothing.
+    checkpointing and adapters) is cut there too: backward would run through every layer for nothing. It is left to run
+    where the embedding's own gradient is asked for.
     """
     training = [(module, module.training) for module in model.modules()]
     # by module and name: where weights are offloaded every call puts other tensors in their place
@@ -29,7 +30,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     hook = None
     try:
         if embedding is not None:
-            hook = embedding.register_forward_hook(lambda module, args, output: output.detach())
+            hook = embedding.register_forward_hook(_cut)
         for module, _ in training:
             module.training = False
         for owner, name, _ in trainable:
@@ -43,6 +44,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
         except KeyboardInterrupt:  # Ctrl-C in the midst of it
             _restore(training, trainable)
             raise
+
+
+def _cut(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+    return output if any(parameter.requires_grad for parameter in module.parameters()) else output.detach()
 
 
 def _restore(training: list[tuple[nn.Module, bool]], trainable: list[tuple[nn.Module, str, bool]]) -> None:

@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from gradvar.errors import GradvarError
 from gradvar.gradients.devices import input_device, is_offloaded
 from gradvar.gradients.experts import Direct, find_direct, is_one_expert
-from gradvar.gradients.fused import split_gate_up, split_qkv
+from gradvar.gradients.fused import Blocks, split_gate_up, split_qkv
 from gradvar.gradients.states import Autocast
 
 QKV_KINDS = ("q", "k", "v", "qkv", "kv")
@@ -44,6 +45,7 @@ _BESIDE = re.compile(r"indexer|encoder_?attn|cross_?att.*|inter_attention")
 _LORA = re.compile(r"\.(?:lora_[AB]|modules_to_save)\.([^.]+)$")
 
 
+NO_MATRIX = "not a Linear or Conv1D"
 _NO_VALUES = "has weights on the meta device (no values)"
 
 
@@ -112,7 +114,7 @@ def features(module: nn.Module) -> tuple[int, int]:
 def refusal(path: str, module: nn.Module) -> str | None:
     """Return why a module cannot be measured, or None where it can."""
     if not is_linear(module):
-        return f"is a {type(module).__name__}, not a Linear or Conv1D"
+        return f"is a {type(module).__name__}, {NO_MATRIX}"
     weight = module._parameters.get("weight")
     if weight is None:
         return "has a weight that is computed from other parameters (a parametrisation)"
@@ -129,6 +131,11 @@ def _quantised(weight: torch.Tensor, module: nn.Module) -> str | None:
     if weight.is_floating_point() and weight.element_size() > 1:
         return None
     return f"has quantised weights ({str(weight.dtype).removeprefix('torch.')}, {type(module).__name__})"
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Return whether the module is a library's own Linear over quantised weights."""
+    return not is_linear(module) and "quant" in str(type(module)) and "Linear" in str(type(module))
 
 
 def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -151,8 +158,7 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if best is None or size > best[0]:
             best = (size, path, module)
     if best is None:
-        layers = ((path, str(type(module))) for path, module in model.named_modules())
-        packed = next((path for path, kind in layers if "quant" in kind and "Linear" in kind), None)
+        packed = next((path for path, module in model.named_modules() if _is_packed(module)), None)
         if packed is not None:
             raise GradvarError(
                 f"{packed} has quantised weights ({type(model.get_submodule(packed)).__name__}) and no plain Linear is "
@@ -208,6 +214,17 @@ def _whole(path: str, module: nn.Module, kind: str, layer: int | None) -> Target
     )
 
 
+def _content(layer: nn.Module) -> Iterator[object]:
+    """Yield what tells a layer from another of its class: its modules, their sizes and settings, not their number."""
+    for path, module in layer.named_modules():
+        yield path, type(module), *((name, tuple(p.shape)) for name, p in module.named_parameters(recurse=False))
+        for name, value in vars(module).items():
+            if isinstance(value, (bool, int, float, str)) and not re.search("layer|training", name):
+                yield name, value
+            elif isinstance(value, PreTrainedConfig):
+                yield name, id(value)
+
+
 def output_embeddings(model: nn.Module) -> nn.Module | None:
     """Return the module that makes logits, None where the model names none."""
     getter: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
@@ -234,7 +251,7 @@ class TargetCatalogue:
         self.layers = decoder_layers(model)
         self.whole: dict[str, Target] = {}
         self.refused: dict[str, str] = {}
-        self._splits: dict[tuple[object, ...], tuple[tuple[str, int, int], ...]] = {}
+        self._splits: dict[tuple[object, ...], Blocks] = {}
         number = {path: i for i, (path, _) in enumerate(self.layers)}
         head = output_embeddings(model)
         for path, module in model.named_modules():
@@ -250,6 +267,11 @@ class TargetCatalogue:
             self.whole[path] = _whole(path, module, kind, index)
         self.adapters = {path for path in self.whole if _acts(model, path)}  # those that act
 
+    def kind(self, path: str) -> str:
+        """Return the role of a module, measured or refused, by where it sits."""
+        number = next((i for i, (outer, _) in enumerate(self.layers) if path.startswith(f"{outer}.")), None)
+        return self._kind(path, number)
+
     def _kind(self, path: str, index: int | None) -> str:
         if index is None:
             return "other"
@@ -258,6 +280,9 @@ class TargetCatalogue:
 
     def _add_direct(self, path: str, module: nn.Module, index: int | None) -> None:
         """List what a module other than a Linear holds: an expert tensor or router, or else what is refused."""
+        if _is_packed(module):
+            self.refused[path] = f"has quantised weights ({type(module).__name__})"
+            return
         own = dict(module.named_parameters(recurse=False))
         found = {direct.weight: direct for direct in find_direct(path, module)} if index is not None else {}
         for name, weight in own.items():
@@ -310,7 +335,7 @@ class TargetCatalogue:
             return [target, *[replace(target, key=f"{target.key}:{name}", kind=name) for name in names]]
         path, layer = self.layers[target.layer]
         inside = target.module[len(path) + 1 :]
-        memo = (type(layer), inside, target.shape)
+        memo = (inside, *_content(layer))
         if memo not in self._splits:
             # its roundings would hide which rows matter to which
             with Autocast.current(input_device(self.model)).off():

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from cli.main import main
 from gradvar.demo import policy_path
@@ -108,3 +109,17 @@ def test_imports_that_could_not_be_measured(refused, tmp_path, row, words):
     assert words in line
     assert "row 1" in line
     assert not (tmp_path / "r" / "rollouts").exists()
+
+
+def test_a_full_gpu_ends_in_one_line(monkeypatch, capsys):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr("cli.main.app", full)
+    with pytest.raises(SystemExit) as left:
+        main(["measure", "run"])
+    assert left.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "GPU's memory ran out" in lines[0]
+    assert "--memory-budget" in lines[0]

@@ -2,6 +2,8 @@ import pytest
 import torch
 import transformers
 
+from tests.gradients.models import grams, make_model, make_prompt_and_responses
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
@@ -13,3 +15,14 @@ def _one_thread():
     yield
     transformers.logging.set_verbosity(verbosity)
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    return make_model("qwen2")
+
+
+@pytest.fixture(scope="module")
+def whole(qwen):
+    """One padded batch of everything."""
+    return grams(qwen, *make_prompt_and_responses(), token_budget=10_000)

@@ -6,12 +6,13 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
-from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 
 from gradvar.errors import GradvarError
-from gradvar.gradients import plan_measurement
+from gradvar.gradients import measure_scores, plan_measurement
+from tests.gradients import references
 
 VOCABULARY = 37
+SPECS = ["all:qkv", "last:o,mlp"]
 _COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
@@ -210,9 +211,19 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "bloom": ("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 16, "n_layer": 2, "n_head": 4, **_SPECIAL}),
     "mpt": ("MptConfig", {"vocab_size": VOCABULARY, "d_model": 16, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),
 }
-FLOAT32_INSIDE = ("deepseek_v2", "deepseek_v3", "llama4", "qwen3_next", "mamba2", "gpt_neo", "gptj", "bloom", "mpt")
-if not Gemma2PreTrainedModel._supports_sdpa:  # since transformers 5.20: eager attention's softmax is in float32
-    FLOAT32_INSIDE = (*FLOAT32_INSIDE, "gemma2")
+FLOAT32_INSIDE = (
+    "deepseek_v2",
+    "deepseek_v3",
+    "llama4",
+    "qwen3_next",
+    "mamba2",
+    "gpt_neo",
+    "gptj",
+    "bloom",
+    "mpt",
+    "ernie4_5_moe",  # its router
+    "gemma2",  # eager attention's softmax
+)
 
 
 def make_model(name: str, dtype: torch.dtype = torch.float64, **changes):
@@ -220,7 +231,8 @@ def make_model(name: str, dtype: torch.dtype = torch.float64, **changes):
     config_name, values = CONFIGS[name]
     config = getattr(transformers, config_name)(**{**values, **changes})
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").to(torch.float64)
+    options = {"attn_implementation": "eager"} if name == "gemma2" else {}  # sdpa leaves out its soft cap
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager", **options).to(torch.float64)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -268,3 +280,14 @@ def least_budget(model, prompt, responses, targets, **options):
     with pytest.raises(GradvarError, match=r"expected at least \d+ bytes") as caught:
         plan_measurement(model, prompt, responses, targets, memory_budget=1, **options)
     return int(str(caught.value).split("at least ")[1].split()[0])
+
+
+def grams(model, prompt, responses, specs=SPECS, **options):
+    """Gram matrices by target key."""
+    return {key: g.gram() for key, g in measure_scores(model, prompt, responses, specs, **options).grams.items()}
+
+
+def largest_gap(one, other):
+    """The largest relative gap of two measurements' Grams."""
+    assert one.keys() == other.keys()
+    return max(references.error(one[key], other[key]) for key in one)

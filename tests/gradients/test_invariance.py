@@ -28,7 +28,7 @@ def largest_gap(one, other):
 
 # -- padding side
 
-NOT_FINITE_BESIDE_PADDING = ("bloom", "mpt")
+NOT_FINITE_BESIDE_PADDING = ("bloom", "mpt", "gemma2")
 """Their float32 masks make NaN of rows that see nothing, where the model is in float64."""
 
 

@@ -130,3 +130,19 @@ def test_factors_of_adapters_wider_than_the_model_are_planned_as_wide():
     for one, other in zip(narrow, wide, strict=True):
         rows = one.stop - one.start
         assert other.bytes - rows * bookkeeping == 2 * (one.bytes - rows * bookkeeping)
+
+
+def test_adapters_of_the_head_with_probes_and_prefixes():
+    """The head's own code runs once for each reweighting, so what is measured inside it is captured each time."""
+    model = adapted(target_modules=["q_proj", "lm_head"], lora_dropout=0.0)
+    specs = ["*lm_head.lora_*", "last:q"]
+    assert largest_gap(model, specs) < 1e-10
+    targets = resolve_targets(model, specs)
+    measured = measure_scores(model, PROMPT, RESPONSES, specs, token_budget=60, prefixes=3, probes=1, seed=0)
+    for target in targets:
+        norms = measured.prefixes[target.key]
+        for i, response in enumerate(RESPONSES):
+            for length, norm in zip(norms.lengths[i], norms.value[i], strict=True):
+                mask = [int(t < length) for t in range(len(response))]
+                (exact,) = references.flat_scores(model, [target], PROMPT, [response], masks=[mask])[target.key]
+                assert norm == pytest.approx(exact @ exact, rel=1e-8)

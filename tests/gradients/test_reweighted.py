@@ -8,7 +8,7 @@ from gradvar.errors import GradvarError
 from gradvar.gradients import list_targets, measure_scores, resolve_targets
 from gradvar.gradients.reweighted import prefix_lengths, random_signs
 from tests.gradients import references
-from tests.gradients.models import least_budget, make_model, make_prompt_and_responses
+from tests.gradients.models import FLOAT32_INSIDE, least_budget, make_model, make_prompt_and_responses
 
 SPECS = ["all:qkv", "last:o,mlp"]
 SEED = 7
@@ -71,7 +71,7 @@ def test_probes_equal_the_literal_loop_over_the_same_signs(qwen, options):
     assert (len(measured.plan.passes) > 1) == ("memory_budget" in options)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "phi3", "gemma2", "qwen2_tied"])
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "gemma", "qwen2_tied"])
 def test_probes_of_other_architectures(name):
     model = make_model(name)
     head = ["lm_head"] if name == "qwen2_tied" else []
@@ -212,7 +212,10 @@ def test_prefixes_of_other_architectures(name):
     measured = measure_scores(model, prompt, responses, [t.key for t in targets], prefixes=3)
     expected, _ = literal_prefixes(model, targets, prompt, responses, 3)
     for key, norms in expected.items():
-        np.testing.assert_allclose(measured.prefixes[key].value, norms, rtol=1e-10, atol=1e-12 * norms.max())
+        roundings = 2e-5 if name in FLOAT32_INSIDE else 1e-10
+        np.testing.assert_allclose(
+            measured.prefixes[key].value, norms, rtol=roundings, atol=roundings / 100 * norms.max()
+        )
 
 
 def test_a_prefix_is_the_score_of_the_shorter_response(qwen):

@@ -1,38 +1,21 @@
-"""What measure_scores promises beyond the Gram itself: invariances, masks, per-token numbers, state, refusals."""
+"""What measure_scores promises beyond the Gram itself: invariances, masks, per-token numbers."""
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from transformers import BertConfig, BertLMHeadModel
 
-from gradvar.errors import GradvarError
 from gradvar.gradients import measure_scores, resolve_targets, score_grams
-from gradvar.gradients.gram import FactorStore
 from tests.gradients import references
-from tests.gradients.models import VOCABULARY, least_budget, make_model, make_prompt_and_responses, state, uneven
-
-SPECS = ["all:qkv", "last:o,mlp"]
-
-
-def grams(model, prompt, responses, specs=SPECS, **options):
-    return {key: g.gram() for key, g in measure_scores(model, prompt, responses, specs, **options).grams.items()}
-
-
-def largest_gap(one, other):
-    assert one.keys() == other.keys()
-    return max(references.error(one[key], other[key]) for key in one)
-
-
-@pytest.fixture(scope="module")
-def qwen():
-    return make_model("qwen2")
-
-
-@pytest.fixture(scope="module")
-def whole(qwen):
-    """One padded batch of everything."""
-    return grams(qwen, *make_prompt_and_responses(), token_budget=10_000)
+from tests.gradients.models import (
+    FLOAT32_INSIDE,
+    SPECS,
+    VOCABULARY,
+    grams,
+    largest_gap,
+    least_budget,
+    make_model,
+    make_prompt_and_responses,
+)
 
 
 @pytest.mark.parametrize("budget", [1, 40, 70, 120])
@@ -132,10 +115,11 @@ def test_entropy_and_collision_of_each_token(name):
     model = make_model(name).eval()
     prompt, responses = make_prompt_and_responses()
     measured = measure_scores(model, prompt, responses, "last:v", temperature=0.7)
+    atol = 1e-7 if name in FLOAT32_INSIDE else 1e-12
     for i, response in enumerate(responses):
         p = references.distributions(model, prompt, response, 0.7)
-        np.testing.assert_allclose(measured.entropy[i], -(p * np.log(p)).sum(1), atol=1e-12)
-        np.testing.assert_allclose(measured.collision[i], (p**2).sum(1), atol=1e-12)
+        np.testing.assert_allclose(measured.entropy[i], -(p * np.log(p)).sum(1), rtol=1e-6, atol=atol)
+        np.testing.assert_allclose(measured.collision[i], (p**2).sum(1), rtol=1e-6, atol=atol)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2", "cohere"])
@@ -199,173 +183,3 @@ def test_rollout_ids_name_the_rows(qwen):
     prompt, responses = make_prompt_and_responses()
     measured = measure_scores(qwen, prompt, responses, "last:v", rollout_ids=[3, 1, 4, 15, 9, 2])
     assert next(iter(measured.grams.values())).rollout_ids == (3, 1, 4, 15, 9, 2)
-
-
-# -- the user's model is left as it was
-
-
-@pytest.mark.parametrize("name", ["qwen2", "phi3", "gemma2"])
-def test_state_is_restored(name):
-    model = uneven(name)
-    before = state(model)
-    weights = [p.detach().clone() for p in model.parameters()]
-    rng = torch.get_rng_state()
-    prompt, responses = make_prompt_and_responses()
-    first = grams(model, prompt, responses, "last:all")
-    assert state(model) == before
-    assert torch.equal(rng, torch.get_rng_state())
-    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
-    assert largest_gap(grams(model.eval(), prompt, responses, "last:all"), first) < 1e-12  # dropout was off
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["progress", "forward", "head"])
-def test_state_is_restored_after_an_exception(error, where):
-    model = uneven("gemma2")
-    before = state(model)
-    calls = []
-
-    def fail(*args, **kwargs):
-        calls.append(1)
-        if len(calls) > 1:
-            raise error("stop here")
-
-    handle, options = None, {}
-    if where == "progress":
-        options["on_progress"] = fail
-    else:
-        module = model.model.layers[1].mlp if where == "forward" else model.lm_head
-        handle = module.register_forward_hook(fail)
-        before = state(model)
-    prompt, responses = make_prompt_and_responses()
-    with pytest.raises(error):
-        measure_scores(model, prompt, responses, "last:qkv", token_budget=40, **options)
-    assert state(model) == before
-    if handle is not None:
-        handle.remove()
-
-
-def test_it_measures_under_no_grad_and_inference_mode(qwen, whole):
-    with torch.no_grad():
-        assert largest_gap(grams(qwen, *make_prompt_and_responses()), whole) < 1e-12
-    with torch.inference_mode():
-        assert largest_gap(grams(qwen, *make_prompt_and_responses()), whole) < 1e-12
-
-
-# -- modules used in unusual ways
-
-
-def test_q_k_and_v_keep_their_common_input_once(qwen, monkeypatch):
-    kept = []
-    monkeypatch.setattr(FactorStore, "_keep", lambda self, i, a, delta: kept.append(a.untyped_storage().data_ptr()))
-    monkeypatch.setattr(FactorStore, "fill", lambda self, i, start, stop, out: out.zero_())
-    measure_scores(qwen, [3] * 3, [[4], [5]], "last:qkv")
-    assert len(kept) == 6
-    assert len(set(kept)) == 1
-
-
-# -- refusals
-
-PROMPT, RESPONSES = [3, 4], [[5, 6], [7]]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"responses": []}, "no responses"),
-        ({"responses": [[5], []]}, "response 1 is empty"),
-        ({"prompt": []}, "prompt is empty"),
-        ({"responses": [[5], [VOCABULARY]]}, f"response 1 holds token id {VOCABULARY}.*0 to {VOCABULARY - 1}"),
-        ({"responses": [[5], [-1]]}, "response 1 holds token id -1"),
-        ({"prompt": [99]}, "the prompt holds token id 99"),
-        ({"responses": [[5], [6] * 64]}, "response 1 .*65 tokens.*64 positions"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"temperature": float("nan")}, "temperature"),
-        ({"loss_masks": [None]}, "loss masks"),
-        ({"loss_masks": [[1, 0], [0]]}, "response 1.*0 everywhere"),
-        ({"loss_masks": [[1], None]}, "response 0.*1 entries for 2 tokens"),
-        ({"loss_masks": [[1, 2], None]}, "response 0.*only 0 and 1"),
-        ({"rollout_ids": [1, 1]}, "rollout ids"),
-        ({"token_budget": 0}, "token budget"),
-        ({"memory_budget": 100}, "100 bytes is too small: expected at least"),
-        ({"targets": []}, "no targets"),
-    ],
-)
-def test_bad_requests_end_in_one_clear_line(qwen, changes, message):
-    options = {"prompt": PROMPT, "responses": RESPONSES, "targets": "last:qkv", **changes}
-    with pytest.raises(GradvarError, match=message) as caught:
-        measure_scores(qwen, options.pop("prompt"), options.pop("responses"), options.pop("targets"), **options)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_response_that_just_fits_the_positions(qwen):
-    measure_scores(qwen, PROMPT, [[5] * 63], "last:v")
-
-
-def test_norms_may_be_compiled():
-    """They hold nothing that hooks are put on; a GPU runs them in one pass over memory instead of ten."""
-    prompt, responses = make_prompt_and_responses()
-    expected = measure_scores(make_model("llama"), prompt, responses, "all:qkv,mlp").grams
-    model, calls = make_model("llama"), []
-
-    def backend(graph, inputs):
-        calls.append(len(inputs))
-        return graph
-
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.compile(backend=backend, dynamic=True)
-    for key, gram in measure_scores(model, prompt, responses, "all:qkv,mlp").grams.items():
-        assert references.error(gram.gram(), expected[key].gram()) < 1e-12
-    assert calls
-
-
-def test_a_compiled_model_is_refused():
-    """Marked as torch.compile marks it; compiling in earnest takes the test a minute of imports."""
-    model = make_model("llama")
-    model.model.layers[1]._compiled_call_impl = model.model.layers[1].forward
-    with pytest.raises(GradvarError, match="compiled"):
-        measure_scores(model, PROMPT, RESPONSES, "last:v")
-    wrapper = make_model("llama")
-    wrapper._orig_mod = model
-    with pytest.raises(GradvarError, match="compiled"):
-        measure_scores(wrapper, PROMPT, RESPONSES, "last:v")
-
-
-def test_something_that_is_no_language_model_is_refused():
-    with pytest.raises(GradvarError, match="causal language model"):
-        measure_scores(nn.Linear(3, 3), PROMPT, RESPONSES, "last:v")
-
-
-@pytest.mark.parametrize("decoder", [False, True])
-def test_a_model_that_looks_ahead_is_refused(decoder):
-    """The response's last token is not fed, so an encoder would give other numbers without a word."""
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, is_decoder=decoder, **sizes)
-    model = BertLMHeadModel(config).double()
-    if decoder:
-        targets = resolve_targets(model, "last:attn,mlp")
-        grams = measure_scores(model, PROMPT, RESPONSES, "last:attn,mlp").grams
-        for key, scores in references.flat_scores(model.eval(), targets, PROMPT, RESPONSES).items():
-            assert references.error(grams[key].gram(), references.gram_of(scores)) < 1e-10
-    else:
-        for dtype in (torch.float64, torch.bfloat16):
-            with pytest.raises(GradvarError, match="BertModel is not causal"):
-                measure_scores(model.to(dtype), PROMPT, RESPONSES, "last:attn,mlp")
-
-
-def test_a_response_whose_gradient_is_not_finite_is_named():
-    model = make_model("llama")
-    with torch.no_grad():
-        model.model.embed_tokens.weight[9] = float("nan")
-    with pytest.raises(GradvarError, match="not finite for response 12"):
-        measure_scores(model, PROMPT, [[5, 6], [5, 9, 6], [7]], "last:v", rollout_ids=[10, 12, 13])
-
-
-def test_a_gradient_that_overflows_is_named():
-    model = make_model("llama", torch.float16).float()
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight *= 1e30
-        model.model.layers[1].mlp.up_proj.weight *= 1e30
-    with pytest.raises(GradvarError, match="not finite for response 0"):
-        measure_scores(model, PROMPT, RESPONSES, "0:qkv")

@@ -99,7 +99,8 @@ def test_target_facts(gpt2):
         ("3-1:qkv", "layers 0 to 4, received 3-1"),
         ("last:router", "matches nothing: these layers have down, gate, k, o, q, up, v"),
         ("model.layers.3.self_atn.q_proj", "matches nothing: nearest are model.layers.3.self_attn.q_proj"),
-        ("*.q_proj:q", "matches nothing.*not contiguous"),
+        ("*.q_proj:q", r"q_proj is one matrix and has no parts: name it as \*\.q_proj"),
+        ("LAST:QKV", r"matches nothing: did you mean last:qkv\?"),
         ("nonsense", r"measurable: model.layers.\*.self_attn.q_proj"),
         ("model.norm", "is a LlamaRMSNorm, not a Linear"),
         ("", "empty"),
@@ -109,6 +110,27 @@ def test_what_is_said_when_nothing_fits(llama, spec, message):
     with pytest.raises(GradvarError, match=message) as caught:
         resolve_targets(llama, spec)
     assert "\n" not in str(caught.value)
+    assert "input_layernorm" not in str(caught.value)
+
+
+def test_spaces_around_colons_and_commas(llama):
+    assert names(llama, "last : q , v") == names(llama, "last:q,v")
+
+
+def test_parts_that_are_not_contiguous_are_said_to_be():
+    with pytest.raises(GradvarError, match=r"can be measured alone are none \(not contiguous\)"):
+        resolve_targets(make_model("gpt_neox"), "*.query_key_value:q")
+
+
+@pytest.mark.parametrize("spec", ["all:qkv", "all:q", "*.q_proj"])
+def test_the_rest_of_a_partly_quantised_model_is_not_measured_unsaid(spec):
+    model = make_model("llama")
+    weight = model.model.layers[0].self_attn.q_proj.weight.data.to(torch.int8)
+    model.model.layers[0].self_attn.q_proj.weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(GradvarError, match=r"0\.self_attn\.q_proj has quantised weights .* and is not measured"):
+        resolve_targets(model, spec)
+    assert names(model, "all:v") == ["0.self_attn.v_proj", "1.self_attn.v_proj"]
+    assert names(model, "last:qkv") == [f"1.self_attn.{x}_proj" for x in "qkv"]
 
 
 def test_quantised_weights_are_refused_by_name(llama):

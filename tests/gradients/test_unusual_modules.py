@@ -1,4 +1,4 @@
-"""Models whose modules are called twice, share weights, compute something else or change what they were given."""
+"""Modules called twice, shared, changed, in place, under autocast; heads that do more than multiply."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,13 @@ from torch import nn
 from gradvar.errors import GradvarError
 from gradvar.gradients import list_targets, measure_scores, resolve_targets
 from gradvar.gradients.batches import make_batches
+from gradvar.gradients.gram import FactorStore
 from tests.gradients import references
-from tests.gradients.models import least_budget, make_model, make_prompt_and_responses
+from tests.gradients.models import (
+    least_budget,
+    make_model,
+    make_prompt_and_responses,
+)
 
 
 def test_a_module_called_twice_sums_over_its_calls():
@@ -194,3 +199,17 @@ def test_an_input_changed_in_place_is_refused():
     model.model.layers[1].self_attn.v_proj = Spoiler(model.model.layers[1].self_attn.v_proj)
     with pytest.raises(GradvarError, match="input in place"):
         measure_scores(model, *make_prompt_and_responses(), "*.1.*v_proj.linear")
+
+
+def test_q_k_and_v_keep_their_common_input_once(qwen, monkeypatch):
+    kept = []
+    own = FactorStore._keep
+
+    def keep(self, i, a, delta):
+        kept.append((a, a.untyped_storage().data_ptr()))
+        own(self, i, a, delta)
+
+    monkeypatch.setattr(FactorStore, "_keep", keep)
+    measure_scores(qwen, [3] * 3, [[4], [5]], "last:qkv")
+    assert len(kept) == 3 + 6  # of the witness, and of the two responses
+    assert len({pointer for _, pointer in kept}) == 2
