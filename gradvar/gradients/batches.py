@@ -9,6 +9,7 @@ import inspect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,16 +82,32 @@ class Batch:
 def last_hidden(base: nn.Module, batch: Batch) -> Tensor:
     """Return the (B, T, D) last hidden states of a batch."""
     positions = batch.positions
-    options: dict[str, Tensor] = {}
+    options: dict[str, Any] = {}
     # padding on the right comes after all that counts, and the model is causal; a mask there costs the fast attention
     # kernels, and rows of it without a single key have made NaN (Gemma 2 in float64, transformers 5.23)
     # packed sequences are told apart by their positions alone, and only where there is no mask
     if batch.attention_mask is not None and any(batch.firsts):
         options["attention_mask"] = batch.attention_mask
+    if batch.packed and _takes_lengths(base):  # else read back from the positions, which waits for the device each time
+        starts = torch.tensor([0, *(stop for _, stop in batch.bounds)], dtype=torch.int32, device=batch.input_ids.device)
+        longest = max(stop - start for start, stop in batch.bounds)
+        options.update(cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=longest, max_length_k=longest)
     if positions is not None and "position_ids" in inspect.signature(type(base).forward).parameters:
         options["position_ids"] = positions
     hidden: Tensor = base(input_ids=batch.input_ids, use_cache=False, **options).last_hidden_state
     return hidden
+
+
+def takes_packed(attention: str) -> bool:
+    """Return whether an attention implementation, by its name, has kernels for sequences of several lengths in a row."""
+    return "flash" in attention or "varlen" in attention
+
+
+def _takes_lengths(base: nn.Module) -> bool:
+    """Return whether the model hands its layers what it does not know, the sequences' lengths for one."""
+    attention = str(getattr(getattr(base, "config", None), "_attn_implementation", ""))
+    parameters = inspect.signature(type(base).forward).parameters.values()
+    return takes_packed(attention) and any(one.kind is one.VAR_KEYWORD for one in parameters)
 
 
 def make_batches(
