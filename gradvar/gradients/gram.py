@@ -53,6 +53,9 @@ class GradientStore(ABC):
     def fill(self, response: int, start: int, stop: int, out: Tensor) -> None:
         """Write rows [start, stop) of a response's gradient to `out` (stop - start, I)."""
 
+    def ahead(self, response: int, start: int, stop: int) -> None:  # noqa: B027
+        """Be told what `fill` is asked for next, to have it there by then."""
+
     def bias_gradients(self) -> Tensor:
         """Return the (N, O) float64 sums of all responses."""
         return self._bias
@@ -85,6 +88,10 @@ class GradientStore(ABC):
             tile = buffer[:, : (stop - start) * self.columns]
             for response in range(self.responses):
                 self.fill(response, start, stop, tile[response].view(stop - start, self.columns))
+                if response + 1 < self.responses:
+                    self.ahead(response + 1, start, stop)
+                elif stop < self.rows:
+                    self.ahead(0, stop, min(stop + height, self.rows))
             if on_tile is not None:
                 on_tile(start, tile)
             for part in _stretches(tile):
@@ -246,9 +253,17 @@ def _stretches(tile: Tensor) -> Iterator[Tensor]:
         yield tile[:, whole * length :][None]
 
 
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def _widens(left: Tensor, right: Tensor, out: Tensor) -> bool:
+    """Return whether CUDA takes the product as it is: half-precision operands and a float32 result alone."""
+    return left.is_cuda and left.dtype == right.dtype and left.dtype in _HALVES and out.dtype == torch.float32
+
+
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """Write left @ right to `out` in its dtype: half-precision operands, float32 sums."""
-    if left.is_cuda and left.dtype == right.dtype != out.dtype:
+    if _widens(left, right, out):
         return torch.mm(left, right, out_dtype=out.dtype, out=out)
     return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
 
@@ -270,6 +285,9 @@ def add_product(left: Tensor, right: Tensor, total: Tensor) -> None:
     """Add left @ right to `total`, a piece of rows at a time where the dtypes differ."""
     if left.dtype == right.dtype == total.dtype:
         total.addmm_(left, right)
+        return
+    if _widens(left, right, total):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
         return
     height = max(1, piece(total.device) // total.shape[1])
     for start in range(0, total.shape[0], height):

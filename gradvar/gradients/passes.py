@@ -45,7 +45,7 @@ def run_pass(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientSto
 
 
 def _run_batches(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientStore]]:
-    host = HostMemory()
+    host = HostMemory(pinned=job.device.type == "cuda", budget=job.plan.host_memory_budget or None)
     stores = [(block, _new_store(job, block, len(job.responses), host)) for block in blocks]
     norms = job.extra.empty(block.target.key for block in blocks)
     first_pass = job.tokens.logprobs[0] is None
