@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gradvar.errors import GradvarError
+from gradvar.gradients.devices import moved, placed
 
 
 class UnalignedTokensError(GradvarError):
@@ -89,7 +90,7 @@ def last_hidden(base: nn.Module, batch: Batch) -> Tensor:
     if batch.attention_mask is not None and any(batch.firsts):
         options["attention_mask"] = batch.attention_mask
     if batch.packed and _takes_lengths(base):  # else read back from the positions, which waits for the device each time
-        starts = torch.tensor([0, *(stop for _, stop in batch.bounds)], dtype=torch.int32, device=batch.input_ids.device)
+        starts = placed([0, *(stop for _, stop in batch.bounds)], batch.input_ids.device, torch.int32)
         longest = max(stop - start for start, stop in batch.bounds)
         options.update(cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=longest, max_length_k=longest)
     if positions is not None and "position_ids" in inspect.signature(type(base).forward).parameters:
@@ -146,7 +147,7 @@ def _pack(
     starts = [stop - len(sequence) for stop, sequence in zip(stops, fed, strict=True)]
     return Batch(
         members=tuple(members),
-        input_ids=torch.tensor([[token for sequence in fed for token in sequence]], device=device),
+        input_ids=placed([[token for sequence in fed for token in sequence]], device),
         attention_mask=None,
         real=None,
         bounds=tuple(zip(starts, stops, strict=True)),
@@ -166,9 +167,9 @@ def _pad(
     length = max(len(sequence) for sequence in fed)
     gaps = [length - len(sequence) for sequence in fed]
     firsts = [gap if padding_side == "left" else 0 for gap in gaps]
-    ids = torch.tensor(
+    ids = placed(
         [[0] * first + sequence + [0] * (gap - first) for sequence, gap, first in zip(fed, gaps, firsts, strict=True)],
-        device=device,
+        device,
     )
     bounds = []
     start = 0
@@ -177,12 +178,11 @@ def _pad(
         start += len(sequence)
     mask = real = None
     if start < ids.numel():
-        columns = torch.arange(length, device=device)
-        begins = torch.tensor(firsts, device=device)[:, None]
-        ends = torch.tensor([first + len(row) for first, row in zip(firsts, fed, strict=True)], device=device)[:, None]
+        columns = torch.arange(length)  # on the host: a GPU would be waited for to count what is real
+        begins = torch.tensor(firsts)[:, None]
+        ends = torch.tensor([first + len(row) for first, row in zip(firsts, fed, strict=True)])[:, None]
         keep = (columns >= begins) & (columns < ends)
-        mask = keep.long()
-        real = keep.flatten().nonzero().flatten()
+        mask, real = moved(keep.long(), device), moved(keep.flatten().nonzero().flatten(), device)
     return Batch(
         members=tuple(members),
         input_ids=ids,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -261,6 +262,17 @@ def _widens(left: Tensor, right: Tensor, out: Tensor) -> bool:
     return left.is_cuda and left.dtype == right.dtype and left.dtype in _HALVES and out.dtype == torch.float32
 
 
+@lru_cache
+def _adds_wide(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether torch adds a half-precision product to a float32 sum: some versions want one dtype of the three."""
+    half, total = torch.ones((16, 16), dtype=dtype, device=device), torch.ones((16, 16), device=device)
+    try:
+        torch.addmm(total, half, half, out_dtype=total.dtype, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())
+
+
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """Write left @ right to `out` in its dtype: half-precision operands, float32 sums."""
     if _widens(left, right, out):
@@ -286,7 +298,7 @@ def add_product(left: Tensor, right: Tensor, total: Tensor) -> None:
     if left.dtype == right.dtype == total.dtype:
         total.addmm_(left, right)
         return
-    if _widens(left, right, total):
+    if _widens(left, right, total) and _adds_wide(total.device, left.dtype):
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
         return
     height = max(1, piece(total.device) // total.shape[1])

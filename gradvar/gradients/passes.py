@@ -18,10 +18,10 @@ from torch import Tensor
 from gradvar.errors import GradvarError
 from gradvar.gradients.batches import Batch, UnalignedTokensError
 from gradvar.gradients.capture import ParameterTaps, Taps
-from gradvar.gradients.devices import execution_device
+from gradvar.gradients.devices import execution_device, placed
 from gradvar.gradients.experts import is_one_expert
 from gradvar.gradients.gram import FactorStore, GradientStore, HeadStore, MatrixStore
-from gradvar.gradients.job import Job, TokenValues
+from gradvar.gradients.job import Job, TokenColumns, TokenValues
 from gradvar.gradients.logprobs import TokenScores, compute_dtype
 from gradvar.gradients.plan import Block
 from gradvar.gradients.spill import HostFactorStore, HostMatrixStore, HostMemory
@@ -31,17 +31,42 @@ from gradvar.gradients.trunk import choose_forward
 def run_pass(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientStore]]:
     """Run all responses through the model once and keep the gradients of the pass's blocks.
 
-    Where a target's tokens cannot be told apart by response in a batch, each response goes alone.
+    Where a target's tokens cannot be told apart by response in a batch, each response goes alone. Where the device runs
+    out of memory (another process may have taken it since the plan), the pass is run again once, in batches half as
+    large; what it had kept is dropped.
+
+    Raises:
+        GradvarError: The device runs out of memory again.
     """
-    done = job.done
-    try:
-        with job.autocast.off():
-            return _run_batches(job, blocks)
-    except UnalignedTokensError:
+    done, fresh = job.done, job.tokens.logprobs[0] is None
+    tried: set[type[Exception]] = set()
+    while True:
+        failed: type[Exception] = UnalignedTokensError
+        try:
+            with job.autocast.off():
+                return _run_batches(job, blocks)
+        except UnalignedTokensError:
+            if failed in tried:
+                raise
+        except torch.OutOfMemoryError:
+            failed = torch.OutOfMemoryError
+        # out here the failed pass is let go of
+        largest = max(batch.input_ids.numel() for batch in job.batches(job.plan.token_budget))
+        if failed is torch.OutOfMemoryError:
+            alone = len(job.batches(job.plan.token_budget)) == len(job.responses)
+            if alone or failed in tried:
+                raise GradvarError(
+                    f"{job.device} ran out of memory in batches of {largest} tokens: free some of it, or give a lower "
+                    "--memory-budget, with which activations and gradients take less"
+                )
+            if job.device.type == "cuda":
+                torch.cuda.empty_cache()
+        tried.add(failed)
         job.done = done
-        job.plan = replace(job.plan, token_budget=1)
-        with job.autocast.off():
-            return _run_batches(job, blocks)
+        if fresh:
+            n = len(job.responses)
+            job.tokens = TokenColumns(logprobs=[None] * n, entropy=[None] * n, collision=[None] * n)
+        job.plan = replace(job.plan, token_budget=1 if failed is UnalignedTokensError else max(1, largest // 2))
 
 
 def _run_batches(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientStore]]:
@@ -259,10 +284,10 @@ def _predictions(job: Job, batch: Batch, hidden: Tensor) -> _Predictions:
         tokens += job.responses[i]
         weights += job.masks[i]
     device = batch.input_ids.device
-    at = torch.tensor(where, device=hidden.device)
+    at = placed(where, hidden.device)
     flat = hidden.detach().reshape(-1, hidden.shape[-1]).index_select(0, at)
-    chosen = torch.tensor(tokens, device=device)
-    weight = torch.tensor(weights, dtype=compute_dtype(job.dtype), device=device)
+    chosen = placed(tokens, device)
+    weight = placed(weights, device, compute_dtype(job.dtype))
     return _Predictions(
         hidden=hidden,
         flat=flat,
