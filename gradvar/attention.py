@@ -1,8 +1,8 @@
 """Which attention a model runs with, and one of our own that takes sequences of several lengths in one row.
 
-`gradvar_varlen` needs no flash-attn wheel: on CUDA in half precision it is torch's own kernel (torch.nn.attention.varlen,
-torch 2.10 and later; tried on small numbers, gradients too, before it is trusted), elsewhere each sequence alone in
-torch's scaled_dot_product_attention. transformers hands on `cu_seq_lens_q` and `max_length_q` as it does for flash
+`gradvar_varlen` needs no flash-attn wheel: on CUDA in half precision it is torch's own kernel
+(torch.nn.attention.varlen, torch 2.10 and later; tried on small numbers, gradients too, before it is trusted),
+elsewhere each sequence alone in torch's scaled_dot_product_attention. transformers hands on `cu_seq_lens_q` and `max_length_q` as it does for flash
 attention, so nothing is read back from the device at each layer.
 
 Shape letters: B rows, H heads, T tokens of a row, D head width.
@@ -11,6 +11,7 @@ Shape letters: B rows, H heads, T tokens of a row, D head width.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from functools import lru_cache
 from typing import Any
 
@@ -135,14 +136,9 @@ def varlen_attention(
     longest = query.shape[2] if max_length_q is None else int(max_length_q)
     windowed = sliding_window is not None and sliding_window < longest
     if not windowed and _fits_kernel(query, key, value):
-        packed = (each[0].transpose(0, 1) for each in (query, key, value))
-        return _by_kernel(*packed, cu_seq_lens_q, longest, scaling)[None], None
-    bounds = cu_seq_lens_q.tolist()
-    parts = [
-        _attend(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, sliding_window)
-        for a, b in zip(bounds, bounds[1:], strict=False)
-    ]
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+        q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+        return _by_kernel(q, k, v, cu_seq_lens_q, longest, scaling)[None], None
+    return _one_by_one(query, key, value, cu_seq_lens_q, scaling, sliding_window).contiguous(), None
 
 
 def _given(value: Any) -> bool:
@@ -165,6 +161,17 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, wind
     )
 
 
+def _one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float | None, window: int | None
+) -> Tensor:
+    """Return the attention (1, T, H, D) of packed (1, H, T, D), sequence by sequence."""
+    parts = [
+        _attend(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scale, window)
+        for a, b in itertools.pairwise(starts.tolist())
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2)
+
+
 def _kernel() -> Any:
     """Return torch's variable-length attention, None in an older torch."""
     try:
@@ -174,9 +181,7 @@ def _kernel() -> Any:
     return varlen_attn
 
 
-def _by_kernel(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float | None
-) -> Tensor:
+def _by_kernel(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float | None) -> Tensor:
     """Return the attention (T, H, D) of packed (T, H, D) by torch's kernel."""
     starts = starts.to(query.device, torch.int32)
     grouped = query.shape[1] != key.shape[1]
@@ -214,9 +219,7 @@ def _agrees(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int
                 q, k, v = (x.to(device, dtype).to(torch.float32 if exact else dtype).requires_grad_() for x in values)
                 if exact:
                     rows = [x.transpose(0, 1)[None] for x in (q, k, v)]
-                    bounds = starts.tolist()
-                    parts = [_attend(*(x[:, :, a:b] for x in rows), None, None) for a, b in zip(bounds, bounds[1:])]
-                    output = torch.cat(parts, dim=2)[0].transpose(0, 1)
+                    output = _one_by_one(rows[0], rows[1], rows[2], starts, None, None)[0]
                 else:
                     output = _by_kernel(q, k, v, starts, max(lengths), None)
                 weights = torch.linspace(-1, 1, output.numel(), device=device).view(output.shape)

@@ -142,14 +142,14 @@ def load_model(
         device: A torch device name, or "balanced": accelerate spreads the layers over all GPUs, then the host's memory,
             then the disk.
         trust_remote_code: Run code that the model's repository ships.
-        attention: transformers' name of the attention, or gradvar_varlen; "auto" takes variable-length kernels where the
-            device and the model can have them; None leaves the choice to transformers.
+        attention: transformers' name of the attention, or gradvar_varlen; "auto" takes variable-length kernels where
+            the device and the model can have them; None leaves the choice to transformers.
         max_memory: With "balanced", what weights may take of each device (0, 1, "cpu"), as accelerate reads it. None
             leaves room for measuring.
 
     Raises:
-        GradvarError: The weights do not load, or not with that attention, accelerate is missing for "balanced", or some of the model's weights are
-            missing from the files.
+        GradvarError: The weights do not load, or not with that attention, accelerate is missing for "balanced", or some
+            of the model's weights are missing from the files.
     """
     name = choose_attention(attention, folder.load_config(trust_remote_code), device, dtype) if attention else None
     options: dict[str, Any] = {"attn_implementation": name} if name else {}
@@ -166,7 +166,11 @@ def load_model(
     except GradvarError:
         raise
     except Exception as error:  # damaged files surface as many types, SafetensorError among them
-        what = "it cannot be loaded with this --attention" if _is_about_attention(error) else "its weights cannot be loaded"
+        what = (
+            "it cannot be loaded with this --attention"
+            if _is_about_attention(error)
+            else "its weights cannot be loaded"
+        )
         raise GradvarError(f"model {folder.name}: {what}: {_first_line(error)}") from error
     problems = [*loading["missing_keys"], *loading["mismatched_keys"]]
     if problems:

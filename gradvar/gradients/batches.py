@@ -100,7 +100,7 @@ def last_hidden(base: nn.Module, batch: Batch) -> Tensor:
 
 
 def takes_packed(attention: str) -> bool:
-    """Return whether an attention implementation, by its name, has kernels for sequences of several lengths in a row."""
+    """Return whether an attention implementation, by its name, has kernels for sequences of several lengths."""
     return "flash" in attention or "varlen" in attention
 
 

@@ -264,7 +264,7 @@ def _widens(left: Tensor, right: Tensor, out: Tensor) -> bool:
 
 @lru_cache
 def _adds_wide(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether torch adds a half-precision product to a float32 sum: some versions want one dtype of the three."""
+    """Return whether torch adds a half-precision product to a float32 sum: some want one dtype of the three."""
     half, total = torch.ones((16, 16), dtype=dtype, device=device), torch.ones((16, 16), device=device)
     try:
         torch.addmm(total, half, half, out_dtype=total.dtype, out=total)

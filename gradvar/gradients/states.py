@@ -121,7 +121,7 @@ def _with_split(name: str, value: bool) -> bool | tuple[bool, bool]:
 def _float32_products() -> Iterator[None]:
     """Keep TF32 and bfloat16 out of float32 products, under torch's older name of the setting and its newer ones."""
     cudnn = torch.backends.cudnn  # convolutions: state-space models have them
-    holders = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    holders: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     holders += [getattr(cudnn, name, None) for name in ("conv", "rnn")]
     newer: list[tuple[Any, str]] = [(one, one.fp32_precision) for one in holders if hasattr(one, "fp32_precision")]
     convolutions = None if hasattr(getattr(cudnn, "conv", None), "fp32_precision") else cudnn.allow_tf32

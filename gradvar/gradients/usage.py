@@ -3,9 +3,11 @@
 A batch of B rows of T tokens takes c + B (a T + b T^2); c, a and b are read off three probes of a few tokens, so they
 hold for any architecture, attention implementation and checkpointing. A longer probe tests them: models that work on
 whole chunks (state spaces, linear attention) take the same for any part of one, and models with a sliding window make
-no mask within it. Where it finds more, three probes beyond the chunk and the window are read instead. Bytes are those of every tensor alive, the
-temporaries of forward and backward among them, after every operator: the peak of a short batch may lie elsewhere than
-a long one's, where attention that keeps T x T weights outgrows the rest, so each moment has a growth of its own.
+no mask within it. Where it finds more, three probes beyond the chunk and the window are read instead.
+
+Bytes are those of every tensor alive, the temporaries of forward and backward among them, after every operator: the
+peak of a short batch may lie elsewhere than a long one's, where attention that keeps T x T weights outgrows the rest,
+so each moment has a growth of its own.
 """
 
 from __future__ import annotations
@@ -238,9 +240,10 @@ def _further(job: Job, long: int) -> tuple[int, ...]:
 
 def _steps(job: Job) -> list[int]:
     """Return the chunks, windows and blocks that the model's configuration names."""
-    config = getattr(job.model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    named = {**vars(config), **vars(text)} if config is not None else {}
+    config: Any = getattr(job.model, "config", None)
+    if config is None:
+        return []
+    named = {**vars(config), **vars(config.get_text_config())}
     return [
         value for name, value in named.items()
         if type(value) is int and value > 0 and any(step in name for step in _STEPS)

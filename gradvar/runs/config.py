@@ -126,8 +126,8 @@ class MeasureConfig:
     include_bias: bool = True
     """Count the targets' biases among the parameters."""
     attention: str = "auto"
-    """auto, eager, sdpa, flash_attention_2, flash_attention_3, flash_attention_4, flex_attention or gradvar_varlen; auto
-    takes variable-length kernels on a GPU where the model can have them, else transformers' choice."""
+    """auto, eager, sdpa, flash_attention_2, flash_attention_3, flash_attention_4, flex_attention or gradvar_varlen;
+    auto takes variable-length kernels on a GPU where the model can have them, else transformers' choice."""
     packing: bool | None = None
     """Responses one after another in one row, without padding; None: where the attention has kernels for it."""
     token_budget: int | None = None

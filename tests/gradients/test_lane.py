@@ -1,6 +1,7 @@
 """Copies beside what is computed: on the CPU at once; with streams in an order that no one reads too early in.
 
-The recorder stands in for `torch.cuda`'s streams and notes what would happen in which order; numbers are not its matter.
+The recorder stands in for `torch.cuda`'s streams and notes what would happen in which order; numbers are not its
+matter.
 """
 
 from contextlib import contextmanager
