@@ -327,7 +327,8 @@ def main(arguments: Sequence[str]) -> int:
         f"Made by `{' '.join(['python -m benchmarks.gradients_gpu', *arguments])}` on "
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}: torch {torch.__version__}, {os.cpu_count()} cores. "
         f"{shape.name}, random weights, {str(dtype).removeprefix('torch.')}, {shape.responses} responses of "
-        f"{'up to ' * shape.mixed}{shape.length} tokens ({sum(shape.lengths())} in all) behind a prompt of {shape.prompt}, "
+        f"{'up to ' * shape.mixed}{shape.length} tokens "
+        f"({sum(shape.lengths())} in all) behind a prompt of {shape.prompt}, "
         f"{' and '.join(shape.targets)} in "
         f"{len(found.plan.passes)} pass{'es' * (len(found.plan.passes) > 1)}, attention {found.attention}.",
         "",

@@ -2,8 +2,8 @@
 
 `gradvar_varlen` needs no flash-attn wheel: on CUDA in half precision it is torch's own kernel
 (torch.nn.attention.varlen, torch 2.10 and later; tried on small numbers, gradients too, before it is trusted),
-elsewhere each sequence alone in torch's scaled_dot_product_attention. transformers hands on `cu_seq_lens_q` and `max_length_q` as it does for flash
-attention, so nothing is read back from the device at each layer.
+elsewhere each sequence alone in torch's scaled_dot_product_attention. transformers hands on `cu_seq_lens_q` and
+`max_length_q` as it does for flash attention, so nothing is read back from the device at each layer.
 
 Shape letters: B rows, H heads, T tokens of a row, D head width.
 """

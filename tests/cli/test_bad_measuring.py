@@ -59,6 +59,12 @@ def test_options_that_cannot_be_met(refused, run, options, words):
     assert {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file() and p.name != ".lock"} == before
 
 
+def done(*arguments):
+    with pytest.raises(SystemExit) as left:
+        main([str(argument) for argument in arguments])
+    assert left.value.code == 0
+
+
 def test_an_attention_that_mixes_packed_sequences_is_refused_by_name(refused, run, monkeypatch):
     """As eager and sdpa of older transformers do; `--no-packing` is named as the way out."""
     from gradvar.gradients import batches
@@ -73,11 +79,11 @@ def test_an_attention_that_mixes_packed_sequences_is_refused_by_name(refused, ru
 
 
 def test_one_run_holds_one_attention(refused, run):
-    main(["measure", str(run.path), "--attention", "eager"])
+    done("measure", run.path, "--attention", "eager")
     assert open_run(run.path).info["stages"]["measure"]["attention"] == "eager"
     line = refused("measure", run.path, "--attention", "sdpa", "--targets", "0:qkv")
     assert "was measured with eager attention, received --attention sdpa" in line
-    main(["measure", str(run.path), "--targets", "0:qkv"])  # left out, it is the run's
+    done("measure", run.path, "--targets", "0:qkv")  # left out, it is the run's
     assert open_run(run.path).info["stages"]["measure"]["attention"] == "eager"
     assert "--attention: expected one of" in refused("check", run.path, "--attention", "fast")
 
@@ -89,7 +95,7 @@ def test_packed_and_padded_runs_agree(tmp_path):
     for name, options in (("a", []), ("b", ["--attention", "gradvar_varlen", "--packing"])):
         tmp_path.joinpath(name).mkdir()
         one = make_run(tmp_path / name)
-        main(["measure", str(one.path), *options])
+        done("measure", one.path, *options)
         one = open_run(one.path)
         grams.append({p.prompt_id: one.grams(p.prompt_id) for p in one.prompts()})
     for prompt_id, of_prompt in grams[0].items():
