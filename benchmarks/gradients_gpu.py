@@ -3,8 +3,11 @@
     python -m benchmarks.gradients_gpu
 
 Qwen2.5-7B's shape with random weights made on the device in bfloat16, 128 responses of 2000 tokens, last-layer QKV and
-layer-14 QKV + MLP in one pass. A card with less than 80 GB gets a smaller shape and says so. Nothing is downloaded.
-`--device cpu --tiny` runs the same code on a model of a few thousand parameters. Writes benchmarks/gradients_gpu.md.
+layer-14 QKV + MLP in one pass. A card with less than 75 GB free gets a smaller shape and says so. Nothing is
+downloaded.
+`--mixed` takes responses of many lengths (lognormal, the longest as long) and packs them one after another into rows.
+`--device cpu --tiny` runs the same code on a model of a few thousand parameters. Writes benchmarks/gradients_gpu.md, or
+gradients_gpu_mixed.md.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ import torch
 from torch import nn
 
 from benchmarks.gradients.shapes import MODELS
+from gradvar.attention import VARLEN, choose_attention
 from gradvar.gradients import ScoreMeasurement, measure_scores, resolve_targets
 from gradvar.gradients import passes as engine
 from gradvar.gradients.gram import GradientStore
@@ -44,10 +48,20 @@ class Shape:
     targets: tuple[str, ...]
     responses: int
     length: int
-    """Tokens of each."""
+    """Tokens of each; of the longest where they are mixed."""
     prompt: int
     needs: int
-    """GB of the card."""
+    """GB free on the card."""
+    mixed: bool = False
+    """Responses of many lengths, packed."""
+
+    def lengths(self) -> list[int]:
+        """Return the responses' lengths in tokens."""
+        if not self.mixed:
+            return [self.length] * self.responses
+        drawn = np.random.default_rng(1).lognormal(np.log(self.length / 5), 0.8, self.responses)
+        lengths = [int(np.clip(each, 2, self.length)) for each in drawn]
+        return [self.length, *lengths[1:]]
 
 
 QWEN_7B = {
@@ -180,15 +194,19 @@ def choose_shape(device: torch.device, tiny: bool) -> Shape:
         return TINY
     if device.type != "cuda":
         return SHAPES[-1]
-    memory = torch.cuda.get_device_properties(device).total_memory / 1e9
+    memory = torch.cuda.mem_get_info(device)[0] / 1e9  # others may use the card too
     return next(shape for shape in SHAPES if memory >= shape.needs)
 
 
 def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Return the model with random weights, made on the device."""
+    """Return the model with random weights, made on the device, with the attention that `gradvar measure` chooses."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(**shape.model, max_position_embeddings=32768, use_cache=False)
+    wish = VARLEN if shape.mixed else "auto"
+    attention = choose_attention(wish, config, str(device), str(dtype).removeprefix("torch."))
+    if attention is not None:
+        config._attn_implementation = attention
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -223,13 +241,14 @@ def flop(model: nn.Module, shape: Shape, lowest: int, entries: int) -> float:
     Projections and attention forward, truncated backward, head twice, gradients and Grams; the prompt each time.
     """
     width, layers = shape.model["hidden_size"], shape.model["num_hidden_layers"]
-    tokens = shape.responses * (shape.prompt + shape.length - 1)
+    lengths = [shape.prompt + length - 1 for length in shape.lengths()]
+    tokens = sum(lengths)
     one = decoder_layers(model)[0][1]
     matrices = sum(p.numel() for p in one.parameters() if p.ndim == 2)
-    attention = 2 * width * (shape.prompt + shape.length)  # causal: half of 4 T D a token
-    forward = layers * tokens * (2 * matrices + attention)
-    backward = (layers - lowest) * tokens * (2 * matrices + 2.5 * attention)
-    head = 2 * 2 * shape.responses * shape.length * shape.model["vocab_size"] * width
+    attention = sum(2 * width * length**2 for length in lengths)  # causal: half of 4 T D a token
+    forward = layers * (2 * tokens * matrices + attention)
+    backward = (layers - lowest) * (2 * tokens * matrices + 2.5 * attention)
+    head = 2 * 2 * sum(shape.lengths()) * shape.model["vocab_size"] * width
     return forward + backward + head + 2 * tokens * entries + 2 * shape.responses**2 * entries
 
 
@@ -238,9 +257,9 @@ def measure(model: nn.Module, shape: Shape, watch: Stopwatch, lowest: int) -> Sc
     rng = np.random.default_rng(0)
     vocabulary = shape.model["vocab_size"]
     prompt = rng.integers(0, vocabulary, shape.prompt).tolist()
-    responses = rng.integers(0, vocabulary, (shape.responses, shape.length)).tolist()
+    responses = [rng.integers(0, vocabulary, length).tolist() for length in shape.lengths()]
     with marked(model, lowest, watch):
-        return measure_scores(model, prompt, responses, list(shape.targets))
+        return measure_scores(model, prompt, responses, list(shape.targets), packing=shape.mixed or None)
 
 
 def report(shape: Shape, parts: dict[str, float], *, total: float, peak: float, rate: float, work: float) -> list[str]:
@@ -267,7 +286,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gradients_gpu", description=__doc__)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, cpu (cuda)")
     parser.add_argument("--tiny", action="store_true", help="a model of a few thousand parameters")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"), help="the page")
+    parser.add_argument("--mixed", action="store_true", help="responses of many lengths, packed into rows")
+    parser.add_argument("--out", type=Path, help="the page (beside this script)")
     options = parser.parse_args(arguments)
     try:
         device = torch.device(options.device)
@@ -278,16 +298,18 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # the stopwatch marks the current device's stream
-    shape = choose_shape(device, options.tiny)
+    chosen = choose_shape(device, options.tiny)
+    shape = replace(chosen, mixed=options.mixed)
+    page = options.out or Path(__file__).with_name(f"gradients_gpu{'_mixed' * options.mixed}.md")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if shape is not SHAPES[0] and not options.tiny:
+    if chosen is not SHAPES[0] and not options.tiny:
         print(f"the device is too small for {SHAPES[0].name} in full: {shape.name}, {shape.responses} responses")
     model = build(shape, device, dtype)
     targets = resolve_targets(model, list(shape.targets))
     lowest = min(target.layer for target in targets if target.layer is not None)
     entries = sum(target.out_features * target.in_features for target in targets)
     measure(
-        model, TINY if options.tiny else _first(shape), Stopwatch(device), lowest
+        model, shape if options.tiny else replace(shape, responses=2), Stopwatch(device), lowest
     )  # kernels are chosen at a first run
     rate = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 512)
     watch = Stopwatch(device)
@@ -305,19 +327,17 @@ def main(arguments: Sequence[str]) -> int:
         f"Made by `{' '.join(['python -m benchmarks.gradients_gpu', *arguments])}` on "
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}: torch {torch.__version__}, {os.cpu_count()} cores. "
         f"{shape.name}, random weights, {str(dtype).removeprefix('torch.')}, {shape.responses} responses of "
-        f"{shape.length} tokens behind a prompt of {shape.prompt}, {' and '.join(shape.targets)} in "
+        f"{'up to ' * shape.mixed}{shape.length} tokens "
+        f"({sum(shape.lengths())} in all) behind a prompt of {shape.prompt}, "
+        f"{' and '.join(shape.targets)} in "
         f"{len(found.plan.passes)} pass{'es' * (len(found.plan.passes) > 1)}, attention {found.attention}.",
         "",
         *report(shape, parts, total=total, peak=peak, rate=rate, work=flop(model, shape, lowest, entries)),
         "",
     ]
-    options.out.write_text("\n".join(lines))
+    page.write_text("\n".join(lines))
     print("\n".join(lines))
     return 0
-
-
-def _first(shape: Shape) -> Shape:
-    return Shape(**{**shape.__dict__, "responses": 2})
 
 
 if __name__ == "__main__":

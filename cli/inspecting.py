@@ -45,6 +45,10 @@ def check(
         int, typer.Option("--responses", help="Responses of a prompt to measure again, from shortest to longest.")
     ] = 4,
     prompts: Annotated[int, typer.Option("--prompts", help="Prompts that they are taken from.")] = 1,
+    attention: Annotated[
+        str | None,
+        typer.Option("--attention", help="Check with another one, as in `measure`.", show_default="the run's"),
+    ] = None,
     level: o.Level = None,
     seed: o.Seed = None,
     config: o.ConfigFile = None,
@@ -65,5 +69,5 @@ def check(
 
     target = open_run(run)
     with target.locked():
-        stage(target, settings, console.Terminal(), responses=responses, prompts=prompts)
+        stage(target, settings, console.Terminal(), responses=responses, prompts=prompts, attention=attention)
     checks.show_check(target, as_json=as_json)

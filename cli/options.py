@@ -104,6 +104,23 @@ Bias = Annotated[
         "--bias/--no-bias", help="Count biases among the parameters.", show_default="bias", rich_help_panel=_G
     ),
 ]
+Attention = _option(
+    str,
+    "--attention",
+    "eager, sdpa, flash_attention_2, flash_attention_3, flash_attention_4, flex_attention, or gradvar_varlen: torch's "
+    "own kernel for sequences of several lengths, no flash-attn needed. Part of what a run's Grams are.",
+    default="auto: variable-length kernels on a GPU where the model can have them, else sdpa",
+    panel=_G,
+)
+Packing = Annotated[
+    bool | None,
+    typer.Option(
+        "--packing/--no-packing",
+        help="Responses one after another in one row, without padding; refused where the attention would mix them.",
+        show_default="where the attention has variable-length kernels, on a GPU",
+        rich_help_panel=_G,
+    ),
+]
 TokenBudget = _option(int, "--token-budget", "Padded tokens in one forward pass.", panel=_G)
 MemoryBudget = _option(
     float,

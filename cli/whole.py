@@ -68,6 +68,8 @@ def run(
     reward: o.Reward = None,
     targets: o.Targets = None,
     bias: o.Bias = None,
+    attention: o.Attention = None,
+    packing: o.Packing = None,
     token_budget: o.TokenBudget = None,
     memory_budget: o.MemoryBudget = None,
     host_memory_budget: o.HostMemoryBudget = None,

@@ -15,6 +15,7 @@ import torch
 import transformers.utils.logging
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from gradvar.attention import choose_attention
 from gradvar.errors import GradvarError
 
 transformers.utils.logging.disable_progress_bar()  # gradvar shows progress of its own
@@ -130,7 +131,7 @@ def load_model(
     dtype: str,
     device: str,
     trust_remote_code: bool = False,
-    attn_implementation: str | None = None,
+    attention: str | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
 ) -> PreTrainedModel:
     """Load the causal LM in eval mode onto a device, or spread over all there are.
@@ -141,15 +142,17 @@ def load_model(
         device: A torch device name, or "balanced": accelerate spreads the layers over all GPUs, then the host's memory,
             then the disk.
         trust_remote_code: Run code that the model's repository ships.
-        attn_implementation: transformers' name of the attention; None leaves the choice to it.
+        attention: transformers' name of the attention, or gradvar_varlen; "auto" takes variable-length kernels where
+            the device and the model can have them; None leaves the choice to transformers.
         max_memory: With "balanced", what weights may take of each device (0, 1, "cpu"), as accelerate reads it. None
             leaves room for measuring.
 
     Raises:
-        GradvarError: The weights do not load, accelerate is missing for "balanced", or some of the model's weights are
-            missing from the files.
+        GradvarError: The weights do not load, or not with that attention, accelerate is missing for "balanced", or some
+            of the model's weights are missing from the files.
     """
-    options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    name = choose_attention(attention, folder.load_config(trust_remote_code), device, dtype) if attention else None
+    options: dict[str, Any] = {"attn_implementation": name} if name else {}
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder.path,
@@ -163,7 +166,12 @@ def load_model(
     except GradvarError:
         raise
     except Exception as error:  # damaged files surface as many types, SafetensorError among them
-        raise GradvarError(f"model {folder.name}: its weights cannot be loaded: {_first_line(error)}") from error
+        what = (
+            "it cannot be loaded with this --attention"
+            if _is_about_attention(error)
+            else "its weights cannot be loaded"
+        )
+        raise GradvarError(f"model {folder.name}: {what}: {_first_line(error)}") from error
     problems = [*loading["missing_keys"], *loading["mismatched_keys"]]
     if problems:
         raise GradvarError(
@@ -171,6 +179,10 @@ def load_model(
             f"(first: {problems[0]}); they would be random"
         )
     return (model if device == BALANCED else model.to(device)).eval()
+
+
+def _is_about_attention(error: Exception) -> bool:
+    return isinstance(error, (ImportError, ValueError)) and "ttention" in str(error)
 
 
 def load_skeleton(folder: ModelFolder, *, trust_remote_code: bool = False) -> PreTrainedModel:

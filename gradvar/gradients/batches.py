@@ -9,11 +9,13 @@ import inspect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradvar.errors import GradvarError
+from gradvar.gradients.devices import moved, placed
 
 
 class UnalignedTokensError(GradvarError):
@@ -81,16 +83,32 @@ class Batch:
 def last_hidden(base: nn.Module, batch: Batch) -> Tensor:
     """Return the (B, T, D) last hidden states of a batch."""
     positions = batch.positions
-    options: dict[str, Tensor] = {}
+    options: dict[str, Any] = {}
     # padding on the right comes after all that counts, and the model is causal; a mask there costs the fast attention
     # kernels, and rows of it without a single key have made NaN (Gemma 2 in float64, transformers 5.23)
     # packed sequences are told apart by their positions alone, and only where there is no mask
     if batch.attention_mask is not None and any(batch.firsts):
         options["attention_mask"] = batch.attention_mask
+    if batch.packed and _takes_lengths(base):  # else read back from the positions, which waits for the device each time
+        starts = placed([0, *(stop for _, stop in batch.bounds)], batch.input_ids.device, torch.int32)
+        longest = max(stop - start for start, stop in batch.bounds)
+        options.update(cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=longest, max_length_k=longest)
     if positions is not None and "position_ids" in inspect.signature(type(base).forward).parameters:
         options["position_ids"] = positions
     hidden: Tensor = base(input_ids=batch.input_ids, use_cache=False, **options).last_hidden_state
     return hidden
+
+
+def takes_packed(attention: str) -> bool:
+    """Return whether an attention implementation, by its name, has kernels for sequences of several lengths."""
+    return "flash" in attention or "varlen" in attention
+
+
+def _takes_lengths(base: nn.Module) -> bool:
+    """Return whether the model hands its layers what it does not know, the sequences' lengths for one."""
+    attention = str(getattr(getattr(base, "config", None), "_attn_implementation", ""))
+    parameters = inspect.signature(type(base).forward).parameters.values()
+    return takes_packed(attention) and any(one.kind is one.VAR_KEYWORD for one in parameters)
 
 
 def make_batches(
@@ -129,7 +147,7 @@ def _pack(
     starts = [stop - len(sequence) for stop, sequence in zip(stops, fed, strict=True)]
     return Batch(
         members=tuple(members),
-        input_ids=torch.tensor([[token for sequence in fed for token in sequence]], device=device),
+        input_ids=placed([[token for sequence in fed for token in sequence]], device),
         attention_mask=None,
         real=None,
         bounds=tuple(zip(starts, stops, strict=True)),
@@ -149,9 +167,9 @@ def _pad(
     length = max(len(sequence) for sequence in fed)
     gaps = [length - len(sequence) for sequence in fed]
     firsts = [gap if padding_side == "left" else 0 for gap in gaps]
-    ids = torch.tensor(
+    ids = placed(
         [[0] * first + sequence + [0] * (gap - first) for sequence, gap, first in zip(fed, gaps, firsts, strict=True)],
-        device=device,
+        device,
     )
     bounds = []
     start = 0
@@ -160,12 +178,11 @@ def _pad(
         start += len(sequence)
     mask = real = None
     if start < ids.numel():
-        columns = torch.arange(length, device=device)
-        begins = torch.tensor(firsts, device=device)[:, None]
-        ends = torch.tensor([first + len(row) for first, row in zip(firsts, fed, strict=True)], device=device)[:, None]
+        columns = torch.arange(length)  # on the host: a GPU would be waited for to count what is real
+        begins = torch.tensor(firsts)[:, None]
+        ends = torch.tensor([first + len(row) for first, row in zip(firsts, fed, strict=True)])[:, None]
         keep = (columns >= begins) & (columns < ends)
-        mask = keep.long()
-        real = keep.flatten().nonzero().flatten()
+        mask, real = moved(keep.long(), device), moved(keep.flatten().nonzero().flatten(), device)
     return Batch(
         members=tuple(members),
         input_ids=ids,

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from gradvar.errors import GradvarError
 from gradvar.gradients.batches import Batch, UnalignedTokensError
-from gradvar.gradients.devices import execution_device
+from gradvar.gradients.devices import execution_device, placed
 from gradvar.gradients.gram import FactorStore, GradientStore, HeadStore, MatrixStore
 from gradvar.gradients.job import Job
 from gradvar.gradients.logprobs import TokenScores, compute_dtype
@@ -152,10 +151,10 @@ def predictions(job: Job, batch: Batch, hidden: Tensor) -> Predictions:
         tokens += job.responses[i]
         weights += job.masks[i]
     device = batch.input_ids.device
-    at = torch.tensor(where, device=hidden.device)
+    at = placed(where, hidden.device)
     flat = hidden.detach().reshape(-1, hidden.shape[-1]).index_select(0, at)
-    chosen = torch.tensor(tokens, device=device)
-    weight = torch.tensor(weights, dtype=compute_dtype(job.dtype), device=device)
+    chosen = placed(tokens, device)
+    weight = placed(weights, device, compute_dtype(job.dtype))
     return Predictions(
         hidden=hidden,
         flat=flat,

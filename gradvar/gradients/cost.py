@@ -10,6 +10,7 @@ import torch
 
 from gradvar.gradients.gram import piece
 from gradvar.gradients.job import Job
+from gradvar.gradients.lane import IN_FLIGHT
 from gradvar.gradients.logprobs import VOCABULARY_TILE, compute_dtype
 from gradvar.gradients.plan import Block, Cost, Plan, device_bytes, host_bytes
 from gradvar.gradients.sketch import SketchPlan
@@ -66,11 +67,12 @@ def tile_casts(job: Job) -> int:
 
 
 def staging_bytes(job: Job) -> int:
-    """Return the bytes on the device of one response's factors, on their way to the host's memory or back."""
+    """Return the bytes on the device of responses' factors on their way to the host's memory or back."""
     targets = [target for target in job.targets if target.kind != "head"]
     sides = max((_sides(target) for target in targets), default=0)
     product = min(piece(job.device), max((target.in_features * target.out_features for target in targets), default=0))
-    return max(job.lengths) * sides * width(job.factor_dtype) + product * width(compute_dtype(job.dtype))
+    at_once = IN_FLIGHT if job.device.type == "cuda" else 1
+    return at_once * max(job.lengths) * sides * width(job.factor_dtype) + product * width(compute_dtype(job.dtype))
 
 
 def _transfer(job: Job, block: Block, tile_bytes: int) -> int:

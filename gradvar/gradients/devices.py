@@ -56,6 +56,16 @@ def is_offloaded(module: nn.Module) -> bool:
     return bool(getattr(_hook(module), "offload", False))
 
 
+def placed(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return a tensor of numbers on a device; a GPU is not waited for."""
+    return moved(torch.tensor(numbers, dtype=dtype), device)
+
+
+def moved(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of the host on a device; a GPU is not waited for."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+
 @contextmanager
 def values(module: nn.Module) -> Iterator[None]:
     """Hold a module's own weights on the device it runs on, where they are offloaded."""

@@ -32,7 +32,12 @@ _FREE_SHARE = 0.8
 _HOST_SHARE = 0.5
 """Part of the host's free memory that gradients may lock: the system cannot move such pages."""
 _SLACK = 20
-"""One part in so many of a budget is left to the allocator."""
+"""One part in so many of a budget is left to the allocator, at least."""
+_SCRATCH = {"cpu": 24 << 20, "cuda": 64 << 20}
+"""What libraries take beside tensors, at most: on the CPU as measured (MKL packs its operands; the process's small
+blocks), on CUDA cuBLAS's workspaces, 32 MiB a handle on an H100 (torch's documentation of CUBLAS_WORKSPACE_CONFIG)."""
+_SCRATCH_SHARE = 5
+"""One part in so many of a budget is left to them, at most: small models take little."""
 _TILE_SHARE = 0.15
 _TILE_LIMIT = {"cpu": 256 << 20, "cuda": 2 << 30}
 """Bytes of a tile, at most: on a GPU products of few rows leave most of it idle."""
@@ -55,9 +60,17 @@ def default_host_budget(device: torch.device) -> int:
     return int(_HOST_SHARE * free_memory(torch.device("cpu"))) if device.type == "cuda" else 0
 
 
-def usable(budget: int) -> int:
-    """Return the part of a budget that is planned with: holes between the allocator's blocks take the rest."""
-    return budget - budget // _SLACK
+def usable(budget: int, device: torch.device) -> int:
+    """Return the part of a budget that is planned with: the allocator's holes and libraries' scratch take the rest."""
+    scratch = _SCRATCH.get(device.type, _SCRATCH["cpu"])
+    return budget - max(budget // _SLACK, min(scratch, budget // _SCRATCH_SHARE))
+
+
+def enough(needed: int, device: torch.device) -> int:
+    """Return the least budget of which `needed` bytes are usable."""
+    scratch = _SCRATCH.get(device.type, _SCRATCH["cpu"])
+    below = min(needed + scratch, needed + (needed - 1) // (_SCRATCH_SHARE - 1))
+    return max(needed + (needed - 1) // (_SLACK - 1), below)
 
 
 def choose_plan(
@@ -98,9 +111,9 @@ def choose_plan(
         token_budget = 1  # each response alone
     given = default_budget(job.model) if memory_budget is None else memory_budget
     sketches = sketch_bytes(job, sketch)
-    total = max(0, usable(given) - sketches)
+    total = max(0, usable(given, job.device) - sketches)
     host = default_host_budget(job.device) if host_memory_budget is None else host_memory_budget
-    host = int(FILLED * host) if job.device.type == "cuda" else usable(host)
+    host = int(FILLED * host) if job.device.type == "cuda" else host - host // _SLACK
     search = _Search(job=job, given=given, total=total, host=host, trunk=_trunk(job))
     plans: list[Plan] = []
     least = []
@@ -116,9 +129,9 @@ def choose_plan(
     if plans:
         return min(plans, key=lambda plan: _work(job, plan))
     needed = min(least) + sketches
-    enough = needed + (needed - 1) // (_SLACK - 1)  # the least of which so much is usable
+    would_do = enough(needed, job.device)
     raise GradvarError(
-        f"memory budget of {given} bytes is too small: expected at least {enough} bytes ({enough / 2**30:.2g} "
+        f"memory budget of {given} bytes is too small: expected at least {would_do} bytes ({would_do / 2**30:.2g} "
         "GiB), for the longest response alone and one row of the largest target"
         + (f", {sketches} of them for sketches of {sketch.dimension} numbers" if sketch is not None else "")
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -53,6 +54,9 @@ class GradientStore(ABC):
     def fill(self, response: int, start: int, stop: int, out: Tensor) -> None:
         """Write rows [start, stop) of a response's gradient to `out` (stop - start, I)."""
 
+    def ahead(self, response: int, start: int, stop: int) -> None:  # noqa: B027
+        """Be told what `fill` is asked for next, to have it there by then."""
+
     def bias_gradients(self) -> Tensor:
         """Return the (N, O) float64 sums of all responses."""
         return self._bias
@@ -85,6 +89,10 @@ class GradientStore(ABC):
             tile = buffer[:, : (stop - start) * self.columns]
             for response in range(self.responses):
                 self.fill(response, start, stop, tile[response].view(stop - start, self.columns))
+                if response + 1 < self.responses:
+                    self.ahead(response + 1, start, stop)
+                elif stop < self.rows:
+                    self.ahead(0, stop, min(stop + height, self.rows))
             if on_tile is not None:
                 on_tile(start, tile)
             for part in _stretches(tile):
@@ -246,9 +254,28 @@ def _stretches(tile: Tensor) -> Iterator[Tensor]:
         yield tile[:, whole * length :][None]
 
 
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def _widens(left: Tensor, right: Tensor, out: Tensor) -> bool:
+    """Return whether CUDA takes the product as it is: half-precision operands and a float32 result alone."""
+    return left.is_cuda and left.dtype == right.dtype and left.dtype in _HALVES and out.dtype == torch.float32
+
+
+@lru_cache
+def _adds_wide(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether torch adds a half-precision product to a float32 sum: some want one dtype of the three."""
+    half, total = torch.ones((16, 16), dtype=dtype, device=device), torch.ones((16, 16), device=device)
+    try:
+        torch.addmm(total, half, half, out_dtype=total.dtype, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())
+
+
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """Write left @ right to `out` in its dtype: half-precision operands, float32 sums."""
-    if left.is_cuda and left.dtype == right.dtype != out.dtype:
+    if _widens(left, right, out):
         return torch.mm(left, right, out_dtype=out.dtype, out=out)
     return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
 
@@ -270,6 +297,9 @@ def add_product(left: Tensor, right: Tensor, total: Tensor) -> None:
     """Add left @ right to `total`, a piece of rows at a time where the dtypes differ."""
     if left.dtype == right.dtype == total.dtype:
         total.addmm_(left, right)
+        return
+    if _widens(left, right, total) and _adds_wide(total.device, left.dtype):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
         return
     height = max(1, piece(total.device) // total.shape[1])
     for start in range(0, total.shape[0], height):

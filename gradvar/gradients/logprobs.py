@@ -212,8 +212,9 @@ class Head:
         exponentials = logits.exp()
         total = exponentials.sum(-1)
         log_total = total.log()
-        below = torch.linalg.vecdot(exponentials, logits)
-        if bool(below.isnan().any()):  # 0 times -inf, where a logit is -inf
+        below = None if hidden.is_cuda else torch.linalg.vecdot(exponentials, logits)
+        # 0 times -inf, where a logit is -inf: on the CPU looked for, a GPU would have to be waited for
+        if below is None or bool(below.isnan().any()):
             below = torch.linalg.vecdot(exponentials, logits.clamp_min(-1e30))
         entropy = log_total - below / total
         collision = (torch.linalg.vector_norm(exponentials, dim=-1) / total).square()

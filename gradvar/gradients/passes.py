@@ -33,18 +33,38 @@ def run_pass(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientSto
     """Run all responses through the model once and keep the gradients of the pass's blocks.
 
     Where a target's tokens cannot be told apart by response in a batch, or a batch changes what a response gives, each
-    goes alone.
+    goes alone. Where the device runs out of memory (another process may have taken it since the plan), the pass is run
+    again once, in batches half as large. What a failed pass had kept is dropped.
+
+    Raises:
+        GradvarError: The device runs out of memory again.
     """
     done, tokens = job.done, job.tokens
-    job.tokens = tokens.copy()
-    try:
-        with job.autocast.off():
-            return _run_batches(job, blocks, alone=False)
-    except UnalignedTokensError:
-        job.done, job.tokens = done, tokens
-        job.plan = replace(job.plan, token_budget=1)
-        with job.autocast.off():
-            return _run_batches(job, blocks, alone=True)
+    tried: set[type[Exception]] = set()
+    while True:
+        job.done, job.tokens = done, tokens.copy()
+        failed: type[Exception] = UnalignedTokensError
+        try:
+            with job.autocast.off():
+                return _run_batches(job, blocks, alone=UnalignedTokensError in tried)
+        except UnalignedTokensError:
+            if failed in tried:
+                raise
+        except torch.OutOfMemoryError:
+            failed = torch.OutOfMemoryError
+        # out here the failed pass is let go of
+        batches = job.batches(job.plan.token_budget)
+        largest = max(batch.input_ids.numel() for batch in batches)
+        if failed is torch.OutOfMemoryError:
+            if len(batches) == len(job.responses) or failed in tried:
+                raise GradvarError(
+                    f"{job.device} ran out of memory in batches of {largest} tokens: free some of it, or give a lower "
+                    "--memory-budget, with which activations and gradients take less"
+                )
+            if job.device.type == "cuda":
+                torch.cuda.empty_cache()
+        tried.add(failed)
+        job.plan = replace(job.plan, token_budget=1 if failed is UnalignedTokensError else max(1, largest // 2))
 
 
 def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool) -> list[tuple[Block, GradientStore]]:
@@ -52,7 +72,7 @@ def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool) -> list[tupl
     needed = job.plan.work_bytes + job.plan.trunk_bytes
     job.resident.make_room(needed)
     witness = make_witness(job, blocks, batches)
-    host = HostMemory()
+    host = HostMemory(pinned=job.device.type == "cuda", budget=job.plan.host_memory_budget or None)
     stores = [(block, new_store(job, block, len(job.responses), host)) for block in blocks]
     norms = job.extra.empty(block.target.key for block in blocks)
     first_pass = job.tokens.logprobs[0] is None

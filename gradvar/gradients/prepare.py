@@ -19,7 +19,7 @@ from gradvar.gradients.logprobs import Head
 from gradvar.gradients.plan import Plan
 from gradvar.gradients.positions import must_go_alone
 from gradvar.gradients.request import check_causal, check_padding, check_request, check_sharing, packs, whole_numbers
-from gradvar.gradients.resident import Resident, settled_bytes
+from gradvar.gradients.resident import Resident, blocks_apart, settled_bytes
 from gradvar.gradients.reweighted import check_counts, reweightings
 from gradvar.gradients.sketch import SketchPlan
 from gradvar.gradients.specs import resolve_targets
@@ -33,7 +33,10 @@ _PROBE_TOKENS = 8
 def prepared(model: nn.Module, *request: Any, **options: Any) -> Iterator[Job]:
     """Hold the model ready for `run_pass` as the request's plan asks; arguments as in `planned`."""
     with planned(model, *request, **options) as job, checkpointed(model, job.plan.checkpointing):
-        yield job
+        # holes may take half as much again as what is alive
+        tight = job.device.type == "cpu" and 3 * job.plan.spare_bytes < job.plan.memory_budget
+        with blocks_apart(tight):
+            yield job
 
 
 @contextmanager
@@ -118,7 +121,7 @@ def planned(
             sketch=sketch,
         )
         if device.type == "cpu":
-            job.resident = Resident(before, usable(job.plan.memory_budget) + job.plan.host_memory_budget)
+            job.resident = Resident(before, usable(job.plan.memory_budget, device) + job.plan.host_memory_budget)
         yield job
 
 

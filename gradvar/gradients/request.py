@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gradvar.errors import GradvarError
-from gradvar.gradients.batches import Batch, last_hidden, make_batches
+from gradvar.gradients.batches import Batch, last_hidden, make_batches, takes_packed
 from gradvar.gradients.devices import input_device, is_offloaded, values
 from gradvar.gradients.logprobs import Head
 from gradvar.gradients.positions import position_limit
@@ -239,8 +239,7 @@ def packs(model: nn.Module, base: nn.Module, probe: list[int], wish: bool | None
         GradvarError: Asked for, and the model mixes packed sequences.
     """
     attention = str(getattr(getattr(model, "config", None), "_attn_implementation", "unknown"))
-    varlen = "flash" in attention or "varlen" in attention
-    if wish is False or (wish is None and not (varlen and input_device(base).type == "cuda")):
+    if wish is False or (wish is None and not (takes_packed(attention) and input_device(base).type == "cuda")):
         return False
     first, second = (probe * 3)[:3], (probe[::-1] * 6)[:5]
     with torch.no_grad():
@@ -256,8 +255,8 @@ def packs(model: nn.Module, base: nn.Module, probe: list[int], wish: bool | None
         return True
     if wish:
         raise GradvarError(
-            f"{type(base).__name__} with {attention} attention mixes packed sequences: measure it padded, or with "
-            "another attention implementation"
+            f"{type(base).__name__} with {attention} attention mixes packed sequences: measure it padded "
+            "(--no-packing), or with another --attention"
         )
     return False
 

@@ -1,7 +1,8 @@
 """Gradients kept in the host's memory where the device has no room: copied there once, brought back for the Gram.
 
-Copies run on the current stream, in order with what makes and what uses them, so nothing waits for them on the host:
-it must not read what was copied without waiting. They are asynchronous from and to page-locked memory alone. To lock
+Copies run beside what is computed (`Lane`), in order with what makes and what uses them, so nothing waits for them on
+the host: it must not read what was copied without waiting. They are asynchronous from and to page-locked memory alone.
+To lock
 pages is slow (of the order of a millisecond for 10 MB; to be measured on a GPU), so memory is locked in large slabs,
 which torch's host allocator keeps for the next pass and the next prompt.
 
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor
 
 from gradvar.gradients.gram import FactorStore, GradientStore, add_product, multiply, piece
+from gradvar.gradients.lane import Lane
 
 SLAB = 256 << 20
 FILLED = 0.75
 """Part of the slabs that is filled, at least."""
+_LEFT_OVER = 4
+"""At most one part in so many of a slab is left over where a tensor did not fit into it."""
 _ALIGNED = 64
 
 
@@ -29,11 +33,16 @@ class HostMemory:
 
     Args:
         slab_bytes: Memory that is asked for at one time, at least; 0 for each tensor its own. None chooses by `pinned`.
-        pinned: Whether it is page-locked; None where there is a CUDA device.
+        pinned: Whether it is page-locked.
+        budget: Bytes that may be taken in all, as planned; slabs grow no larger than what is left of it.
     """
 
-    def __init__(self, slab_bytes: int | None = None, pinned: bool | None = None) -> None:
-        self.pinned = torch.cuda.is_available() if pinned is None else pinned
+    def __init__(self, slab_bytes: int | None = None, pinned: bool = False, budget: int | None = None) -> None:
+        self.pinned = pinned
+        self.taken = 0
+        """Bytes asked for so far."""
+        self._budget = budget
+        self._lanes: dict[torch.device, Lane] = {}
         self._slab_bytes = (SLAB if self.pinned else 0) if slab_bytes is None else slab_bytes
         self._slab = torch.empty(0, dtype=torch.uint8)
         self._used = 0
@@ -45,17 +54,35 @@ class HostMemory:
         if self._slab_bytes == 0:
             return torch.empty(tuple(shape), dtype=dtype, pin_memory=self.pinned)
         if self._used + size > self._slab.numel():
-            # a power of two, as torch's host allocator makes of every size; at most a quarter of it is left over
-            length = max(self._slab_bytes, 1 << (4 * size - 1).bit_length())
+            length = self._slab_length(size)
+            self.taken += length
             self._slab = torch.empty(length, dtype=torch.uint8, pin_memory=self.pinned)
             self._used = 0
         start = self._used
         self._used += -(-size // _ALIGNED) * _ALIGNED
         return self._slab[start : start + size].view(dtype).view(tuple(shape))
 
+    def _slab_length(self, size: int) -> int:
+        """Return the bytes of a new slab: a power of two, which torch's host allocator makes of every size.
+
+        Enough for several such tensors, so that at most a quarter is left over; less where the budget has no room.
+        """
+        least = 1 << (size - 1).bit_length()
+        length = max(self._slab_bytes, 1 << (_LEFT_OVER * size - 1).bit_length())
+        room = length if self._budget is None else self._budget - self.taken
+        while length > max(room, least):
+            length //= 2
+        return max(length, least)
+
+    def lane(self, device: torch.device) -> Lane:
+        """Return the lane of a device."""
+        if device not in self._lanes:
+            self._lanes[device] = Lane.of(device) if self.pinned else Lane(device)
+        return self._lanes[device]
+
     def copy(self, value: Tensor) -> Tensor:
-        """Return a copy on the host, whole once the current stream has come to it."""
-        return self.empty(value.shape, value.dtype).copy_(value, non_blocking=self.pinned)
+        """Return a copy on the host, whole once the device's lane has come to it."""
+        return self.lane(value.device).send(value, self.empty(value.shape, value.dtype))
 
     def copy_once(self, value: Tensor) -> Tensor:
         """Return a copy as `copy` does, the same for one tensor until `forget`: q, k and v share their input."""
@@ -81,17 +108,25 @@ class HostFactorStore(FactorStore):
         # transposed, so that the rows of a tile lie together
         self._factors[response].append((self._host.copy_once(a), self._host.copy(delta.T.contiguous())))
 
+    def _wanted(self, response: int, start: int, stop: int) -> list[Tensor]:
+        return [part for a, rows in self._factors[response] for part in (rows[start:stop], a)]
+
+    def ahead(self, response: int, start: int, stop: int) -> None:
+        """Send for what `fill` will need, beside what is computed."""
+        self._host.lane(self.device).fetch((response, start, stop), self._wanted(response, start, stop))
+
     def fill(self, response: int, start: int, stop: int, out: Tensor) -> None:
         """Write rows [start, stop) of a response's gradient to `out`."""
-        if not self._factors[response]:
+        lane, name = self._host.lane(self.device), (response, start, stop)
+        parts = lane.take(name, self._wanted(response, start, stop))
+        if not parts:
             out.zero_()
-        for i, (a, rows) in enumerate(self._factors[response]):
-            left = rows[start:stop].to(out.device, non_blocking=True)
-            right = a.to(out.device, non_blocking=True)
+        for i in range(0, len(parts), 2):
             if i == 0:
-                multiply(left, right, out)
+                multiply(parts[i], parts[i + 1], out)
             else:
-                add_product(left, right, out)
+                add_product(parts[i], parts[i + 1], out)
+        lane.give_back(name)
 
 
 class HostMatrixStore(GradientStore):
@@ -101,7 +136,7 @@ class HostMatrixStore(GradientStore):
         self, responses: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device, host: HostMemory
     ) -> None:
         super().__init__(responses, rows, columns, dtype, device)
-        self._pinned = host.pinned
+        self._host = host
         self._gradients = [host.empty((rows, columns), dtype) for _ in range(responses)]
         self._begun: set[int] = set()
         self._good = torch.ones(responses, dtype=torch.bool, device=self._wide)
@@ -114,9 +149,10 @@ class HostMatrixStore(GradientStore):
             multiply(delta[:, start : start + height].T, a, made)
             self._good[response] &= made.isfinite().all().to(self._wide)
             if response in self._begun:  # a module called twice
-                part += made.cpu()  # waits, for the copies before it too
+                self._host.lane(made.device).wait()
+                part += made.cpu()
             else:
-                part.copy_(made, non_blocking=self._pinned)
+                self._host.lane(made.device).send(made, part)
         self._begun.add(response)
 
     def _is_finite(self, response: int) -> Tensor:
@@ -125,6 +161,7 @@ class HostMatrixStore(GradientStore):
     def fill(self, response: int, start: int, stop: int, out: Tensor) -> None:
         """Write rows [start, stop) of a response's gradient to `out`."""
         if response in self._begun:
+            self._host.lane(out.device).join()
             out.copy_(self._gradients[response][start:stop], non_blocking=True)
         else:
             out.zero_()

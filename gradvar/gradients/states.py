@@ -125,8 +125,11 @@ def _with_split(name: str, value: bool) -> bool | tuple[bool, bool]:
 @contextmanager
 def _float32_products() -> Iterator[None]:
     """Keep TF32 and bfloat16 out of float32 products, under torch's older name of the setting and its newer ones."""
-    holders: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    cudnn = torch.backends.cudnn  # convolutions: state-space models have them
+    holders: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    holders += [getattr(cudnn, name, None) for name in ("conv", "rnn")]
     newer: list[tuple[Any, str]] = [(one, one.fp32_precision) for one in holders if hasattr(one, "fp32_precision")]
+    convolutions = None if hasattr(getattr(cudnn, "conv", None), "fp32_precision") else cudnn.allow_tf32
     older = None
     with suppress(RuntimeError):  # torch does not tell it by the older name once it was set by a newer one
         older = torch.get_float32_matmul_precision()
@@ -135,8 +138,12 @@ def _float32_products() -> Iterator[None]:
             torch.set_float32_matmul_precision("highest")
         for one, _ in newer:
             one.fp32_precision = "ieee"
+        if convolutions is not None:
+            cudnn.allow_tf32 = False
         yield
     finally:
+        if convolutions is not None:
+            cudnn.allow_tf32 = convolutions
         if older is not None:
             torch.set_float32_matmul_precision(older)
         for one, was in newer:  # the older name sets these too

@@ -89,6 +89,8 @@ def _saves(
 ) -> bool:
     fed = sum(len(prompt) + len(response) - 1 for response in responses)
     saving = len(prompt) * (len(responses) - 1) / fed
+    # not on a GPU: there rows are packed, which keeps no keys and values by sequence; padded, queries behind kept keys
+    # need a mask, which leaves the flash kernels and takes (tokens x tokens) bytes for what is mostly a small saving
     on_cpu = input_device(model).type == "cpu"
     return lowest > 0 and saving >= LEAST_SAVING and on_cpu and not turns_with_length(base)
 

@@ -1,15 +1,19 @@
 """What a run of the model takes, read off short probes: bytes held at one time, FLOP.
 
 A batch of B rows of T tokens takes c + B (a T + b T^2); c, a and b are read off three probes of a few tokens, so they
-hold for any architecture, attention implementation and checkpointing. Bytes are those of every tensor alive, the
-temporaries of forward and backward among them, after every operator: the peak of a short batch may lie elsewhere than
-a long one's, where attention that keeps T x T weights outgrows the rest, so each moment has a growth of its own.
+hold for any architecture, attention implementation and checkpointing. A longer probe tests them: models that work on
+whole chunks (state spaces, linear attention) take the same for any part of one, and models with a sliding window make
+no mask within it. Where it finds more, three probes beyond the chunk and the window are read instead.
+
+Bytes are those of every tensor alive, the temporaries of forward and backward among them, after every operator: the
+peak of a short batch may lie elsewhere than a long one's, where attention that keeps T x T weights outgrows the rest,
+so each moment has a growth of its own.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +33,12 @@ from gradvar.gradients.plan import Block
 
 _PROBE_LENGTH = {"cpu": 32, "cuda": 256}
 """Tokens of the longest probe, at most: kernels of a GPU fill up blocks of many tokens."""
+_REACH = 128
+"""Tokens that the testing probe goes beyond, at least: the chunk of gated delta rules, 64, is in no configuration."""
+_TOLERANCE = 1.02
+"""What the testing probe may take of what was foretold."""
+_STEPS = ("chunk", "window", "block_size")
+"""Parts of names under which configurations hold lengths beyond which a model takes memory differently."""
 _known: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Any]] = weakref.WeakKeyDictionary()
 
 
@@ -170,30 +180,74 @@ def _probe(
 ) -> list[Growth]:
     """Return how each number that `watch` reads off a run grows with the tokens."""
     long = max(6, min(_PROBE_LENGTH.get(job.device.type, _PROBE_LENGTH["cpu"]), max(job.lengths)))
+    further = _further(job, long)
     batches = job.batches(token_budget)
     packed = any(batch.packed for batch in batches)
     rows = 2 if any(batch.attention_mask is not None for batch in batches) else 1
     paths, parameters = job.tapped_paths(blocks), job.direct_parameters(blocks)
     attention = getattr(getattr(job.model, "config", None), "_attn_implementation", None)
     state = (attention, job.autocast, job.dtype, job.padding_side, job.device)
-    key = (watch.__qualname__, paths, tuple(parameters), kind, long, rows, packed, state)
+    key = (watch.__qualname__, paths, tuple(parameters), kind, long, further, rows, packed, state)
     known = _known.setdefault(job.model, {})
-    if key not in known:
-        word = job.prompt[-1:]
-        seen: list[tuple[int, tuple[ArrayLike, ...]]] = []
-        modules = {path: job.model.get_submodule(path) for path in paths}
-        with job.autocast.off(), checkpointed(job.model, kind), Taps(modules) as taps, ParameterTaps(parameters):
-            for length in (3, max(3, long // 4), max(4, long // 2), long):  # the first holds the checks of each module
-                sequences = [word * length, word * (length - 1)][:rows]
-                if packed:  # two that make up the length together
-                    sequences = [word * (length - length // 2), word * (length // 2)]
-                (batch,) = make_batches(word, sequences, rows * length, job.device, job.padding_side, packed)
-                taps.listen(lambda path, value, gradient: None)
-                seen.append((length, watch(_Run(job=job, batch=batch))))
-        columns = range(len(seen[0][1]))
-        known[key] = [Growth.through([(length, values[i]) for length, values in seen[1:]], rows) for i in columns]
-    found: list[Growth] = known[key]
-    return found
+    if key in known:
+        found: list[Growth] = known[key]
+        return found
+    word = job.prompt[-1:]
+    modules = {path: job.model.get_submodule(path) for path in paths}
+    with job.autocast.off(), checkpointed(job.model, kind), Taps(modules) as taps, ParameterTaps(parameters):
+
+        def values(length: int) -> tuple[ArrayLike, ...]:
+            sequences = [word * length, word * (length - 1)][:rows]
+            if packed:  # two that make up the length together
+                sequences = [word * (length - length // 2), word * (length // 2)]
+            (batch,) = make_batches(word, sequences, rows * length, job.device, job.padding_side, packed)
+            taps.listen(lambda path, value, gradient: None)
+            return watch(_Run(job=job, batch=batch))
+
+        values(3)  # the first holds the checks of each module
+        seen = [(length, values(length)) for length in (max(3, long // 4), max(4, long // 2), long)]
+        growths = _fitted(seen, rows)
+        if further:
+            seen.append((further[0], values(further[0])))
+            if any(np.max(value) > _TOLERANCE * one.at(further[0], rows) for value, one in _pairs(seen[-1], growths)):
+                seen += [(length, values(length)) for length in further[1:]]
+                growths = _fitted(seen[-3:], rows)
+    known[key] = growths
+    return growths
+
+
+def _fitted(seen: Sequence[tuple[int, tuple[ArrayLike, ...]]], rows: int) -> list[Growth]:
+    """Return the growth of each of the numbers through three probes."""
+    return [Growth.through([(length, values[i]) for length, values in seen], rows) for i in range(len(seen[0][1]))]
+
+
+def _pairs(probe: tuple[int, tuple[ArrayLike, ...]], growths: Sequence[Growth]) -> Iterator[tuple[ArrayLike, Growth]]:
+    return zip(probe[1], growths, strict=True)
+
+
+def _further(job: Job, long: int) -> tuple[int, ...]:
+    """Return the lengths of the testing probe and of those behind it; none is longer than the longest response.
+
+    Each is one token into a chunk, which is paid for whole: what is read off is never less than what lies between.
+    """
+    longest = max(job.lengths)
+    reach = max([_REACH, *(step for step in _steps(job) if step < longest)])
+    first = reach + 1 if longest > reach else longest // long * long  # the same for many prompts
+    if longest <= reach:
+        return (first,) if first > long else ()
+    return tuple(sorted({first, min(longest, 2 * reach + 1), min(longest, 3 * reach + 1)}))
+
+
+def _steps(job: Job) -> list[int]:
+    """Return the chunks, windows and blocks that the model's configuration names."""
+    config: Any = getattr(job.model, "config", None)
+    if config is None:
+        return []
+    named = {**vars(config), **vars(config.get_text_config())}
+    return [
+        value for name, value in named.items()
+        if type(value) is int and value > 0 and any(step in name for step in _STEPS)
+    ]  # fmt: skip
 
 
 def counter() -> FlopCounterMode:

@@ -23,6 +23,10 @@ from gradvar.errors import GradvarError
 ENGINES = ("auto", "vllm", "transformers", "imported")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 CROSS = ("none", "sketch", "exact")
+ATTENTION = (
+    "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention",
+    "gradvar_varlen",
+)  # fmt: skip
 CHECKPOINTING = ("off", "reentrant", "non_reentrant")
 ADVANTAGE_KINDS = ("grpo", "mean", "rloo", "raw", "score", "opo")
 """Names of the advantage estimators, which `estimators.advantages` defines."""
@@ -127,6 +131,11 @@ class MeasureConfig:
     """Target specs: last:qkv, 14:qkv,mlp, 0-3:attn, all:mlp, or a glob over module names."""
     include_bias: bool = True
     """Count the targets' biases among the parameters."""
+    attention: str = "auto"
+    """auto, eager, sdpa, flash_attention_2, flash_attention_3, flash_attention_4, flex_attention or gradvar_varlen;
+    auto takes variable-length kernels on a GPU where the model can have them, else transformers' choice."""
+    packing: bool | None = None
+    """Responses one after another in one row, without padding; None: where the attention has kernels for it."""
     token_budget: int | None = None
     """Padded tokens in one forward pass; None chooses."""
     memory_budget: float | None = None
@@ -152,6 +161,7 @@ class MeasureConfig:
 
     def __post_init__(self) -> None:
         _require(len(self.targets) > 0, "targets", "at least one target", self.targets)
+        _require(self.attention in ATTENTION, "attention", f"one of {', '.join(ATTENTION)}", self.attention)
         _require(self.token_budget is None or self.token_budget >= 1, "token_budget", "at least 1", self.token_budget)
         _require(
             self.memory_budget is None or _is_positive(self.memory_budget),

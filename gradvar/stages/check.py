@@ -29,11 +29,12 @@ from gradvar.runs import (
     TableRow,
     estimate_table,
 )
+from gradvar.runs.config import resolve
 from gradvar.runs.provenance import utc_now
 from gradvar.stages.agreement import response_differences, sampler_agreements, worst_tokens
 from gradvar.stages.entropy import entropy_rows
 from gradvar.stages.groups import estimated_groups
-from gradvar.stages.identity import agree_on_model, agreed_config
+from gradvar.stages.identity import agree_on_model, agreed_config, measured_attention
 from gradvar.stages.listener import Listener, Silent
 
 LIMIT = 0.05
@@ -46,7 +47,13 @@ _METHOD = "against float32 with eager attention, each response alone"
 
 
 def check(
-    run: Run, given: Mapping[str, Any], listener: Listener | None = None, *, responses: int = 4, prompts: int = 1
+    run: Run,
+    given: Mapping[str, Any],
+    listener: Listener | None = None,
+    *,
+    responses: int = 4,
+    prompts: int = 1,
+    attention: str | None = None,
 ) -> pd.DataFrame:
     """Check the measurement of a run; write and return the table `check`.
 
@@ -63,6 +70,7 @@ def check(
         listener: Who is told.
         responses: How many responses of a prompt are measured again, from the shortest to the longest.
         prompts: How many prompts they are taken from.
+        attention: Attention implementation, as in `MeasureConfig`; None: the run's.
 
     Raises:
         GradvarError: Nothing was measured, or counts that mean nothing.
@@ -74,7 +82,9 @@ def check(
     config = agreed_config(run, EstimateConfig, given)
     started = utc_now()
     groups = estimated_groups(run, listener)
-    rows = _precision_rows(run, config, listener, responses, prompts)
+    if attention is not None:
+        resolve(MeasureConfig, {"attention": attention})  # refuses what there is not
+    rows = _precision_rows(run, config, listener, responses, prompts, attention)
     rows += _condition_rows(groups, config)
     rows += _sampler_rows(run, config)
     tables = [estimate_table(rows), identity_table(groups, seed=config.seed, level=config.level)]
@@ -88,19 +98,22 @@ def check(
 
 
 def _precision_rows(
-    run: Run, config: EstimateConfig, listener: Listener, responses: int, prompts: int
+    run: Run, config: EstimateConfig, listener: Listener, responses: int, prompts: int, attention: str | None
 ) -> list[TableRow]:
     made, chosen = run.config(SampleConfig), run.measured_prompt_ids()[:prompts]
     folder = find_model(made.model, made.revision)
     agree_on_model(run, made.model, folder.weights_hash())
-    model = load_model(folder, dtype=made.dtype, device=made.device, trust_remote_code=made.trust_remote_code)
+    model = load_model(
+        folder, dtype=made.dtype, device=made.device, trust_remote_code=made.trust_remote_code,
+        attention=attention or measured_attention(run) or "auto",
+    )  # fmt: skip
     if made.device == BALANCED:  # an offloaded model cannot be copied
         reference = load_model(
             folder,
             dtype=made.dtype if made.dtype == "float64" else "float32",
             device=made.device,
             trust_remote_code=made.trust_remote_code,
-            attn_implementation="eager",
+            attention="eager",
         )
     else:
         reference = float32_reference(model)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradvar.errors import GradvarError
-from gradvar.runs.config import CONFIGS, IDENTITY, Config, EstimateConfig, resolve
+from gradvar.runs.config import CONFIGS, IDENTITY, Config, EstimateConfig, MeasureConfig, resolve
 from gradvar.runs.records import Prompt
 from gradvar.runs.run import Run
 
@@ -52,6 +52,14 @@ def agree_on_model(run: Run, name: str, weights_hash: str) -> None:
             f"{run.path} was made with model {run.info['model']['path']} (weights {stored[:12]}), received {name} "
             f"(weights {weights_hash[:12]}): one run holds one model; choose a new run folder"
         )
+
+
+def measured_attention(run: Run) -> str | None:
+    """Return the attention implementation that the run's Grams were measured with, None where there are none."""
+    if not any((run.path / "grams").glob("[!.]*")):
+        return None
+    known = run.info["stages"].get("measure", {}).get("attention") or run.stored(MeasureConfig).get("attention")
+    return str(known) if known not in (None, "auto", "unknown", "None") else None
 
 
 def agreed_prompts(run: Run, asked: Sequence[Prompt]) -> list[Prompt]:

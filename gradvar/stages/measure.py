@@ -33,7 +33,7 @@ from gradvar.runs import (
 from gradvar.stages.batch import sketch_error_line, sketch_errors
 from gradvar.stages.cross import measure_cross
 from gradvar.stages.groups import left_out_line
-from gradvar.stages.identity import agree_on_model, agreed_config
+from gradvar.stages.identity import agree_on_model, agreed_config, measured_attention
 from gradvar.stages.listener import Advance, Listener, Silent
 
 
@@ -83,6 +83,7 @@ class Work:
             "prefixes": config.prefixes if self.prefixes else 0,
             "sketch": SketchPlan(dimension=config.sketch_dim, seed=config.seed) if self.sketches else None,
             "checkpointing": config.checkpointing,
+            "packing": config.packing,
         }
 
 
@@ -151,7 +152,17 @@ def find_work(run: Run, given: Mapping[str, Any]) -> MeasuringPlan:
         raise GradvarError(f"{run.path} holds no rollouts: run `gradvar sample {run.path}` first")
     folder = find_model(made.model, made.revision)
     agree_on_model(run, made.model, folder.weights_hash())
-    model = load_model(folder, dtype=made.dtype, device=made.device, trust_remote_code=made.trust_remote_code)
+    known = measured_attention(run)
+    if known is not None and config.attention not in ("auto", known):
+        raise GradvarError(
+            f"{run.path} was measured with {known} attention, received --attention {config.attention}: one run holds "
+            "one; leave the option out, or choose a new run folder"
+        )
+    model = load_model(
+        folder, dtype=made.dtype, device=made.device, trust_remote_code=made.trust_remote_code,
+        attention=known or config.attention,
+    )  # fmt: skip
+    config = replace(config, attention=str(getattr(model.config, "_attn_implementation", "auto")))
     targets = [target.key for target in resolve_targets(model, list(config.targets))]
     work = [_missing(run, config, prompt, targets) for prompt in prompts]
     return MeasuringPlan(config=config, made=made, model=model, targets=targets, work=work)

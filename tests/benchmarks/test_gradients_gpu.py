@@ -1,7 +1,9 @@
 """The GPU benchmark's logic, on the CPU with a tiny shape."""
 
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +21,26 @@ def test_a_tiny_run_on_the_cpu(tmp_path, capsys):
     seconds = {part: float(re.search(rf"\| {part} \| ([\d.]+) \|", page)[1]) for part in gpu.PARTS}
     assert sum(seconds.values()) == pytest.approx(float(re.search(r"\| seconds \| ([\d.]+)", page)[1]), abs=0.1)
     assert re.search(r"share of it \| \d+%", page)
+
+
+def test_mixed_lengths_are_packed(tmp_path):
+    assert gpu.main(["--device", "cpu", "--tiny", "--mixed", "--out", str(tmp_path / "page.md")]) == 0
+    page = (tmp_path / "page.md").read_text()
+    assert "responses of up to 20 tokens" in page
+    assert "attention gradvar_varlen" in page
+    shape = replace(gpu.TINY, mixed=True)
+    assert max(shape.lengths()) == 20 > min(shape.lengths())
+    model = gpu.build(shape, torch.device("cpu"), torch.float32)
+    packed = gpu.measure(model, shape, gpu.Stopwatch(torch.device("cpu")), 1)
+    model.set_attn_implementation("eager")
+    rng = np.random.default_rng(0)
+    vocabulary = shape.model["vocab_size"]
+    prompt = rng.integers(0, vocabulary, shape.prompt).tolist()
+    responses = [rng.integers(0, vocabulary, length).tolist() for length in shape.lengths()]
+    padded = measure_scores(model, prompt, responses, list(shape.targets))
+    for key, gram in padded.grams.items():
+        size = np.abs(gram.gram()).max()
+        np.testing.assert_allclose(packed.grams[key].gram(), gram.gram(), atol=1e-4 * size)
 
 
 def test_every_part_takes_time_and_the_grams_are_those_of_a_plain_call():
@@ -59,8 +81,5 @@ def test_a_device_that_is_none_is_refused(capsys):
 
 @pytest.mark.parametrize(("memory", "index"), [(140e9, 0), (80e9, 0), (24e9, 1), (8e9, 2)])
 def test_a_small_card_gets_a_small_shape(memory, index, monkeypatch):
-    class Properties:
-        total_memory = memory
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory, 192e9))
     assert gpu.choose_shape(torch.device("cuda"), tiny=False) is gpu.SHAPES[index]

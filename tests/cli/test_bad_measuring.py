@@ -41,6 +41,9 @@ def run(tmp_path):
         (["--targets", "99:qkv"], ["layers 0 to 1", "99"]),
         (["--targets", "model.norm"], ["is a Qwen2RMSNorm", "cannot be measured"]),
         (["--checkpointing", "always"], ["off, reentrant, non_reentrant", "'always'"]),
+        (["--attention", "fast"], ["--attention: expected one of auto, eager, sdpa", "'fast'"]),
+        (["--attention", "flash_attention_2"], ["--attention flash_attention_2: expected a CUDA device"]),
+        (["--attention", "flex_attention"], ["no backward of it on cpu"]),
         (["--probes", "-1"], ["--probes: expected 0 or more"]),
         (["--probes", "few"], ["'few'"]),
         (["--prefixes", "1"], ["--prefixes: expected at least 2"]),
@@ -55,6 +58,50 @@ def test_options_that_cannot_be_met(refused, run, options, words):
     for word in words:
         assert word in line
     assert {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file() and p.name != ".lock"} == before
+
+
+def done(*arguments):
+    with pytest.raises(SystemExit) as left:
+        main([str(argument) for argument in arguments])
+    assert left.value.code == 0
+
+
+def test_an_attention_that_mixes_packed_sequences_is_refused_by_name(refused, run, monkeypatch):
+    """As eager and sdpa of older transformers do; `--no-packing` is named as the way out."""
+    from gradvar.gradients import batches
+
+    own = batches.Batch.positions.fget
+    plain = property(lambda self: None if self.packed else own(self))
+    monkeypatch.setattr(batches.Batch, "positions", plain)  # sequences are told apart by their positions
+    line = refused("measure", run.path, "--packing", "--targets", "last:qkv")
+    for word in ("mixes packed sequences", "sdpa attention", "--no-packing", "another --attention"):
+        assert word in line
+    assert not any((run.path / "grams").glob("*"))
+
+
+def test_one_run_holds_one_attention(refused, run):
+    done("measure", run.path, "--attention", "eager")
+    assert open_run(run.path).info["stages"]["measure"]["attention"] == "eager"
+    line = refused("measure", run.path, "--attention", "sdpa", "--targets", "0:qkv")
+    assert "was measured with eager attention, received --attention sdpa" in line
+    done("measure", run.path, "--targets", "0:qkv")  # left out, it is the run's
+    assert open_run(run.path).info["stages"]["measure"]["attention"] == "eager"
+    assert "--attention: expected one of" in refused("check", run.path, "--attention", "fast")
+
+
+def test_packed_and_padded_runs_agree(tmp_path):
+    import numpy as np
+
+    grams = []
+    for name, options in (("a", []), ("b", ["--attention", "gradvar_varlen", "--packing"])):
+        tmp_path.joinpath(name).mkdir()
+        one = make_run(tmp_path / name)
+        done("measure", one.path, *options)
+        one = open_run(one.path)
+        grams.append({p.prompt_id: one.grams(p.prompt_id) for p in one.prompts()})
+    for prompt_id, of_prompt in grams[0].items():
+        for key, gram in of_prompt.items():
+            np.testing.assert_allclose(grams[1][prompt_id][key].gram(), gram.gram(), rtol=1e-4, atol=1e-6)
 
 
 def test_a_response_that_is_not_finite_is_named_with_the_option(refused, run):

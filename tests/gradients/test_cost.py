@@ -106,6 +106,28 @@ def test_attention_that_keeps_its_squares_is_foretold_from_short_probes(name, ta
     assert live.peak <= plan.cost.peak_bytes <= 1.2 * live.peak
 
 
+@pytest.mark.parametrize(
+    ("name", "targets", "changes"),
+    [
+        ("mamba2", "*.0.mixer.*_proj", {"chunk_size": 64}),
+        ("mamba2", "*.0.mixer.*_proj", {"chunk_size": 150}),
+        ("gemma3", "0:attn", {"sliding_window": 64}),
+        ("gemma3", "0:attn", {"sliding_window": 200}),
+        ("qwen3_next", "0:mlp", {}),
+    ],
+)
+def test_chunks_and_windows_are_foretold_too(name, targets, changes):
+    """Short probes see one chunk and no window's mask: three times too little at 400 tokens and more."""
+    size = {} if name == "mamba2" else {"max_position_embeddings": 1024}
+    model = make_model(name, **size, **changes)
+    prompt, responses = make_prompt_and_responses((430, 500, 390))
+    options = {"token_budget": 1, "checkpointing": "off"}
+    plan = plan_measurement(model, prompt, responses, targets, **options)
+    with LiveBytes() as live:
+        measure_scores(model, prompt, responses, targets, **options)
+    assert live.peak <= plan.cost.peak_bytes <= 1.5 * live.peak
+
+
 def test_bytes_alive_are_counted_once_and_let_go():
     outside = torch.ones(1000)
     with LiveBytes() as live:
@@ -152,7 +174,8 @@ def test_nothing_is_measured_and_the_model_is_left_as_it_was():
     before = state(model)
     plan_measurement(model, *make_prompt_and_responses((60, 50)), "last:qkv", checkpointing="reentrant")
     assert state(model) == before
-    assert max(fed) <= 32
+    assert max(fed) <= 64, "the longest probe is no longer than the longest response"
+    assert sum(length > 32 for length in fed) <= 4, "few are longer than 32 tokens: they test what the others foretell"
     with pytest.raises(GradvarError, match="100 bytes is too small: expected at least"):
         plan_measurement(model, *make_prompt_and_responses((60, 50)), "last:qkv", memory_budget=100)
     assert state(model) == before

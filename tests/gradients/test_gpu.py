@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from gradvar import attention
 from gradvar.gradients import SketchPlan, check_precision, cross_grams, measure_scores
 from gradvar.gradients.curve import Curve
-from gradvar.gradients.gram import FactorStore, HeadStore
-from gradvar.gradients.spill import HostMemory
+from gradvar.gradients.gram import FactorStore, HeadStore, MatrixStore, add_product
+from gradvar.gradients.spill import HostFactorStore, HostMatrixStore, HostMemory
 from gradvar.gradients.states import full_precision
 from tests.gradients import references
 from tests.gradients.models import make_model, make_prompt_and_responses
@@ -40,6 +41,64 @@ def test_grams_on_cuda_are_those_of_the_cpu(dtype, limit):
 def test_packed_is_padded():
     model = make_model("qwen2", torch.float32).cuda()
     assert gap(grams(model, packing=True), grams(model, packing=False)) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_torch_s_own_kernel_for_packed_sequences(dtype):
+    """Shared heads; against each sequence alone, gradients too, and against the CPU in float32 through a model."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    for heads, key_heads, width in ((4, 4, 64), (8, 2, 128), (6, 1, 32)):
+        assert attention._agrees(device, dtype, heads, key_heads, width)
+    size = {"hidden_size": 64, "head_dim": 16}
+    expected = grams(make_model("qwen3", torch.float32, **size).to(dtype).float())
+    attention.register()
+    model = make_model("qwen3", torch.float32, **size).to(dtype).cuda()
+    model.set_attn_implementation(attention.VARLEN)
+    prompt, responses = make_prompt_and_responses()
+    plan = measure_scores(model, prompt, responses, SPECS).plan
+    assert plan.token_budget > 1
+    assert gap(grams(model), expected) < 0.1
+    assert gap(grams(model), grams(model, packing=False)) < 0.1
+
+
+def test_a_float32_model_packs_with_each_sequence_alone():
+    attention.register()
+    model = make_model("qwen2", torch.float32).cuda()
+    expected = grams(model)
+    model.set_attn_implementation(attention.VARLEN)
+    assert gap(grams(model, packing=True), expected) < 1e-4
+
+
+def test_spilled_grams_under_load_are_those_kept():
+    """Copies beside other work on the device: too early a read or too early a reuse would show in the numbers."""
+    device = torch.device("cuda")
+    generator = torch.Generator().manual_seed(0)
+    size = (12, 96, 160, torch.float32, device)
+    load, busy = torch.randn(2048, 2048, device=device), torch.cuda.Stream()
+    for kind, plain in ((HostFactorStore, FactorStore), (HostMatrixStore, MatrixStore)):
+        host = HostMemory(pinned=True)
+        here, there = plain(*size), kind(*size, host)
+        for response in [*range(12), 3]:
+            a, delta = (torch.randn(500, width, generator=generator).to(device) for width in (160, 96))
+            with torch.cuda.stream(busy):
+                load = torch.tanh(load @ load)
+            here.add(response, a, delta)
+            there.add(response, a, delta)
+            del a, delta  # their memory is for the next ones
+            host.forget()
+        for tile in (12 * 160 * 4 * 7, 1 << 22):
+            with full_precision():
+                assert references.error(there.gram(True, tile).numpy(), here.gram(True, tile).numpy()) < 1e-6
+
+
+def test_half_products_are_added_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(64, 64, generator=generator).bfloat16() for _ in range(2))
+    total = torch.randn(64, 64, generator=generator)
+    found = total.cuda()
+    with full_precision():
+        add_product(left.cuda(), right.cuda(), found)
+    torch.testing.assert_close(found.cpu(), total + left.float() @ right.float(), rtol=1e-5, atol=1e-4)
 
 
 def test_no_tf32_in_the_factors_product():
@@ -164,6 +223,6 @@ def test_gradients_spilled_to_locked_memory_of_the_host():
     assert torch.cuda.max_memory_allocated() - before <= budget + (64 << 20)  # cuBLAS takes its own
     for key, gram in expected.grams.items():
         assert references.error(found.grams[key].gram(), gram.gram()) < 1e-5
-    host = HostMemory()
+    host = HostMemory(pinned=True)
     assert host.pinned
     assert host.copy(torch.ones(8, device="cuda")).is_pinned()

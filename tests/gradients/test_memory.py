@@ -65,6 +65,87 @@ def test_resident_memory_stays_within_the_budget_and_does_not_grow():
     assert again <= BUDGET, f"{again / 2**20:.0f} MiB for 16 responses behind those"
 
 
+SHAPES = """
+import sys, torch, transformers
+from transformers import AutoModelForCausalLM
+from gradvar.errors import GradvarError
+from gradvar.gradients import measure_scores
+
+def status(name):
+    return next(int(x.split()[1]) * 1024 for x in open("/proc/self/status") if x.startswith(name))
+
+torch.set_num_threads(1)
+kind, length, budget = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+common = dict(vocab_size=2000, hidden_size=256, num_hidden_layers=3, max_position_embeddings=8192)
+heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=512)
+config, targets = {
+    "mamba2": lambda: (transformers.Mamba2Config(
+        vocab_size=2000, hidden_size=256, num_hidden_layers=3, num_heads=16, head_dim=32, state_size=64, n_groups=1,
+    ), "*.0.mixer.*_proj"),
+    "qwen3_next": lambda: (transformers.Qwen3NextConfig(
+        **common, **heads, num_experts=0, linear_num_key_heads=4, linear_num_value_heads=8, linear_key_head_dim=64,
+        linear_value_head_dim=64, layer_types=["linear_attention"] * 2 + ["full_attention"], mlp_only_layers=[0, 1, 2],
+    ), "*.0.*linear_attn*"),
+    "gemma3": lambda: (transformers.Gemma3TextConfig(**common, **heads, sliding_window=64), "0:attn,mlp"),
+    "qwen2": lambda: (transformers.Qwen2Config(
+        **common, **{k: v for k, v in heads.items() if k != "head_dim"}
+    ), "0:attn,mlp"),
+    "mixtral": lambda: (transformers.MixtralConfig(
+        **common, **{**heads, "intermediate_size": 256}, num_local_experts=8
+    ), "0:attn"),
+}[kind]()
+model = AutoModelForCausalLM.from_config(config)
+words = torch.Generator().manual_seed(0)
+responses = [torch.randint(3, 2000, (length - 7 * i,), generator=words).tolist() for i in range(3)]
+measure_scores(model, [5, 6, 7], [[8, 9], [10]], targets, memory_budget=1 << 30)
+before = status("VmRSS:")
+open("/proc/self/clear_refs", "w").write("5")
+try:
+    measure_scores(model, [5, 6, 7], responses, targets, memory_budget=budget)
+except GradvarError as error:
+    print("refused", str(error).split("at least ")[1].split()[0])
+else:
+    print("measured", status("VmHWM:") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("kind", "length", "mebibytes"),
+    [
+        ("mamba2", 1500, 200),
+        ("mamba2", 1500, 600),
+        ("qwen3_next", 1500, 200),
+        ("qwen3_next", 1500, 300),
+        ("gemma3", 1500, 120),
+        ("gemma3", 4000, 250),
+        ("qwen2", 1500, 120),
+        ("qwen2", 4000, 250),
+        ("mixtral", 1500, 120),
+    ],
+)
+def test_chunks_windows_and_holes_are_counted(kind, length, mebibytes):
+    """Chunked models, sliding windows and plain attention of long responses; what is refused names what does do."""
+
+    def run(budget):
+        done = subprocess.run(
+            [sys.executable, "-c", SHAPES, kind, str(length), str(budget)],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        word, number = done.stdout.split()[-2:]
+        return word, int(number)
+
+    budget = mebibytes << 20
+    word, number = run(budget)
+    if word == "refused":
+        assert number > budget
+        budget = number
+        word, number = run(budget)
+    assert word == "measured"
+    assert number <= budget, f"{number / 2**20:.0f} MiB of {budget / 2**20:.0f}"
+
+
 def test_freed_blocks_are_given_back_only_where_room_is_short(monkeypatch):
     given = []
     monkeypatch.setattr("gradvar.gradients.resident._trim", lambda: given.append)

@@ -37,7 +37,7 @@ def sample_requests(
         dtype=settings.dtype,
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
-        attn_implementation=settings.attn_implementation,
+        attention=settings.attn_implementation,
     )
     for request in requests:
         generator = torch.Generator(token_device(model)).manual_seed(request.seed)

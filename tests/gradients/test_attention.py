@@ -1,0 +1,140 @@
+"""Attention of our own for packed sequences: exact on the CPU, chosen where it can be had, refused where it cannot."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from gradvar.attention import VARLEN, choose_attention, register, varlen_attention, why_not
+from gradvar.errors import GradvarError
+from gradvar.gradients import measure_scores
+from gradvar.gradients.batches import last_hidden, make_batches
+from tests.gradients import references
+from tests.gradients.models import make_model, make_prompt_and_responses
+
+
+def naive(query, key, value, scale, window):
+    """Attention of one sequence by its definition, (T, H, D)."""
+    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+    rows = []
+    for t in range(len(query)):
+        first = max(0, t + 1 - window)
+        for h in range(heads):
+            k, v = key[first : t + 1, h // groups], value[first : t + 1, h // groups]
+            rows.append((k @ query[t, h] * scale).softmax(0) @ v)
+    return torch.stack(rows).view(len(query), heads, -1)
+
+
+@pytest.mark.parametrize("window", [None, 3, 100])
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_each_sequence_sees_itself_alone_gradients_too(key_heads, scale, window):
+    generator = torch.Generator().manual_seed(0)
+    lengths, width = (7, 1, 4), 6
+    sizes = (4, key_heads, key_heads)
+    q, k, v = (torch.randn(12, n, width, generator=generator, dtype=torch.float64).requires_grad_() for n in sizes)
+    starts = torch.tensor([0, 7, 8, 12], dtype=torch.int32)
+    rows = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    output, weights = varlen_attention(
+        torch.nn.Identity(), *rows, None, scaling=scale, sliding_window=window, cu_seq_lens_q=starts, max_length_q=7
+    )
+    parts = [
+        naive(*(x[a:b] for x in (q, k, v)), scale or width**-0.5, window or 100)
+        for a, b in zip(starts.tolist(), starts.tolist()[1:], strict=False)
+    ]
+    expected = torch.cat(parts)
+    assert weights is None
+    assert output.shape == (1, sum(lengths), 4, width)
+    torch.testing.assert_close(output[0], expected, rtol=1e-12, atol=1e-12)
+    seed = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad(output[0], (q, k, v), seed), torch.autograd.grad(expected, (q, k, v), seed), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_rows_without_packing_and_queries_behind_kept_keys():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 9, 6, generator=generator, dtype=torch.float64) for _ in range(3))
+    output, _ = varlen_attention(torch.nn.Identity(), q, k, v, None)
+    expected = functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(output, expected)
+    behind, _ = varlen_attention(torch.nn.Identity(), q[:, :, 6:], k, v, None)
+    torch.testing.assert_close(behind, expected[:, 6:])
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"softcap": 30.0}, "softcap"),
+        ({"s_aux": torch.zeros(4)}, "s_aux"),
+        ({"position_bias": torch.zeros(1)}, "position_bias"),
+        ({"dropout": 0.1}, "dropout"),
+        ({"is_causal": False}, "is_causal=False"),
+        ({"attention_mask": torch.ones(1, 5)}, "attention_mask"),
+    ],
+)
+def test_what_it_does_not_do_is_refused(options, named):
+    q = torch.zeros(1, 4, 5, 8)
+    mask = options.pop("attention_mask", None)
+    with pytest.raises(GradvarError, match=f"does not do {named}"):
+        varlen_attention(torch.nn.Identity(), q, q, q, mask, **options)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2", "mistral", "gemma3", "phi3", "gpt_neox", "qwen3"])
+def test_packed_grams_are_the_padded_ones(name):
+    """Windows of 6 tokens (Mistral, Gemma 3), fused qkv, shared heads; probes and checkpointing on the same graph."""
+    expected_model = make_model(name)
+    prompt, responses = make_prompt_and_responses((9, 5, 12, 7, 3, 11))
+    options = {"probes": 2, "seed": 0}
+    specs = ["0:attn", "last:mlp"]
+    expected = measure_scores(expected_model, prompt, responses, specs, packing=False, **options)
+    register()
+    model = make_model(name)
+    model.set_attn_implementation(VARLEN)
+    for more in ({"packing": True, "token_budget": 60}, {"packing": True, "checkpointing": "non_reentrant"}, {}):
+        found = measure_scores(model, prompt, responses, specs, **options, **more)
+        assert found.attention == VARLEN
+        for key, gram in expected.grams.items():
+            assert references.error(found.grams[key].gram(), gram.gram()) < 1e-10
+            np.testing.assert_allclose(found.taus[key].value, expected.taus[key].value, rtol=1e-9)
+
+
+def test_sequences_lengths_are_handed_to_the_layers(monkeypatch):
+    """Else each layer reads them back from the positions: on a GPU one wait a layer."""
+    seen = []
+
+    def noting(module, query, key, value, mask, **others):
+        seen.append((others.get("cu_seq_lens_q"), others.get("max_length_q")))
+        return varlen_attention(module, query, key, value, mask, **others)
+
+    from transformers import AttentionInterface
+
+    register()
+    model = make_model("qwen2")
+    model.set_attn_implementation(VARLEN)
+    AttentionInterface.register(VARLEN, noting)
+    try:
+        (batch,) = make_batches([3, 4], [[5, 6, 7], [8, 9]], 100, torch.device("cpu"), packed=True)
+        last_hidden(model.base_model, batch)
+    finally:
+        register()
+    assert [(starts.tolist(), longest) for starts, longest in seen] == [([0, 4, 7], 4)] * 2
+
+
+def test_which_attention_a_setting_means():
+    qwen, gemma2 = make_model("qwen2").config, make_model("gemma2").config
+    assert choose_attention("auto", qwen, "cpu", "float32") is None
+    assert choose_attention("auto", qwen, "cuda", "float32") is None
+    assert choose_attention("auto", qwen, "cuda:1", "bfloat16") == VARLEN
+    assert choose_attention("auto", gemma2, "cuda", "bfloat16") in (None, "flash_attention_2")
+    assert choose_attention("eager", qwen, "cpu", "float32") == "eager"
+    assert why_not(qwen) is None
+    with pytest.raises(GradvarError, match="bends its attention logits"):
+        choose_attention(VARLEN, gemma2, "cpu", "float32")
+    with pytest.raises(GradvarError, match="cannot be exchanged"):
+        choose_attention(VARLEN, make_model("mamba2").config, "cpu", "float32")
+    with pytest.raises(GradvarError, match="expected a CUDA device and bfloat16"):
+        choose_attention("flash_attention_2", qwen, "cpu", "bfloat16")
+    with pytest.raises(GradvarError, match="no backward of it on cpu"):
+        choose_attention("flex_attention", qwen, "cpu", "float32")
