@@ -127,7 +127,10 @@ def _ratio(
     totals = [sum(getattr(m, part) for m in side) for side in (prompts, references) for part in ("same", "cross")]
     replicates, noisy, pairs = [], 0.0, 0.0
     with np.errstate(all="ignore"):
-        value = float(_log_ratio(*totals))
+        value = float(_log_ratio(*(np.float64(total) for total in totals)))
+    if not math.isfinite(value):
+        return replace(none, high=math.inf, low=0.0, method=f"{none.method}; unresolved")
+    with np.errstate(all="ignore"):
         for m, r in zip(prompts, references, strict=True):
             (a, b), (c, d) = _slopes(totals[:2]), _slopes(totals[2:])
             noise = a * m.same_noise + b * m.cross_noise - c * r.same_noise - d * r.cross_noise
@@ -140,8 +143,6 @@ def _ratio(
                 for total, (side, part) in zip(totals, parts, strict=True)
             ]
             replicates.append(np.asarray(_log_ratio(*moved)))
-    if not math.isfinite(value):
-        return replace(none, high=math.inf, low=0.0, method=f"{none.method}; unresolved")
     if any(len(m.same_without) < 3 * group_size for m in prompts):
         return replace(none, method=f"{none.method}; no interval below 3 groups")
     if not all(np.isfinite(r).all() for r in replicates):

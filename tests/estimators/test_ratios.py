@@ -35,6 +35,9 @@ def test_ratio_matches_its_definition_and_is_one_for_itself():
     lost = cv_ratio(replace(a, cross=-0.1), b, group_size=8, level=0.95)
     assert math.isnan(lost.value)
     assert (lost.low, lost.high) == (0.0, math.inf)
+    for nothing in (replace(a, cross=0.0), replace(a, cross=a.same)):
+        lost = cv_ratio(nothing, b, group_size=8, level=0.95)
+        assert (math.isnan(lost.value), lost.low, lost.high) == (True, 0.0, math.inf)
     pooled = pooled_cv_ratio([b, b], [b, b], group_size=8, level=0.95)
     assert (pooled.value, pooled.low, pooled.high) == (1.0, 1.0, 1.0)
     one = pooled_cv_ratio([a], [b], group_size=8, level=0.95)
