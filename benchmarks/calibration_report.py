@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,10 @@ LOW, HIGH = 0.93, 0.97
 """Claimed coverage, at N of 64 and more; below only LOW."""
 WRONG = 0.05
 """Most wrong verdicts."""
+CLAIMED = ("deviation exponent", "within exponent", "rho ", "cv ratio ", "eta ")
+"""Beginnings of the quantities for which the claim is made; the others are tabled."""
+UNRESOLVED = 0.02
+"""Beyond this share of draws without a bounded interval, all of which cover, a row cannot but lie above."""
 Row = dict[str, Any]
 
 
@@ -18,6 +23,12 @@ def summary(rows: Sequence[Row], minutes: float, workers: int) -> str:
     covered = [r for r in rows if not r["quantity"].endswith("p value")]
     short = [r for r in covered if r["coverage_high"] < LOW]
     wide = [r for r in covered if r["n"] >= 64 and r["coverage_low"] > HIGH and r["no_interval"] < 0.05]
+    tried = [r for r in covered if r["quantity"].startswith(CLAIMED) and r["n"] >= 64 and r["prompts"] == 1]
+    bounded = [r for r in tried if r["no_interval"] <= UNRESOLVED]
+    within = [r for r in bounded if LOW <= r["coverage"] <= HIGH]
+    possible = [r for r in bounded if r["coverage_high"] >= LOW and r["coverage_low"] <= HIGH]
+    above = [r for r in bounded if r["coverage_low"] > HIGH]
+    mean = 100 * sum(r["coverage"] for r in bounded) / max(len(bounded), 1)
     judged = [r for r in rows if r["wrong"] != ""]
     wrong = [r for r in judged if r["wrong"] > WRONG]
     least, most = min(r["draws"] for r in covered), max(r["draws"] for r in covered)
@@ -35,7 +46,11 @@ def summary(rows: Sequence[Row], minutes: float, workers: int) -> str:
         "",
         f"- Below {100 * LOW:.0f}% beyond Monte Carlo error: {len(short)} rows" + (", listed below." if short else "."),
         f"- Above {100 * HIGH:.0f}% beyond Monte Carlo error, bounded and at N >= 64 (wider than it need be): "
-        f"{len(wide)} rows.",
+        f"{len(wide)} rows ({_kinds(wide)}). At the edge of what a quantity can be (a cosine of 1, a share of 0) "
+        "only one side can fail.",
+        f"- Exponents, rho, CV ratios and eta of one prompt at N >= 64, where at most {100 * UNRESOLVED:.0f}% of the "
+        f"draws are without a bounded interval: {len(bounded)} of {len(tried)} rows; mean coverage {mean:.1f}%; "
+        f"{len(within)} lie within the claim, {len(possible)} do to within Monte Carlo error, {len(above)} lie above.",
         f"- Wrong verdicts: more than {100 * WRONG:.0f}% in {len(wrong)} of {len(judged)} rows with a verdict; "
         f"on average {100 * sum(r['wrong'] for r in judged) / max(len(judged), 1):.1f}%.",
         "",
@@ -75,8 +90,15 @@ def summary(rows: Sequence[Row], minutes: float, workers: int) -> str:
                 f"| {r['setting']} | {r['n']} | {r['prompts']} | {1 - r['coverage']:.3f} | {signal['rejected']:.3f} |"
             )
     lines += _listing("Below the claim", short)
+    lines += _listing("Exponents, rho, CV ratios and eta above the claim", above)
     lines += _listing("More wrong verdicts than claimed", wrong)
     return "\n".join(lines) + "\n"
+
+
+def _kinds(rows: Sequence[Row]) -> str:
+    """Count rows by the first word of their quantity."""
+    counts = Counter(r["quantity"].split()[0].rstrip(":") for r in rows)
+    return ", ".join(f"{word} {count}" for word, count in counts.most_common())
 
 
 def _family(row: Row) -> str:
