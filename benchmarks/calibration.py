@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.calibration --workers 2
 
-About 35 minutes on two cores. Each setting is written when it is done; with --only, --sizes or --kinds the other rows
+About 30 minutes on two cores. Each setting is written when it is done; with --only, --sizes or --kinds the other rows
 of the table are kept as they are. To try one thing: --kinds groups --each 400 --out elsewhere.csv.
 
 Gradients are drawn with a known law, mean, rank, token covariance and reward structure (tests/estimators/simulator.py),
@@ -263,28 +263,28 @@ def settings(scale: float) -> list[Setting]:
 
     made = [
         Setting(name=name, laws=(name,), n=n, prompts=1, draws=times(draws))
-        for name, (n, draws) in itertools.product(SETTINGS, ((16, 300), (64, 300), (128, 300), (512, 80)))
+        for name, (n, draws) in itertools.product(SETTINGS, ((16, 250), (64, 250), (128, 250), (512, 60)))
     ]
     made += [
         Setting(
-            name="wrong sampler", laws=(WRONG_SAMPLER,), n=n, prompts=1, draws=times(300), kinds=frozenset({"audit"})
+            name="wrong sampler", laws=(WRONG_SAMPLER,), n=n, prompts=1, draws=times(250), kinds=frozenset({"audit"})
         )
         for n in (16, 64, 128, 512)
     ]
     names = tuple(SETTINGS)
     made += [
         Setting(name="8 prompts of any of these", laws=names, n=n, prompts=8, draws=times(draws))
-        for n, draws in ((16, 200), (64, 200), (128, 60), (512, 12))
+        for n, draws in ((16, 200), (64, 150), (128, 40), (512, 12))
     ]
     moving = ("beta 1, mean moves with L",)
-    made.append(Setting(name="8 equal prompts, mean moves with L", laws=moving, n=64, prompts=8, draws=times(200)))
+    made.append(Setting(name="8 equal prompts, mean moves with L", laws=moving, n=64, prompts=8, draws=times(120)))
     for name in POPULATIONS:
         kinds = frozenset({BATCHES})
         made += [
             Setting(name=name, laws=(name,), n=32, prompts=k, draws=times(draws), kinds=kinds)
-            for k, draws in ((8, 300), (16, 300), (64, 80))
+            for k, draws in ((8, 200), (16, 200), (64, 60))
         ]
-        made.append(Setting(name=name + SKETCHED, laws=(name,), n=32, prompts=16, draws=times(200), kinds=kinds))
+        made.append(Setting(name=name + SKETCHED, laws=(name,), n=32, prompts=16, draws=times(120), kinds=kinds))
     return made
 
 
