@@ -19,7 +19,7 @@ QUANTITIES = {
     "deviation_exponent": "exponent, deviation",
     "within_exponent": "exponent, within length",
     "cv": "CV",
-    "noise_scale": "noise scale, responses",
+    "noise_scale": "noise scale n CV², responses",
     "eta": "efficiency eta",
     "alpha_star_eta": "best alpha by eta",
     "alpha_star_cv": "best alpha by CV",

@@ -49,12 +49,12 @@ def recommendation(table: pd.DataFrame, *, target: str) -> str:
     others = ratios[ratios["alpha"].isna()]
     near = _not_apart(others)
     span = f"{best['low']:g} to {best['high']:g}"
-    if best["low"] <= first and best["high"] >= last:
+    better = others[others["verdict"] == HIGHER].sort_values("value", ascending=False)
+    if best["low"] <= first and best["high"] >= last and better.empty:
         return f"The data cannot tell one alpha from another for {updates} ({span} all fit){near}{fitted}."
     prompts = int(best["clusters"])
     resting = f"efficiency on {prompts} prompt{'' if prompts == 1 else 's'}, {int(best['n'])} responses"
     fits = f"{span} fit as well{_open(best, first, last)}"
-    better = others[others["verdict"] == HIGHER].sort_values("value", ascending=False)
     if len(better):
         rule = better.iloc[0]
         advice = (

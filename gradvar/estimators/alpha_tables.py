@@ -175,7 +175,7 @@ def alpha_table(
                 continue
             found[name] = made_of[target, name]
         ways: list[tuple[str | None, list[str], bool]] = [(name, [name], False) for name in found]
-        if len(found) > 1:
+        if found and len(prompts) > 1:
             ways.append((None, list(found), False))
         if len(found) >= MINIMUM_PROMPTS:
             ways.append((None, list(found), True))

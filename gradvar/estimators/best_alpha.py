@@ -30,6 +30,8 @@ Array = NDArray[np.float64]
 
 STEP = 0.01
 """Distance between fine alphas."""
+FLAT = 1e-9
+"""A curve that varies by less has no highest point but rounding's (all lengths equal)."""
 
 
 def fine_alphas(grid: Sequence[float]) -> Array:
@@ -79,6 +81,8 @@ def best_of_curve(
         return replace(none, method=f"{method}; unresolved")
     values, slopes = spline(grid)
     fine = fine_alphas(grid)
+    if float(np.ptp(result.value)) <= FLAT:
+        return replace(none, method=f"{method}; unresolved: no alpha changes it")
     best = int(np.argmax(result.value @ values))
     slope, moved = result.value @ slopes, [r @ slopes for r in result.replicates]
     variance = np.asarray(sum(jackknife_variance(r) for r in moved))

@@ -257,7 +257,7 @@ def within_one(found: Estimate) -> Estimate:
         if abs(found.value) <= 1.0:
             return found
         return replace(found, value=math.nan, method=f"{found.method}; unresolved")
-    if max(abs(found.low), abs(found.high)) < 1.0:
+    if abs(found.value) < 1.0 and (found.high < 1.0 if found.value >= 0.0 else found.low > -1.0):
         width = 1.0 - found.value**2
         low, high = ((end - found.value) / width for end in (found.low, found.high))
         centre = math.atanh(found.value)

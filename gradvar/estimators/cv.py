@@ -51,7 +51,8 @@ UNRESOLVED = "unresolved"
 SILENT = "silent: all rewards equal"
 NO_GRADIENT = "no gradient: all are 0"
 
-_JACKKNIFE = "permutation groups, delete-one jackknife of log(1 - rho), t, allowing for unseen lengths"
+_JACKKNIFE = "permutation groups, delete-one jackknife of log(1 - rho), t"
+_UNSEEN = ", allowing for unseen lengths"
 
 
 def aggregator_cv(
@@ -78,7 +79,7 @@ def aggregator_cv(
         group_size: n, responses of one update.
         advantage: Kind of `advantages`, computed inside each group.
         alpha: Exponent of vl_norm.
-        max_length: M in tokens; a constant factor that changes no CV, but dr_grpo and vl_norm are defined by it.
+        max_length: M in tokens; a constant factor that changes no CV, nor (here) how long a response not seen may be.
             None takes the longest response.
         level: Nominal coverage.
         permutations: Random permutations the groups are cut from.
@@ -180,7 +181,8 @@ def rho_estimate(moments: GroupMoments, *, group_size: int, level: float, tails:
         replicates = moments.cross_without / moments.same_without
     if not np.isfinite(replicates).all():
         return replace(none, value=value, method=f"{_JACKKNIFE}; no interval, one response carries everything")
-    return _interval(none, value, [moments], [replicates], moments.same, group_size, [tails])
+    told = none if tails is None else replace(none, method=none.method + _UNSEEN)
+    return _interval(told, value, [moments], [replicates], moments.same, group_size, [tails])
 
 
 def _interval(
@@ -218,7 +220,7 @@ def _interval(
     unseen = sum(one.unseen(influence_of([r]))[1] ** 2 for one, r in zip(tails, logs, strict=True) if one is not None)
     low = centre - above * own - max(bias, 0.0)
     high = centre - below * math.hypot(own, math.sqrt(unseen)) - min(bias, 0.0)
-    return replace(none, value=value, low=1.0 - math.exp(min(high, 700.0)), high=1.0 - math.exp(low))
+    return replace(none, value=value, low=-math.inf if high > 700.0 else 1.0 - math.exp(high), high=1.0 - math.exp(low))
 
 
 def replicate_quantile(none: Estimate, replicates: Sequence[Array]) -> float:
@@ -331,7 +333,8 @@ def pooled_rho(
     if any(len(m.same_without) < 3 * group_size for m in prompts):
         here = replace(here, method=f"{none.method}; no interval below 3 groups in a prompt")
     elif all(np.isfinite(r).all() for r in replicates):
-        here = _interval(none, value, prompts, replicates, same, group_size, tails or [None] * len(prompts))
+        told = none if tails is None else replace(none, method=none.method.replace(_JACKKNIFE, _JACKKNIFE + _UNSEEN))
+        here = _interval(told, value, prompts, replicates, same, group_size, tails or [None] * len(prompts))
     there = replace(across, value=value)
     if clusters < MINIMUM_PROMPTS:
         return here, replace(across, method=f"{across.method}; not given below {MINIMUM_PROMPTS} prompts")
@@ -341,5 +344,11 @@ def pooled_rho(
     if np.isfinite(without).all():
         half = t_quantile(level, clusters - 1) * math.sqrt(float(jackknife_variance(without)))
         stretch = math.exp(min(half / (1.0 - value), 700.0)) if value < 1.0 else math.nan
-        there = replace(there, low=1.0 - (1.0 - value) * stretch, high=1.0 - (1.0 - value) / stretch)
+        low, high = 1.0 - (1.0 - value) * stretch, 1.0 - (1.0 - value) / stretch
+        # Prompts drawn again vary at least as much as responses drawn again.
+        there = (
+            replace(there, low=min(low, here.low), high=max(high, here.high))
+            if math.isfinite(here.low)
+            else (replace(there, low=low, high=high))
+        )
     return here, there

@@ -136,7 +136,9 @@ def ratio_row(
         needed = math.nan if verdict == EQUAL else float(math.ceil(per_prompt))
     else:
         distance = abs(math.log(ratio.value))
-        half = math.log(ratio.high / ratio.value)
+        # The side that has to leave 1.
+        below = math.log(ratio.value / max(ratio.low, 1e-300))
+        half = math.log(ratio.high / ratio.value) if ratio.value < 1.0 else below
         needed = float(math.ceil(per_prompt * (half / distance) ** 2)) if distance > 0 else math.inf
     paper = claim(variant, compared)
     return study.row(

@@ -193,22 +193,27 @@ def _rows_of_target(
                     rows.append(ratio_row(study, variant, compared, ratio, [name]))
         if len(study.prompts) < 2 or not loud:
             continue
-        ends = [_tails(study, name, variant) for name in spoken]
+        # A prompt without interval would leave all together without one.
+        held = [k for k, name in enumerate(spoken) if len(study.prompts[name].lengths) >= 3 * study.group_size]
+        held = held or list(range(len(spoken)))
+        pool, mine = [spoken[k] for k in held], [mine[k] for k in held]
+        ends = [_tails(study, name, variant) for name in pool]
         both = pooled_rho(mine, group_size=study.group_size, level=study.level, tails=ends)
         for rho, estimand in zip(both, (THESE_PROMPTS, PROMPTS_LIKE_THESE), strict=True):
-            rows += rho_and_cv_rows(study, variant, rho, spoken, pooled=True, estimand=estimand)
+            rows += rho_and_cv_rows(study, variant, rho, pool, pooled=True, estimand=estimand)
         for compared, theirs in references:
             if variant != compared:
+                beside = [theirs[k] for k in held]
                 ratio = pooled_cv_ratio(
                     mine,
-                    theirs,
+                    beside,
                     group_size=study.group_size,
                     level=study.level,
-                    tails=[_tails(study, name, variant, compared) for name in spoken],
+                    tails=[_tails(study, name, variant, compared) for name in pool],
                 )
-                across = cv_ratio_across(mine, theirs, ratio, level=study.level)
+                across = cv_ratio_across(mine, beside, ratio, level=study.level)
                 for one, estimand in ((ratio, THESE_PROMPTS), (across, PROMPTS_LIKE_THESE)):
-                    rows.append(ratio_row(study, variant, compared, one, spoken, pooled=True, estimand=estimand))
+                    rows.append(ratio_row(study, variant, compared, one, pool, pooled=True, estimand=estimand))
     return rows
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from gradvar.estimators.advantages import check_advantage
 from gradvar.estimators.aggregation import Rule, expand_rules
-from gradvar.estimators.bias import cosine, estimate_of, jackknifed, within_one
+from gradvar.estimators.bias import cosine, cosine_estimate, estimate_of, gated, jackknifed, what_is_known
 from gradvar.estimators.cv import UNRESOLVED, cv_from_rho, pooled_rho, resolution
 from gradvar.estimators.groups import (
     PERMUTATIONS,
@@ -35,7 +35,7 @@ from gradvar.estimators.groups import (
 from gradvar.estimators.inputs import arrange, generator, why_nothing
 from gradvar.estimators.intervals import THESE_PROMPTS, check_level
 from gradvar.estimators.ratios import pooled_cv_ratio
-from gradvar.estimators.tails import LengthTails, length_tails
+from gradvar.estimators.tails import LengthTails, angle_tails, length_tails
 from gradvar.estimators.transforms import soft_overlong
 from gradvar.estimators.update_products import Products, products, reward_direction
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, no_estimate
@@ -63,6 +63,8 @@ class _Prompt:
     """By extra; without dynamic sampling where no group is loud."""
     turned: Products
     """In `ORDER`, without dynamic sampling where that has no moments."""
+    turning: LengthTails
+    """Of the cosines."""
     tails: dict[str, LengthTails]
     nothing: str | None
     """The verdict where the plain update is 0."""
@@ -209,6 +211,9 @@ def _prompt(
     return _Prompt(
         tails={NONE: as_is, FILTERING: as_is, PUNISHMENT: less, SAMPLING: as_is},
         moments=moments,
+        turning=angle_tails(
+            scores.gram, scores.rewards, scores.lengths, variant, advantage=advantage, max_length=limit
+        ),
         turned=products(scores.gram, drawn, np.stack(kinds), aim),
         nothing=why_nothing(scores, advantage),
     )
@@ -242,7 +247,9 @@ def _rows_of_direction(pool: Sequence[_Prompt], extras: Sequence[str], level: fl
     """Return cosines, and differences to the plain update's, of extras that stand side by side in `ORDER`."""
     method = "permutation groups, delete-one jackknife, t"
     first, plain = ORDER.index(extras[0]), extras.index(NONE)
-    angles = jackknifed([one.turned.of_updates(slice(first, first + len(extras))) for one in pool], cosine)
+    parts = [one.turned.of_updates(slice(first, first + len(extras))) for one in pool]
+    angles, known = jackknifed(parts, cosine), what_is_known(parts, level=level)
+    turning = [one.turning for one in pool]
     change = replace(
         angles,
         value=angles.value - angles.value[plain],
@@ -253,12 +260,13 @@ def _rows_of_direction(pool: Sequence[_Prompt], extras: Sequence[str], level: fl
     for k, extra in enumerate(extras):
         if extra == NONE and len(extras) == 2:
             continue  # of all prompts, with the other two
-        angle = within_one(estimate_of(angles, k, level=level, method=method))
+        angle = cosine_estimate(parts, angles, k, level=level, method=method, tails=turning, known=known)
         rows.append(_row("cosine", angle, extra, None))
         if extra != NONE:
             turned = estimate_of(change, k, level=level, method=f"paired difference; {method}")
             if max(abs(turned.low), abs(turned.high)) < ROUNDING:
                 turned = replace(turned, value=0.0, low=0.0, high=0.0)
+            turned = gated(turned, known.direction and bool(known.updates[k] and known.updates[plain]))
             rows.append(_row("cosine_difference", turned, extra, _side(turned, 0.0)))
     return rows
 

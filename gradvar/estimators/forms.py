@@ -161,7 +161,7 @@ def form_table(
                     key, compared, [(value, influence)], [first], labels, level=level, margin=equality_margin, seed=seed
                 )
         for key, found in logs.items():
-            if len(found) > 1:
+            if len(prompts) > 1:
                 labels = {"target": target, "advantage": advantage}
                 rows += _form_rows(
                     key, compared, found, firsts[key], labels, level=level, margin=equality_margin, seed=seed

@@ -72,7 +72,7 @@ def noise_scale_table(groups: Sequence[PromptScores], *, level: float = 0.95, se
             found[name] = noise_moments(scores.gram, scores.rewards)
             rho = pooled_rho([found[name]], group_size=1, level=level)[0]
             rows.append(_judged(rho, target, name, seed, THESE_PROMPTS))
-        if len(found) > 1:
+        if found and len(prompts) > 1:
             both = pooled_rho(list(found.values()), group_size=1, level=level)
             for rho, estimand in zip(both, (THESE_PROMPTS, PROMPTS_LIKE_THESE), strict=True):
                 rows.append(_judged(rho, target, None, seed, estimand))

@@ -181,8 +181,17 @@ def planning_table(
         if len(prompts) > 1 and k == 0:
             rows += _silent_rows(list(prompts.values()), ordered, labels, level=level, seed=seed)
         pools: list[tuple[str | None, list[str]]] = [(name, [name]) for name in used]
-        if len(used) > 1:
-            pools.append((None, list(used)))
+        for name in used:
+            if name not in moments[ordered[0]]:
+                note = f"not estimated; fewer than {3 * ordered[0]} verified responses"
+                none = no_estimate(note, n=len(used[name].lengths), level=level, seed=seed)
+                told = {"estimand": THESE_PROMPTS}
+                rows.append(
+                    TableRow(quantity="cv", estimate=none, prompt_id=name, verdict=UNRESOLVED, **labels, extra=told)
+                )
+        large = [name for name in used if name in moments[ordered[0]]]
+        if large and len(prompts) > 1:
+            pools.append((None, large))
         for label, names in pools:
             held = {n: [m[name] for name in names] for n, m in moments.items() if all(name in m for name in names)}
             pointed = {n: [aimed[n][name] for name in names] for n in held}
@@ -289,7 +298,7 @@ def _efficiency_rows(
     rows: list[TableRow] = []
     if not held:
         return rows
-    largest = max(held)
+    largest, surest = max(held), 0.0
     for n in sizes:
         far = n > largest
         if n not in held and not far:
@@ -307,6 +316,10 @@ def _efficiency_rows(
         else:
             noise = jackknifed(parts, _noise_at(largest / n if far else 1.0), across=across)
             eta = eta_estimate(parts, noise, 0, level=level, method=method, across=across, tails=tails)
+            # More responses of the same direction: known at least as well as with fewer.
+            if n >= largest and math.isfinite(eta.low):
+                eta = replace(eta, low=max(eta.low, surest))
+                surest = eta.low
             eta = replace(eta, seed=seed)
         verdict = "unresolved" if math.isnan(eta.value) else "extrapolated" if far else "resolved"
         rows.append(TableRow(quantity="eta", estimate=eta, group_size=n, verdict=verdict, **labels))

@@ -33,7 +33,7 @@ from gradvar.runs.records import Estimate
 
 Array = NDArray[np.float64]
 
-_METHOD = "delete-one jackknife of the log, t, widened by bias and unseen lengths"
+_METHOD = "delete-one jackknife of the log, t, widened by bias"
 
 
 def cv_ratio(
@@ -119,7 +119,7 @@ def _ratio(
         low=math.nan,
         high=math.nan,
         level=level,
-        method=f"{name}; {_METHOD}",
+        method=f"{name}; {_METHOD}" + (" and unseen lengths" if any(one is not None for one in tails) else ""),
         n=sum(len(m.same_without) for m in prompts),
         clusters=len(prompts),
         seed=None,

@@ -94,7 +94,7 @@ class Options:
             alphas = (1.0,) if self.alpha is None else (self.alpha,)
             cv = cv_table(prompts, rules=(self.rule,), alphas=alphas, reference=self.rule, **drawn)
             return {"cv": cv[cv["quantity"] == "cv"]}
-        rules = () if self.alpha is not None else (self.rule,)
+        rules = () if self.rule == "vl_norm" else (self.rule,)
         alpha = alpha_table(prompts, rules=rules, grid=self.grid, **drawn)
         tables = {quantity: alpha[alpha["quantity"] == quantity] for quantity in FAMILIES["alpha"]}
         eta = tables["eta"]

@@ -44,7 +44,7 @@ def test_growth_and_sides():
     assert (grpo.short.power, grpo.long.power) == pytest.approx((2 - growth, growth - 2))
     turned = angle_tails(gram, rewards, lengths, variant("vl_norm", 2.0), advantage="grpo")
     assert (turned.short.side, turned.long.side) == (-1, -1)
-    assert turned.short.power == pytest.approx(8 - growth)
+    assert turned.short.power == pytest.approx(4 - growth)
     silent = length_tails(gram, np.ones(40), lengths, variant("dapo"), variant("grpo"), advantage="grpo")
     assert silent.short.power == 4.0
     plain = length_tails(gram, np.zeros(40), lengths, variant("grpo"), advantage="score")
