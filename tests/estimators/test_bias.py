@@ -213,7 +213,10 @@ def test_silent_and_small_prompts_say_why(groups):
     table = alpha_table([silent, small, groups[2]], seed=1, grid=(0.0, 1.0), permutations=32)
     assert only(table, prompt_id="p0")["verdict"] == "silent: all rewards equal"
     assert "fewer than 24" in only(table, prompt_id="p1")["method"]
-    assert pick(table, prompt_id=None).empty
+    # One prompt is left of three: the pooled rows are about it.
+    pooled = only(table, quantity="alpha_star_eta", prompt_id=None)
+    assert pooled["clusters"] == 1
+    assert pooled["value"] == only(table, quantity="alpha_star_eta", prompt_id=groups[2].prompt_id)["value"]
     assert len(alpha_table([silent], seed=1)) == 1
     with pytest.raises(GradvarError, match="at least 24 verified"):
         alpha_table([small], seed=1)

@@ -91,6 +91,10 @@ def test_direction_under_dynamic_sampling(advantage):
         change = only(table, quantity="cosine_difference", extra=SAMPLING, prompt_id=name)
         plain = only(table, quantity="cosine", extra="none", prompt_id=name)
         expected = mixed / math.sqrt(own * aim)
+        if math.isnan(row["value"]):  # 5 of 48 correct: no direction is told apart from none
+            assert name == "p0"
+            assert "unresolved" in row["method"]
+            continue
         assert row["value"] == pytest.approx(min(expected, 1.0))
         if max(expected, plain["value"]) < 1:
             assert change["value"] == pytest.approx(expected - plain["value"])

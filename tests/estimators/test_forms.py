@@ -99,7 +99,13 @@ def test_table_says_what_holds():
     row = only(form_table(falling, rules=("dapo",), advantage="score", seed=0), quantity="cv_ratio_form_2")
     assert (row["verdict"], row["holds"]) == ("lower", "violated")
     silent = [replace(groups[0], rewards=np.ones(64)), groups[1]]
-    assert set(form_table(silent, seed=0)["prompt_id"]) == {"p1"}
+    table = form_table(silent, seed=0)
+    assert set(table["prompt_id"].dropna()) == {"p1"}
+    one, pooled = (
+        only(table, quantity="cv_ratio_form_2", prompt_id=name, rule="dapo", estimand="these prompts")["value"]
+        for name in ("p1", None)
+    )
+    assert pooled == pytest.approx(one)
 
 
 def test_the_order_against_dapo_and_in_form_3():

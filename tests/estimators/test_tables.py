@@ -11,15 +11,17 @@ from gradvar.estimators import (
     aggregator_rho,
     cv_table,
     deviations,
+    find_rule,
     fit_variance_law,
     identity_table,
     law_table,
     within_length_variance,
 )
+from gradvar.estimators.cv_rows import CvStudy, ratio_row
 from gradvar.estimators.inputs import arrange, generator
 from gradvar.estimators.law import fit_exponent
 from gradvar.estimators.spread import deviation_dependence, within_dependence
-from gradvar.runs.records import TABLE_COLUMNS
+from gradvar.runs.records import TABLE_COLUMNS, Estimate
 from tests.estimators import simulator
 
 SILENT = "silent: all rewards equal"
@@ -331,3 +333,18 @@ def test_eight_prompts_of_128_within_twenty_seconds():
     cv_table(many, seed=0)
     identity_table(many, seed=0)
     assert time.process_time() - start < 40, "CPU seconds, for 20 s on two cores"
+
+
+def test_responses_that_would_settle_a_ratio_move_the_end_that_has_to_leave_one():
+    study = CvStudy(
+        target="a", prompts={}, left_out={"p": 0}, nothing={}, moments={}, advantage="grpo", group_size=8,
+        level=0.95, seed=0,
+    )  # fmt: skip
+
+    def needed(value, low, high):
+        ratio = Estimate(value=value, low=low, high=high, level=0.95, method="m", n=64, clusters=1, seed=0)
+        row = ratio_row(study, (find_rule("dapo"), None), (find_rule("grpo"), None), ratio, ["p"])
+        return row.extra["n_needed"]
+
+    assert needed(1.2, 0.9, 1.3) == math.ceil(64 * (math.log(1.2 / 0.9) / math.log(1.2)) ** 2)
+    assert needed(0.8, 0.5, 1.1) == math.ceil(64 * (math.log(1.1 / 0.8) / math.log(0.8)) ** 2)

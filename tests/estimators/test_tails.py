@@ -101,3 +101,19 @@ def test_only_the_side_that_an_unseen_response_would_take_is_widened():
     assert above.low == plain.low
     assert above.high > plain.high
     assert below.value == above.value == plain.value
+
+
+def test_rounding_of_an_advantage_that_is_zero_is_no_slope():
+    """A = r - mean leaves 1e-17 where a reward is the mean: the squares are 0, not 1e-34 of anything."""
+    _, scores, _, lengths = moments(n=48)
+    rewards = np.tile([0.1, 0.2, 0.3], 16)
+    found = length_tails(references.gram_of(scores), rewards, lengths, variant("grpo"), advantage="mean")
+    held = rewards != 0.2
+    norms = (rewards[held] - 0.2) ** 2 * np.array([s @ s for s in scores])[held]
+    assert found.short.power == pytest.approx(2 - np.polyfit(np.log(lengths[held]), np.log(norms), 1)[0])
+
+
+def test_a_large_power_overflows_nothing():
+    lengths = np.linspace(10.0, 400.0, 30)
+    steep = LengthTails(lengths=lengths, short=Tail(side=1, power=1e4), long=Tail(side=1, power=1e4))
+    assert steep.unseen(np.ones(30))[1] > 1e100
