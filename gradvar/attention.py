@@ -76,6 +76,8 @@ def why_not(config: Any) -> str | None:
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if not getattr(kind, "_supports_attention_backend", False):
         return "this model's attention cannot be exchanged"
+    if not getattr(kind, "_supports_flash_attn", False):
+        return "this model's attention is more than causality and a window (chunks, chosen keys), which a mask tells"
     text = config.get_text_config()
     if any(getattr(text, name, None) for name in _BENDS) or _has_sinks(config):
         return "this model bends its attention logits (soft cap or sinks)"
@@ -225,6 +227,8 @@ def _agrees(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int
                 weights = torch.linspace(-1, 1, output.numel(), device=device).view(output.shape)
                 gradients = torch.autograd.grad((output.float() * weights).sum(), (q, k, v))
                 found.append([output.detach().float(), *(gradient.float() for gradient in gradients)])
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the kernel, and must not be remembered
     except (RuntimeError, NotImplementedError, ValueError):
         return False
     pairs = zip(*found, strict=True)

@@ -217,3 +217,8 @@ def hooked(*modules: nn.Module) -> str:
         if not (getattr(hook, "__module__", None) or "").startswith("gradvar.")
     ]
     return f" (it has a forward hook: {', '.join(names)}?)" if names else ""
+
+
+def has_gradient_hooks(parameter: nn.Parameter) -> bool:
+    """Return whether hooks of the user's wait for this parameter's gradient, such as an optimizer in backward."""
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))

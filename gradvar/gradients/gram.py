@@ -57,6 +57,9 @@ class GradientStore(ABC):
     def ahead(self, response: int, start: int, stop: int) -> None:  # noqa: B027
         """Be told what `fill` is asked for next, to have it there by then."""
 
+    def forget(self, response: int) -> None:  # noqa: B027
+        """Let go of the factors of a response's weight."""
+
     def bias_gradients(self) -> Tensor:
         """Return the (N, O) float64 sums of all responses."""
         return self._bias
@@ -124,6 +127,10 @@ class FactorStore(GradientStore):
     def __init__(self, responses: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(responses, rows, columns, dtype, device)
         self._factors: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(responses)]
+
+    def forget(self, response: int) -> None:
+        """Let go of the factors of a response's weight."""
+        self._factors[response].clear()
 
     def _keep(self, response: int, a: Tensor, delta: Tensor) -> None:
         # rows of a fused matrix are copied: a view would hold the other rows in memory

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradvar.errors import GradvarError
 from gradvar.gradients.batches import Batch, UnalignedTokensError, last_hidden
-from gradvar.gradients.capture import ParameterTaps, Taps
+from gradvar.gradients.capture import ParameterTaps, Taps, has_gradient_hooks
 from gradvar.gradients.collect import Predictions, collector, direct_collector, new_store, predictions
 from gradvar.gradients.experts import is_one_expert
 from gradvar.gradients.gram import GradientStore
@@ -83,6 +83,12 @@ def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool) -> list[tupl
         )  # fmt: skip
     modules = {path: job.model.get_submodule(path) for path in job.tapped_paths(blocks)}
     parameters = job.direct_parameters(blocks)
+    for name, parameter in parameters.items():
+        if has_gradient_hooks(parameter):
+            raise GradvarError(
+                f"{name} has hooks of its own on its gradient (an optimizer in backward?), which measuring would run: "
+                "take them off, or choose other targets"
+            )
     with Taps(modules) as taps, ParameterTaps(parameters) as direct, _noting_runs(job, parameters) as ran:
         for batch in batches:
             taps.listen(witness.watching(batch, collector(job, batch, batch.members, stores)))
@@ -107,6 +113,7 @@ def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool) -> list[tupl
             _add_reweighted(job, batch, blocks, taps, direct, seen, norms)
             job.done += len(batch.members)
             job.report(job.done // len(job.plan.passes))
+            del hidden, seen
         _check_silent(direct, ran)
     job.extra.add(norms)
     return stores

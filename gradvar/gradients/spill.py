@@ -75,7 +75,9 @@ class HostMemory:
         return max(length, least)
 
     def lane(self, device: torch.device) -> Lane:
-        """Return the lane of a device."""
+        """Return the lane of a device; "cuda" is the current one."""
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         if device not in self._lanes:
             self._lanes[device] = Lane.of(device) if self.pinned else Lane(device)
         return self._lanes[device]

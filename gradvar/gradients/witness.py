@@ -5,7 +5,10 @@ alone, its log-probabilities taken from the model's own logits, its gradients fr
 engine's own path (a weight used outside its module's call, a module that is not linear in its weight, a head that
 reads more than the last hidden states differ here). In the pass, the same response in its batch must show the same
 hidden states and inputs of the targets (a batch whose members change each other, or whose tokens a module puts in
-another order, differs here); the model is causal, so a beginning is enough.
+another order, differs here); the model is causal, so a beginning is enough for that. What a module does differently
+further on alone (another weight from some position on) is not seen: `capture` looks at single rows of every call.
+
+The tokens predicted are others than those fed: where the model is sure of what it sampled, all gradients are rounding.
 
 Shape letters: M tokens predicted, T tokens fed, D hidden width, O outputs, I inputs, V vocabulary.
 """
@@ -13,6 +16,7 @@ Shape letters: M tokens predicted, T tokens fed, D hidden width, O outputs, I in
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gradvar.errors import GradvarError
 from gradvar.gradients.batches import Batch, UnalignedTokensError, make_batches
-from gradvar.gradients.capture import ParameterTaps, Sink, Taps, hooked
+from gradvar.gradients.capture import ParameterTaps, Sink, Taps, has_gradient_hooks, hooked
 from gradvar.gradients.collect import Predictions, collector, new_store, predictions
 from gradvar.gradients.devices import is_offloaded
 from gradvar.gradients.gram import GradientStore, piece
@@ -60,6 +64,8 @@ class Witness:
     """T."""
     hidden: Tensor
     """(M, D) last hidden states from `start` on."""
+    narrowest: int = 8
+    """Bytes of the narrowest dtype that is computed in."""
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     """By module path, what went into each call from `start` on, last call first: (M times vectors a token, I)."""
 
@@ -80,7 +86,7 @@ class Witness:
                 own = batch.split(a.detach(), path)[row]
                 vectors = len(alone) // len(self.hidden)
                 seen = own[self.start * vectors : self.start * vectors + len(alone)]
-                if not _same_in_batch(seen, alone):
+                if not _same_in_batch(seen, alone, self.narrowest):
                     raise UnalignedTokensError(f"{path} sees other inputs for a response in a batch than alone")
 
         return watch
@@ -95,7 +101,7 @@ class Witness:
             return
         row = batch.members.index(self.response)
         own = batch.split(hidden.detach(), "the last hidden states")[row]
-        if not _same_in_batch(own[self.start : self.start + len(self.hidden)], self.hidden):
+        if not _same_in_batch(own[self.start : self.start + len(self.hidden)], self.hidden, self.narrowest):
             raise UnalignedTokensError("a batch changes the hidden states of its members")
 
 
@@ -119,12 +125,15 @@ def make_witness(job: Job, blocks: Sequence[Block], batches: Sequence[Batch]) ->
         packed=False,
     )
     (batch,) = make_batches(alone.prompt, alone.responses, 1, alone.device)
+    size = job.head.shape()[0]
+    alone = replace(alone, responses=[[(token + size // 2) % size for token in alone.responses[0]]])
     witness = Witness(
         response=chosen,
         batch=members,
         start=len(alone.prompt) - 1,
         fed=batch.input_ids.shape[1],
         hidden=torch.empty(0),
+        narrowest=_size(job, torch.empty(0, dtype=torch.float64)),
     )
     blocks = [block for block in blocks if block.target.direct is None]
     stores = [(block, new_store(alone, block, 1, None)) for block in blocks]
@@ -225,14 +234,19 @@ class _Autograd:
         self._wrong: dict[str, float] = {}
         self._terms: dict[str, float] = {}
         room = job.plan.memory_budget - job.plan.work_bytes
+        places = Counter(map(id, (module for _, module in job.model.named_modules(remove_duplicate=False))))
         for block, store in stores:
             module = job.model.get_submodule(block.target.module)
             if is_offloaded(module):  # each call has other tensors in their place
+                continue
+            if job.plan.checkpointing == "reentrant" and places[id(module)] > 1:  # autograd hands its parts over apart
                 continue
             for name in ("weight", "bias"):
                 parameter = module._parameters.get(name)
                 if parameter is None or (name == "bias" and not (job.extra.include_bias and block.target.has_bias)):
                     continue
+                if has_gradient_hooks(parameter):
+                    continue  # the user's own (an optimizer in backward) would run
                 if parameter.nbytes <= room:
                     self.parameters[f"{block.target.module}.{name}"] = parameter
                     self._stores.setdefault(f"{block.target.module}.{name}", []).append((block, store))
@@ -268,6 +282,8 @@ class _Autograd:
             terms = self._terms.get(name, 0.0)
             if gap > _ROUNDINGS[width] ** 2 * size + _TERM_ROUNDINGS[width] ** 2 * terms:
                 self._wrong[block.target.key] = (gap / size) ** 0.5 if size else float("inf")
+            if kind == "weight":
+                store.forget(0)
 
     def compare_silent(self, names: set[str]) -> None:
         """Compare parameters that autograd found no use of."""
@@ -284,8 +300,9 @@ class _Autograd:
             key, gap = next(iter(self._wrong.items()))
             path = key.partition(":")[0]
             module = self._job.model.get_submodule(path)
+            said = f"{gap:.2g} of its size from" if gap < float("inf") else "nothing beside"
             raise GradvarError(
-                f"{key} ({type(module).__name__}): the gradient captured at its calls is {gap:.2g} of its size from "
+                f"{key} ({type(module).__name__}): the gradient captured at its calls is {said} "
                 "autograd's, so it cannot be measured: its weight is used outside its module's call too, or the "
                 f"module does not compute x W' + b with its own weight{hooked(module)}; choose other targets"
             )
@@ -303,11 +320,11 @@ def _pieces(store: GradientStore, rows: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + height, rows)
 
 
-def _same_in_batch(own: Tensor, alone: Tensor) -> bool:
+def _same_in_batch(own: Tensor, alone: Tensor, narrowest: int = 8) -> bool:
     """Return whether a batch changed no more than roundings; what is not finite alone is found elsewhere."""
     if own.shape != alone.shape:
         return False
-    size = own.dtype.itemsize
+    size = min(own.dtype.itemsize, narrowest)
     own, alone = own.double(), alone.to(own.device).double()
     gap = (own - alone).abs()
     if not bool(alone.isfinite().all()):

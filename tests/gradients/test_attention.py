@@ -138,3 +138,10 @@ def test_which_attention_a_setting_means():
         choose_attention("flash_attention_2", qwen, "cpu", "bfloat16")
     with pytest.raises(GradvarError, match="no backward of it on cpu"):
         choose_attention("flex_attention", qwen, "cpu", "float32")
+
+
+def test_attention_that_only_a_mask_tells_is_not_exchanged():
+    from transformers import Llama4TextConfig
+
+    assert "a mask tells" in str(why_not(Llama4TextConfig()))
+    assert choose_attention("auto", Llama4TextConfig(), "cuda", "bfloat16") is None

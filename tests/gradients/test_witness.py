@@ -290,3 +290,63 @@ def test_offloaded_weights_are_gone_again_whatever_the_checkpointing(kind):
     model = accelerate.cpu_offload(make_model("qwen2"), execution_device="cpu")
     measure_scores(model, PROMPT, RESPONSES, "0:q", checkpointing=kind)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+# -- what the witness must leave alone, and must not refuse
+
+
+@pytest.mark.parametrize("targets", ["last:q", "*.experts.*"])
+def test_an_optimizer_in_backward_does_not_step(targets):
+    model = make_model("qwen2")
+    if targets != "last:q":
+        inner = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(16, 16).double()])})
+        model.model.layers[1].mlp = Around(inner, lambda inner, x: inner["experts"][0](x))
+    (name, weight) = next(
+        (n, p) for n, p in model.named_parameters() if "1.self_attn.q_proj.weight" in n or "experts" in n
+    )
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    weight.register_post_accumulate_grad_hook(lambda parameter: optimizer.step())
+    before = weight.detach().clone()
+    if targets == "last:q":
+        measure_scores(model, PROMPT, RESPONSES, targets)
+    elif "experts" in name:
+        with pytest.raises(GradvarError, match="hooks of its own on its gradient"):
+            measure_scores(model, PROMPT, RESPONSES, targets)
+    assert torch.equal(weight, before)
+
+
+def test_float32_adapters_on_a_half_precision_model_stay_in_batches():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        make_model("llama", torch.bfloat16), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    assert {p.dtype for n, p in model.named_parameters() if "lora" in n} == {torch.float32}
+    rows = []
+    model.base_model.model.model.layers[0].register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
+    measure_scores(model, *make_prompt_and_responses(), "*lora*", token_budget=10_000)
+    assert rows[-1] > 2, "the last pass ran response by response"
+
+
+def test_sure_tokens_in_half_precision_are_measured():
+    model = make_model("qwen2", torch.bfloat16)
+    with torch.no_grad():
+        model.lm_head.weight *= 1000
+    prompt, _ = make_prompt_and_responses()
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt])).logits[0, -1]
+    sure = int(logits.argmax())
+    measured = measure_scores(model, prompt, [[sure], [sure]], ["last:q", "lm_head"])
+    assert measured.logprobs[0][0] > -1e-2
+
+
+@pytest.mark.parametrize("kind", ["off", "reentrant", "non_reentrant"])
+def test_a_module_shared_by_two_layers(kind):
+    model = make_model("qwen2")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    prompt, responses = make_prompt_and_responses()
+    targets = resolve_targets(model, "*.0.mlp.up_proj")
+    found = measure_scores(model, prompt, responses, "*.0.mlp.up_proj", checkpointing=kind).grams
+    flat = references.flat_scores(model, targets, prompt, responses)
+    for target in targets:
+        assert references.error(found[target.key].gram(), references.gram_of(flat[target.key])) < 1e-10
