@@ -38,7 +38,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gradients", description=__doc__)
     parser.add_argument("--cells", nargs="+", help=f"of {', '.join(CELLS)} (all)")
     parser.add_argument("--rivals", nargs="+", help=f"of {', '.join(RIVALS)} (all)")
-    parser.add_argument("--repeats", type=int, default=3, help="of every cell (3; 150M cells at most 2)")
+    parser.add_argument("--repeats", type=int, default=2, help="of every cell (2; 150M cells at most 2)")
     parser.add_argument("--threads", type=int, default=1, help="of each process (1)")
     parser.add_argument("--together", type=int, default=2, help="processes that work at a time (2)")
     parser.add_argument("--tiny", action="store_true", help="a model of a few thousand parameters")
