@@ -184,7 +184,7 @@ def _print_aggregators(cv: pd.DataFrame) -> None:
         [*columns, "N a prompt"] if unresolved else columns,
         rows,
         caption="Lower is less noise. Lengths random, as training sees them; these prompts, responses drawn "
-        "again.\nRatios are paired; grpo's side is widened for shorter responses than the sample holds."
+        "again.\nRatios are paired; intervals allow for shorter and longer responses than the sample holds."
         + (open_ended if unresolved else ""),
     )
 
