@@ -10,6 +10,7 @@ from gradvar.estimators.aggregation import Rule
 from gradvar.estimators.cv import (
     SILENT,
     UNRESOLVED,
+    Needed,
     cv_from_rho,
     n_to_resolve,
     resolution,
@@ -101,7 +102,10 @@ def rho_and_cv_rows(
     estimand: str = THESE_PROMPTS,
 ) -> list[TableRow]:
     """Return rho's row and its CV's."""
-    verdict, needed = resolution(rho), n_to_resolve(rho, study.group_size)
+    verdict = resolution(rho)
+    # More responses a prompt do not settle what differs between prompts.
+    here = estimand == THESE_PROMPTS
+    needed = n_to_resolve(rho, study.group_size) if here else Needed(n=math.nan, at_least=False)
     return [
         study.row(
             quantity,

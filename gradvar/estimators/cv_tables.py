@@ -1,8 +1,8 @@
 """The total CV of every rule, prompt and target, and over prompts.
 
 Rows that cannot be estimated are there once, with NaN and a verdict that says why; columns beside the common ones:
-    n_needed    responses that would settle the verdict; a lower bound only where n_needed_at_least is true: rho is not
-                positive, or there are too few responses for an interval
+    n_needed    responses a prompt that would settle the verdict, not said for prompts like these; a lower bound only
+                where n_needed_at_least is true: rho is not positive, or there are too few responses for an interval
     left_out    responses left out of this row because they are unverified
     silent      prompts of this row whose rewards are all equal
     estimand    "these prompts" or, for pooled rows that come twice, "prompts like these"

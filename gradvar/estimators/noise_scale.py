@@ -132,7 +132,9 @@ def _judged(rho: Estimate, target: str, prompt_id: str | None, seed: int | None,
     cv = cv_from_rho(rho)
     method = rho.method.replace("permutation groups", _METHOD)
     scale = replace(cv, value=cv.value**2, low=cv.low**2, high=cv.high**2, method=method, seed=seed)
-    return _row(scale, resolution(rho), target, prompt_id, n_to_resolve(rho, 1), estimand)
+    return _row(
+        scale, resolution(rho), target, prompt_id, n_to_resolve(rho, 1) if estimand == THESE_PROMPTS else None, estimand
+    )
 
 
 def _row(

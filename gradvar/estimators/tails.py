@@ -13,7 +13,7 @@ L^-falls. Beside another rule's, whose seen influences are what is left of both,
 laws: 4 + falls/2 - growth below and 2 (growth - falls) above, falls the smaller of the two (coverage 92 to 99%; with
 the power one less 83 to 97%). Away from grad J an update's square grows like its noise.
 
-    below   grpo's alone (power 2): weights whose sum is kept, as vl_norm's, hold what a short response can add
+    below   grpo's alone (power 2), whose weights fall and whose sum of weights nothing bounds: vl_norm's is kept
     above   all rules'; no longer than the run's maximum
 
 Shape letters: N responses.
@@ -33,8 +33,6 @@ from gradvar.estimators.aggregation import Rule, scope_weights
 
 Array = NDArray[np.float64]
 
-UNBOUNDED = "grpo"
-"""The rule whose weights fall with length and whose sum of weights nothing bounds."""
 NEAREST = 8
 """Responses whose influence is carried on."""
 ROUNDING = 1e-24
@@ -121,13 +119,13 @@ def length_tails(
     sizes, growth, limit = _described(gram, rewards, lengths, advantage, max_length)
     own = _falls(sizes, rule)
     if reference is None:
-        short = Tail(side=int(rule[0].name == UNBOUNDED), power=2.0 - growth)
+        short = Tail(side=int(_is_unbounded(sizes, rule)), power=2.0 - growth)
         long = Tail(side=1, power=growth - 2.0 * own)
         return LengthTails(lengths=sizes, short=short, long=long, longest=limit)
     other = _falls(sizes, reference)
     common = min(own, other)
     short = Tail(
-        side=int(rule[0].name == UNBOUNDED) - int(reference[0].name == UNBOUNDED), power=4.0 + common / 2.0 - growth
+        side=int(_is_unbounded(sizes, rule)) - int(_is_unbounded(sizes, reference)), power=4.0 + common / 2.0 - growth
     )
     # The rule whose weights fall less is the one that a long response makes noisier.
     side = int(own < other) - int(own > other)
@@ -169,6 +167,16 @@ def _falls(lengths: Array, rule: Variant) -> float:
     """Power of the length by which a rule's weights fall among responses of one scope."""
     weights = scope_weights(rule[0], lengths, lambda x: x.sum(), alpha=rule[1], max_length=float(lengths.max()))
     return round(-_slope(lengths, np.asarray(weights)), 9)  # a power law but for rounding
+
+
+def _is_unbounded(lengths: Array, rule: Variant) -> bool:
+    """Whether a shorter response would raise the sum of the weights, as grpo's: nothing bounds it."""
+    shorter = np.where(lengths == lengths.min(), 0.5 * lengths, lengths)
+    sums = [
+        float(scope_weights(rule[0], x, lambda y: y.sum(), alpha=rule[1], max_length=float(lengths.max())).sum())
+        for x in (lengths, shorter)
+    ]
+    return _falls(lengths, rule) > 0.0 and sums[1] > (1.0 + 1e-9) * sums[0]
 
 
 def _slope(lengths: Array, values: Array) -> float:

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -117,3 +118,11 @@ def test_a_large_power_overflows_nothing():
     lengths = np.linspace(10.0, 400.0, 30)
     steep = LengthTails(lengths=lengths, short=Tail(side=1, power=1e4), long=Tail(side=1, power=1e4))
     assert steep.unseen(np.ones(30))[1] > 1e100
+
+
+def test_a_rule_is_unbounded_by_its_formula_not_its_name():
+    _, scores, rewards, lengths = moments(n=40)
+    gram = references.gram_of(scores)
+    own = replace(find_rule("grpo"), name="mine", aliases=())
+    for rule, alpha, side in ((own, None, 1), (find_rule("vl_norm"), 1.0, 0), (find_rule("dapo"), None, 0)):
+        assert length_tails(gram, rewards, lengths, (rule, alpha), advantage="grpo").short.side == side
