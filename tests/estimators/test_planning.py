@@ -8,7 +8,8 @@ from scipy import stats
 
 from gradvar.errors import GradvarError
 from gradvar.estimators import alpha_table, cv_table, planning_table
-from gradvar.estimators.planning import parse_variant, responses_for_cv_1
+from gradvar.estimators.enough import responses_for_cv_1
+from gradvar.estimators.planning import parse_variant
 from gradvar.runs.records import Estimate
 from tests.estimators import references
 from tests.estimators.test_tables import only, pick, prompts
