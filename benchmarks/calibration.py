@@ -139,7 +139,7 @@ def truths_of(names: tuple[str, ...], n: int) -> Truths:
         return {name: value for name, value in found.items() if name.startswith(("assumption 0", "assumption 1"))}
     for size, word in ((4, ""), (16, ""), (32, ", extrapolated")):
         found[f"planning: cv at n = {size}{word}"] = cv_of([moments_of(name, size) for name in names])
-    if len(names) == 1:
+    if len(set(names)) == 1:
         found |= _proxy_truths(names[0])
     return found
 
@@ -159,7 +159,7 @@ def one_draw(job: tuple[Setting, int]) -> list[Found]:
     if len(setting.laws) == 1:
         names = setting.laws * setting.prompts
         return every_interval(
-            [law_of(x) for x in names], setting.n, seed, truths_of(setting.laws, setting.n), None, set(setting.kinds)
+            [law_of(x) for x in names], setting.n, seed, truths_of(names, setting.n), None, set(setting.kinds)
         )
     # Every prompt's law is drawn: that is what "prompts like these" means.
     chosen = np.random.default_rng([14, setting.n, t]).integers(len(setting.laws), size=setting.prompts)
@@ -274,7 +274,7 @@ def settings(scale: float) -> list[Setting]:
     names = tuple(SETTINGS)
     made += [
         Setting(name="8 prompts of any of these", laws=names, n=n, prompts=8, draws=times(draws))
-        for n, draws in ((16, 200), (64, 150), (128, 40), (512, 12))
+        for n, draws in ((16, 400), (64, 150), (128, 40), (512, 12))
     ]
     moving = ("beta 1, mean moves with L",)
     made.append(Setting(name="8 equal prompts, mean moves with L", laws=moving, n=64, prompts=8, draws=times(120)))
@@ -295,7 +295,7 @@ def run(chosen: Sequence[Setting], workers: int) -> Iterator[list[dict[str, Any]
         if BATCHES in setting.kinds:
             batch_truths(setting.laws[0])
         else:
-            truths_of(setting.laws, setting.n)
+            truths_of(setting.laws * (setting.prompts if len(setting.laws) == 1 else 1), setting.n)
     with ProcessPoolExecutor(workers) as pool:
         for setting in chosen:
             start = time.time()
