@@ -288,6 +288,8 @@ def n_to_resolve(rho: Estimate, group_size: int) -> Needed:
     if hopeful >= 1.0 or rho.value >= 1.0:
         return Needed(more, at_least=True)
     half = math.log1p(-rho.low) - math.log1p(-rho.value)
+    if not math.isfinite(half):
+        return Needed(math.inf, at_least=False)
     times = (half / math.log1p(-hopeful)) ** 2
     return Needed(max(float(math.ceil(per_prompt * times)), more), at_least=rho.value <= 0.0)
 
