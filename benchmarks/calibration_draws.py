@@ -48,7 +48,7 @@ from gradvar.estimators.proxies import prompt_pairs
 from gradvar.estimators.ratios import pooled_cv_ratio
 from gradvar.estimators.spread import NEIGHBOURS
 from gradvar.estimators.surplus import of_log_efficiency, of_log_rho
-from gradvar.estimators.tails import LengthTails, Variant, angle_tails, length_tails
+from gradvar.estimators.tails import PromptTails
 from gradvar.estimators.token_covariance import share_estimate, share_sums
 from gradvar.estimators.update_products import length_direction, products, reward_direction
 from gradvar.runs.records import Estimate, PromptScores
@@ -186,7 +186,8 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
     kinds = [moments_of_kinds(s.gram, g, one[REWARDED]) for s, g, one in zip(used, drawn, c, strict=True)]
     moments: dict[int, list[GroupMoments]] = {k: [one[i] for one in kinds] for i, k in enumerate(REWARDED)}
     variants = [(find_rule(rule), alpha) for rule, alpha in RULES]
-    tails = {k: [_tails(s, variants[k]) for s in used] for k in REWARDED}
+    described = [_tails(s) for s in used]
+    tails = {k: [prompt.alone(variants[k]) for prompt in described] for k in REWARDED}
     alone: dict[str, Any] = {"group_size": 1, "level": LEVEL}
     for k in REWARDED:
         name = label(*RULES[k])
@@ -201,7 +202,7 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
             squared = [replace(one, value=one.value**2, low=one.low**2, high=one.high**2) for one in own]
             yield "noise scale of the gradient", squared[0], squared[1]
         else:
-            both = [_tails(s, variants[k], variants[0]) for s in used]
+            both = [prompt.beside(variants[k], variants[0]) for prompt in described]
             ratio = pooled_cv_ratio(moments[k], moments[0], group_size=GROUP, level=LEVEL, tails=both)
             yield f"cv ratio {name}/grpo", ratio, None
     yield from _sizes(used, rng)
@@ -216,9 +217,7 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
     known = what_is_known(pool, level=LEVEL)
     for k in REWARDED:
         name = label(*RULES[k])
-        turning = [
-            angle_tails(s.gram, s.rewards, s.lengths, variants[k], advantage="grpo", max_length=LONGEST) for s in used
-        ]
+        turning = [prompt.angle(variants[k]) for prompt in described]
         yield f"eta {name}", eta_estimate(pool, noise, k, level=LEVEL, method="", tails=tails[k], known=known), None
         yield (
             f"cosine {name}",
@@ -237,7 +236,7 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
         yield f"alpha* by {what}", star, None
         if what == "eta" and math.isfinite(star.value):
             best = find_rule("vl_norm"), star.value
-            ends = [[_tails(s, variant, best) for s in used] for variant in variants]
+            ends = [[prompt.beside(variant, best) for prompt in described] for variant in variants]
             ratios = eta_ratios(pool, GRID, star.value, level=LEVEL, method="", across=False, tails=ends)
             for k in REWARDED:
                 yield f"{RATIO}{label(*RULES[k])} at {star.value}", ratios[k], None
@@ -253,8 +252,8 @@ def _pairs(s: PromptScores, groups: NDArray[np.intp], updates: Array) -> Array:
     return pair_covariance(s.gram, means[:-1], means[-1])
 
 
-def _tails(s: PromptScores, rule: Variant, reference: Variant | None = None) -> LengthTails:
-    return length_tails(s.gram, s.rewards, s.lengths, rule, reference, advantage="grpo", max_length=LONGEST)
+def _tails(s: PromptScores) -> PromptTails:
+    return PromptTails.of(s.gram, s.rewards, s.lengths, advantage="grpo", max_length=LONGEST)
 
 
 def _coefficients(s: PromptScores, groups: NDArray[np.intp]) -> Array:
@@ -282,7 +281,7 @@ def _sizes(used: list[PromptScores], rng: np.random.Generator) -> Made:
             )
             parts.append(group_moments(s.gram, groups, made))
         here, like = pooled_rho(
-            parts, group_size=size, level=LEVEL, tails=[_tails(s, (find_rule("grpo"), None)) for s in used]
+            parts, group_size=size, level=LEVEL, tails=[_tails(s).alone((find_rule("grpo"), None)) for s in used]
         )
         yield f"planning: cv at n = {size}", cv_from_rho(here), cv_from_rho(like)
         if far is not None:

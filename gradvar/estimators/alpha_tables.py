@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, TH
 from gradvar.estimators.pairs import mean_coefficients, pair_covariance
 from gradvar.estimators.paper_order import side
 from gradvar.estimators.surplus import of_log_efficiency, of_log_rho
-from gradvar.estimators.tails import angle_tails, length_tails
+from gradvar.estimators.tails import PromptTails
 from gradvar.estimators.update_products import (
     Array,
     Products,
@@ -53,6 +53,16 @@ ALPHA_GRID = tuple(np.arange(13) * 0.25)
 
 _JACKKNIFE = f"permutation groups, delete-one jackknife, t; {THESE_PROMPTS}"
 _ACROSS = f"permutation groups, delete-one-prompt jackknife, t; {PROMPTS_LIKE_THESE}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Studied:
+    """One prompt and target."""
+
+    products: Products
+    pairs: Array
+    """(2 G, 2 G) `pair_covariance` of VL Norm on the grid."""
+    tails: PromptTails
 
 
 def alpha_table(
@@ -110,7 +120,7 @@ def alpha_table(
     targets = arrange(groups)
     everyone = {name: scores for prompts in targets.values() for name, scores in prompts.items()}
     rows: list[TableRow] = []
-    made_of: dict[tuple[str, str], tuple[Products, Array]] = {}
+    made_of: dict[tuple[str, str], _Studied] = {}
     reasons: dict[str, str] = {}
     for name, raw in everyone.items():
         scores = raw.verified()
@@ -138,15 +148,24 @@ def alpha_table(
             for target, prompts in targets.items():
                 if name in prompts:
                     gram = prompts[name].verified().gram
-                    made = products(gram, chosen, updates, np.stack(aims))
-                    made_of[target, name] = made, pair_covariance(gram, means[:-1], means[-1])
+                    made_of[target, name] = _Studied(
+                        products=products(gram, chosen, updates, np.stack(aims)),
+                        pairs=pair_covariance(gram, means[:-1], means[-1]),
+                        tails=PromptTails.of(
+                            gram,
+                            scores.rewards,
+                            scores.lengths,
+                            advantage=advantage,
+                            max_length=scores.max_length,
+                        ),
+                    )
     if not made_of and not any(reason == SILENT for reason in reasons.values()):
         raise GradvarError(
             f"group size {group_size} needs at least {3 * group_size} verified responses to a prompt: "
             "sample more, or ask for a smaller group"
         )
     for target, prompts in targets.items():
-        found: dict[str, tuple[Products, Array]] = {}
+        found: dict[str, _Studied] = {}
         for name, scores in prompts.items():
             why = NO_GRADIENT if not has_gradient(scores) else reasons.get(name)
             if why is not None:
@@ -180,14 +199,10 @@ def alpha_table(
         if len(found) >= MINIMUM_PROMPTS:
             ways.append((None, list(found), True))
         for name_or_none, names, across in ways:
-            pool, pairs = [found[name][0] for name in names], np.sum([found[name][1] for name in names], axis=0)
             written = _rows_of_pool(
-                pool,
-                pairs,
-                [prompts[name].verified() for name in names],
+                [found[name] for name in names],
                 variants,
                 grid,
-                advantage=advantage,
                 group_size=group_size,
                 level=level,
                 across=across,
@@ -214,18 +229,16 @@ def alpha_table(
 
 
 def _rows_of_pool(
-    pool: Sequence[Products],
-    pairs: Array,
-    prompts: Sequence[PromptScores],
+    studied: Sequence[_Studied],
     variants: Sequence[tuple[Rule, float | None]],
     grid: Sequence[float],
     *,
-    advantage: str,
     group_size: int,
     level: float,
     across: bool,
 ) -> list[TableRow]:
     way = _ACROSS if across else _JACKKNIFE
+    pool = [s.products for s in studied]
     with_entropy = all(p.direction.shape[1] > 2 for p in pool)
     pool = pool if with_entropy else [p.of_directions(2) for p in pool]
     noise, angle, along, gained = (
@@ -238,10 +251,7 @@ def _rows_of_pool(
     known = what_is_known(pool, level=level, across=across)
     rows = []
     for k, variant in enumerate(variants):
-        noisier, turning = (
-            [made(s.gram, s.rewards, s.lengths, variant, advantage=advantage, max_length=s.max_length) for s in prompts]
-            for made in (length_tails, angle_tails)
-        )
+        noisier, turning = [s.tails.alone(variant) for s in studied], [s.tails.angle(variant) for s in studied]
         labels: dict[str, Any] = {"target": "", "rule": variant[0].name, "alpha": variant[1]}
         spoken: dict[str, Any] = {"level": level, "across": across, "known": known}
         eta = eta_estimate(pool, noise, k, method=f"{way} of log(1 - eta)", tails=noisier, **spoken)
@@ -267,23 +277,23 @@ def _rows_of_pool(
     ):
         curve = jackknifed(alone, statistic, across=across)
         with np.errstate(all="ignore"):
-            twice = None if across else part(alone, pairs, group_size)
+            twice = None if across else part(alone, np.sum([s.pairs for s in studied], axis=0), group_size)
         star = best_of_curve(curve, grid, level=level, method=f"argmax, slope 0; {way}", pairs=twice)
         verdict = UNRESOLVED if math.isnan(star.value) else "resolved"
         rows.append(TableRow(quantity=name, estimate=star, target="", rule=find_rule("vl_norm").name, verdict=verdict))
         if name == "alpha_star_eta":
-            rows += _ratio_rows(pool, prompts, star, variants, grid, advantage=advantage, level=level, across=across)
+            tails = [s.tails for s in studied]
+            rows += _ratio_rows(pool, tails, star, variants, grid, level=level, across=across)
     return rows
 
 
 def _ratio_rows(
     pool: Sequence[Products],
-    prompts: Sequence[PromptScores],
+    prompts: Sequence[PromptTails],
     star: Estimate,
     variants: Sequence[tuple[Rule, float | None]],
     grid: Sequence[float],
     *,
-    advantage: str,
     level: float,
     across: bool,
 ) -> list[TableRow]:
@@ -293,13 +303,7 @@ def _ratio_rows(
         ratios = [none] * len(variants)
     else:
         best = find_rule("vl_norm"), star.value
-        tails = [
-            [
-                length_tails(s.gram, s.rewards, s.lengths, variant, best, advantage=advantage, max_length=s.max_length)
-                for s in prompts
-            ]
-            for variant in variants
-        ]
+        tails = [[prompt.beside(variant, best) for prompt in prompts] for variant in variants]
         ratios = eta_ratios(pool, grid, star.value, level=level, method=method, across=across, tails=tails)
     return [
         TableRow(

@@ -236,7 +236,7 @@ def cosine_estimate(
     Where E ghat and grad J are parallel, half of all estimates of their cosine come out above 1. If the interval
     reaches 1 the angle is not told apart from 0: the interval ends at 1, and so does the value if it lies beyond. Else
     it is taken on Fisher's scale atanh(cos), whose image stays below 1. NaN, "unresolved", where ||grad J||^2 or
-    ||E ghat||^2 is not told apart from 0. `tails` (`angle_tails`), one a prompt, lower the lower end. `known` is
+    ||E ghat||^2 is not told apart from 0. `tails` (of the angle), one a prompt, lower the lower end. `known` is
     `what_is_known`, which is found where it is not given.
     """
     found = estimate_of(result, k, level=level, method=method, tails=None if across else tails)
@@ -284,7 +284,7 @@ def eta_estimate(
     """Efficiency eta of update k from `jackknifed(prompts, log_noise)`.
 
     NaN, "unresolved", where ||grad J||^2 is not told apart from 0: then nothing is known of the direction either. No
-    eta is negative, so the lower end is at least 0. `tails` (`length_tails` of the rule alone), one a prompt, lower the
+    eta is negative, so the lower end is at least 0. `tails` (of the rule alone), one a prompt, lower the
     lower end for shorter and longer responses than those seen. `known` is `what_is_known`, found where not given.
     """
     noise = estimate_of(result, k, level=level, method=method, tails=None if across else tails)

@@ -41,7 +41,7 @@ from gradvar.estimators.intervals import (
     without_surplus,
 )
 from gradvar.estimators.spread import weighted_gram
-from gradvar.estimators.tails import LengthTails, length_tails
+from gradvar.estimators.tails import LengthTails, PromptTails
 from gradvar.runs.records import Estimate
 
 Array = NDArray[np.float64]
@@ -132,7 +132,7 @@ def aggregator_rho(
     groups = draw_groups(len(r), group_size, permutations, rng=rng)
     coefficients = group_coefficients(groups, r, sizes, found, advantage=advantage, alpha=alpha, max_length=limit)
     moments = group_moments(matrix, groups, coefficients)
-    tails = length_tails(matrix, r, sizes, (found, alpha), advantage=advantage)
+    tails = PromptTails.of(matrix, r, sizes, advantage=advantage).alone((found, alpha))
     rho = rho_estimate(moments, group_size=group_size, level=level, tails=tails)
     if advantage not in ("score", "raw") and np.ptp(r) == 0.0 and np.trace(matrix) > 0.0:
         rho = replace(rho, method=f"{_JACKKNIFE}; {SILENT}")
@@ -164,7 +164,7 @@ def checked_prompt(gram: Any, rewards: Any, lengths: Any, advantage: str) -> tup
 def rho_estimate(moments: GroupMoments, *, group_size: int, level: float, tails: LengthTails | None = None) -> Estimate:
     """Estimate rho, delete-one jackknife; no interval where N < 3 group_size; NaN where E||ghat||^2 is 0.
 
-    `tails` (`length_tails` of the rule alone) lowers the lower end for shorter and longer responses than those seen.
+    `tails` (of the rule alone) lowers the lower end for shorter and longer responses than those seen.
     """
     n = len(moments.same_without)
     none = Estimate(

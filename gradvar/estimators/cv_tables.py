@@ -36,7 +36,7 @@ from gradvar.estimators.groups import (
 from gradvar.estimators.inputs import arrange, generator, why_nothing
 from gradvar.estimators.intervals import PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
 from gradvar.estimators.ratios import cv_ratio, cv_ratio_across, pooled_cv_ratio
-from gradvar.estimators.tails import LengthTails, length_tails
+from gradvar.estimators.tails import PromptTails
 from gradvar.runs.config import ALPHAS, EQUALITY_MARGIN, RULES
 from gradvar.runs.records import PromptScores, TableRow, estimate_table
 
@@ -178,18 +178,19 @@ def _rows_of_target(
         (compared, [study.moments[name, compared[0].name, compared[1]] for name in spoken])
         for compared in compared_with
     ]
+    tails = {name: _tails(study, name) for name in spoken}
     for variant in variants:
         mine = [study.moments[name, variant[0].name, variant[1]] for name in spoken]
         for k, (name, own) in enumerate(zip(spoken, mine, strict=True)):
             if name not in loud:
                 continue
-            alone = _tails(study, name, variant)
+            alone = tails[name].alone(variant)
             rho = rho_estimate(own, group_size=study.group_size, level=study.level, tails=alone)
             rows += rho_and_cv_rows(study, variant, rho, [name])
             for compared, theirs in references:
                 if variant != compared:
-                    tails = _tails(study, name, variant, compared)
-                    ratio = cv_ratio(own, theirs[k], group_size=study.group_size, level=study.level, tails=tails)
+                    beside = tails[name].beside(variant, compared)
+                    ratio = cv_ratio(own, theirs[k], group_size=study.group_size, level=study.level, tails=beside)
                     rows.append(ratio_row(study, variant, compared, ratio, [name]))
         if len(study.prompts) < 2 or not loud:
             continue
@@ -197,36 +198,23 @@ def _rows_of_target(
         held = [k for k, name in enumerate(spoken) if len(study.prompts[name].lengths) >= 3 * study.group_size]
         held = held or list(range(len(spoken)))
         pool, mine = [spoken[k] for k in held], [mine[k] for k in held]
-        ends = [_tails(study, name, variant) for name in pool]
+        ends = [tails[name].alone(variant) for name in pool]
         both = pooled_rho(mine, group_size=study.group_size, level=study.level, tails=ends)
         for rho, estimand in zip(both, (THESE_PROMPTS, PROMPTS_LIKE_THESE), strict=True):
             rows += rho_and_cv_rows(study, variant, rho, pool, pooled=True, estimand=estimand)
         for compared, theirs in references:
             if variant != compared:
-                beside = [theirs[k] for k in held]
-                ratio = pooled_cv_ratio(
-                    mine,
-                    beside,
-                    group_size=study.group_size,
-                    level=study.level,
-                    tails=[_tails(study, name, variant, compared) for name in pool],
-                )
-                across = cv_ratio_across(mine, beside, ratio, level=study.level)
+                other = [theirs[k] for k in held]
+                ends = [tails[name].beside(variant, compared) for name in pool]
+                ratio = pooled_cv_ratio(mine, other, group_size=study.group_size, level=study.level, tails=ends)
+                across = cv_ratio_across(mine, other, ratio, level=study.level)
                 for one, estimand in ((ratio, THESE_PROMPTS), (across, PROMPTS_LIKE_THESE)):
                     rows.append(ratio_row(study, variant, compared, one, pool, pooled=True, estimand=estimand))
     return rows
 
 
-def _tails(
-    study: CvStudy, name: str, variant: tuple[Rule, float | None], compared: tuple[Rule, float | None] | None = None
-) -> LengthTails:
+def _tails(study: CvStudy, name: str) -> PromptTails:
     scores = study.prompts[name]
-    return length_tails(
-        scores.gram,
-        scores.rewards,
-        scores.lengths,
-        variant,
-        compared,
-        advantage=study.advantage,
-        max_length=scores.max_length,
+    return PromptTails.of(
+        scores.gram, scores.rewards, scores.lengths, advantage=study.advantage, max_length=scores.max_length
     )

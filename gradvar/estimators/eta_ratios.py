@@ -46,7 +46,7 @@ def eta_ratios(
         level: Nominal coverage.
         method: Of the records.
         across: For prompts like these, else for these prompts.
-        tails: Of every kind of update, one a prompt: `length_tails` beside VL Norm at `best`, of CVs.
+        tails: Of every kind of update, one a prompt: beside VL Norm at `best`, of CVs (`tails`).
 
     Returns:
         R estimates, NaN with "unresolved" where an update is not known to go along grad J. Exactly 1 has [1, 1].

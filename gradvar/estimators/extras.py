@@ -35,7 +35,7 @@ from gradvar.estimators.groups import (
 from gradvar.estimators.inputs import arrange, generator, why_nothing
 from gradvar.estimators.intervals import THESE_PROMPTS, check_level
 from gradvar.estimators.ratios import pooled_cv_ratio
-from gradvar.estimators.tails import LengthTails, angle_tails, length_tails
+from gradvar.estimators.tails import LengthTails, PromptTails
 from gradvar.estimators.transforms import soft_overlong
 from gradvar.estimators.update_products import Products, products, reward_direction
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, no_estimate
@@ -199,21 +199,20 @@ def _prompt(
     filtered = group_coefficients(drawn, scores.rewards, scores.lengths, rule, masked=scores.truncated, **options)
     kinds = [filtered, group_coefficients(drawn, punished, scores.lengths, rule, **options), plain]
     moments = dict(zip(ORDER[:3], moments_of_kinds(scores.gram, drawn, np.stack(kinds)), strict=True))
-    as_is, less = (
-        length_tails(scores.gram, rewards, scores.lengths, variant, advantage=advantage, max_length=limit)
+    described, less = (
+        PromptTails.of(scores.gram, rewards, scores.lengths, advantage=advantage, max_length=limit)
         for rewards in (scores.rewards, punished)
     )
+    as_is = described.alone(variant)
     if loud_share > 0.0:
         loud = loud_groups(drawn, scores.rewards)
         moments[SAMPLING] = moments_of_kinds(scores.gram, drawn, plain[None], loud)[0]
         kinds.append(plain * loud[..., None] / loud_share)
     aim = reward_direction(scores.rewards, drawn)[None]
     return _Prompt(
-        tails={NONE: as_is, FILTERING: as_is, PUNISHMENT: less, SAMPLING: as_is},
+        tails={NONE: as_is, FILTERING: as_is, PUNISHMENT: less.alone(variant), SAMPLING: as_is},
         moments=moments,
-        turning=angle_tails(
-            scores.gram, scores.rewards, scores.lengths, variant, advantage=advantage, max_length=limit
-        ),
+        turning=described.angle(variant),
         turned=products(scores.gram, drawn, np.stack(kinds), aim),
         nothing=why_nothing(scores, advantage),
     )

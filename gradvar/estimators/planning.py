@@ -38,7 +38,7 @@ from gradvar.estimators.intervals import (
     check_level,
     t_quantile,
 )
-from gradvar.estimators.tails import LengthTails, length_tails
+from gradvar.estimators.tails import LengthTails, PromptTails
 from gradvar.estimators.update_products import Array, Products, products, reward_direction
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, no_estimate
 
@@ -117,6 +117,7 @@ def planning_table(
     targets = arrange(groups)
     loud = {name: s.verified() for own in targets.values() for name, s in own.items() if not is_silent(s)}
     drawn: Drawn = {target: {n: {} for n in ordered} for target in targets}
+    ends: dict[tuple[str, str], PromptTails] = {}
     for name, scores in loud.items():
         grams = {
             target: own[name].verified().gram
@@ -128,6 +129,10 @@ def planning_table(
                 chosen = draw_groups(len(scores.lengths), n, permutations, rng=generator(seed, name, "groups"))
                 for target, one in _products_of_targets(grams, scores, chosen, variants, advantage).items():
                     drawn[target][n][name] = one
+        for target, gram in grams.items():
+            ends[target, name] = PromptTails.of(
+                gram, scores.rewards, scores.lengths, advantage=advantage, max_length=scores.max_length
+            )
     for (target, prompts), (k, (found, a)) in itertools.product(targets.items(), enumerate(variants)):
         labels: dict[str, Any] = {"target": target, "rule": found.name, "alpha": a, "advantage": advantage}
         nothing = {name: why for name, s in prompts.items() if (why := why_nothing(s, "grpo")) is not None}
@@ -146,14 +151,7 @@ def planning_table(
         tails: dict[str, LengthTails] = {}
         for name, scores in used.items():
             count = len(scores.lengths)
-            tails[name] = length_tails(
-                scores.gram,
-                scores.rewards,
-                scores.lengths,
-                (found, a),
-                advantage=advantage,
-                max_length=scores.max_length,
-            )
+            tails[name] = ends[target, name].alone((found, a))
             for n in ordered:
                 if n <= count and k == 0:
                     share = no_estimate(
@@ -197,9 +195,9 @@ def planning_table(
             for across in (False, True) if label is None else (False,):
                 extra = {"estimand": PROMPTS_LIKE_THESE if across else THESE_PROMPTS}
                 named = {**labels, "prompt_id": label, "extra": extra}
-                ends = [tails[name] for name in names]
-                rows += _rows_of_pool(held, ordered, named, ends, across=across, level=level, seed=seed)
-                rows += _efficiency_rows(pointed, ordered, named, ends, across=across, level=level, seed=seed)
+                own = [tails[name] for name in names]
+                rows += _rows_of_pool(held, ordered, named, own, across=across, level=level, seed=seed)
+                rows += _efficiency_rows(pointed, ordered, named, own, across=across, level=level, seed=seed)
     return estimate_table(rows)
 
 

@@ -21,8 +21,9 @@ Shape letters: N responses.
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,7 @@ ROUNDING = 1e-24
 """Squares below this share of the largest are rounding: A = r - mean leaves some where it is 0."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class Tail:
     """One end of the lengths."""
 
@@ -50,15 +51,51 @@ class Tail:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LengthTails:
-    """Both ends of one prompt's lengths, for the log of a rule's noise or of its CV over another's."""
+class Beyond:
+    """Where one prompt's unseen responses would lie."""
 
     lengths: Array
     """(N,) tokens."""
-    short: Tail
-    long: Tail
     longest: float = math.inf
     """No response is longer, tokens."""
+
+    @functools.cached_property
+    def below(self) -> tuple[NDArray[np.intp], float] | None:
+        """The responses nearest to the short end and how much further out, in logs; None: nothing is unseen."""
+        edge = float(self._logs.mean()) - self._reach
+        nearest = self._order[:NEAREST]
+        return (nearest, float(self._logs[nearest].mean()) - edge) if edge < float(self._logs.min()) else None
+
+    @functools.cached_property
+    def above(self) -> tuple[NDArray[np.intp], float] | None:
+        """The same at the long end."""
+        edge = min(float(self._logs.mean()) + self._reach, math.log(self.longest))
+        nearest = self._order[::-1][:NEAREST]
+        return (nearest, edge - float(self._logs[nearest].mean())) if edge > float(self._logs.max()) else None
+
+    @functools.cached_property
+    def _logs(self) -> Array:
+        return np.log(self.lengths)
+
+    @functools.cached_property
+    def _order(self) -> NDArray[np.intp]:
+        return np.argsort(self._logs, kind="stable")
+
+    @functools.cached_property
+    def _reach(self) -> float:
+        count = len(self._logs)
+        if count < 2 or np.ptp(self._logs) == 0.0:
+            return -math.inf
+        return float(self._logs.std(ddof=1) * special.ndtri(1.0 - 1.0 / (4.0 * count)))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LengthTails:
+    """Both ends of one prompt's lengths, for the log of a rule's noise or of its CV over another's."""
+
+    beyond: Beyond
+    short: Tail
+    long: Tail
 
     def turned(self) -> LengthTails:
         """The same for what falls where the CV or noise rises: an efficiency."""
@@ -72,111 +109,89 @@ class LengthTails:
             influence: (N,) of the responses on the estimate.
         """
         ends = {-1: 0.0, 0: 0.0, 1: 0.0}
-        x = np.log(self.lengths)
-        count = len(x)
-        if count > 1 and np.ptp(x) > 0.0:
-            reach = float(x.std(ddof=1) * special.ndtri(1.0 - 1.0 / (4.0 * count)))
-            order = np.argsort(x, kind="stable")
-            shortest, longest = order[:NEAREST], order[::-1][:NEAREST]
-            edge = float(x.mean()) - reach
-            if edge < float(x.min()):
-                ends[self.short.side] += _carried(influence[shortest], float(x[shortest].mean()) - edge, self.short)
-            edge = min(float(x.mean()) + reach, math.log(self.longest))
-            if edge > float(x.max()):
-                ends[self.long.side] += _carried(influence[longest], edge - float(x[longest].mean()), self.long)
+        for tail, far in ((self.short, self.beyond.below), (self.long, self.beyond.above)):
+            if tail.side != 0 and far is not None:
+                nearest, step = far
+                square = float(np.square(influence[nearest]).mean())
+                ends[tail.side] += square * math.exp(min(2.0 * max(0.0, tail.power) * step, 700.0))
         return math.sqrt(ends[-1]), math.sqrt(ends[1])
-
-
-def _carried(influence: Array, step: float, tail: Tail) -> float:
-    return float((influence**2).mean()) * math.exp(min(2.0 * max(0.0, tail.power) * step, 700.0))
 
 
 Variant = tuple[Rule, float | None]
 """A rule and its alpha."""
 
 
-def length_tails(
-    gram: Array,
-    rewards: Array,
-    lengths: Array,
-    rule: Variant,
-    reference: Variant | None = None,
-    *,
-    advantage: str,
-    max_length: float = math.inf,
-) -> LengthTails:
-    """Describe one prompt's tails for the CV of `rule` over that of `reference`, or for the noise of `rule` alone.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PromptTails:
+    """One prompt's tails under any rule; describe the prompt once, and ask for every rule."""
 
-    Args:
-        gram: (N, N) score Gram.
-        rewards: (N,) verified rewards (any numbers for advantage "score").
-        lengths: (N,) tokens.
-        rule: Rule above the line.
-        reference: Rule below it; None for `rule` alone.
-        advantage: Kind of `advantages`, here over all N responses.
-        max_length: M in tokens, not positive where it is not known.
-    """
-    sizes, growth, limit = _described(gram, rewards, lengths, advantage, max_length)
-    own = _falls(sizes, rule)
-    if reference is None:
-        short = Tail(side=int(_is_unbounded(sizes, rule)), power=2.0 - growth)
-        long = Tail(side=1, power=growth - 2.0 * own)
-        return LengthTails(lengths=sizes, short=short, long=long, longest=limit)
-    other = _falls(sizes, reference)
-    common = min(own, other)
-    short = Tail(
-        side=int(_is_unbounded(sizes, rule)) - int(_is_unbounded(sizes, reference)), power=4.0 + common / 2.0 - growth
-    )
-    # The rule whose weights fall less is the one that a long response makes noisier.
-    side = int(own < other) - int(own > other)
-    long = Tail(side=side, power=2.0 * growth - 2.0 * common)
-    return LengthTails(lengths=sizes, short=short, long=long, longest=limit)
+    beyond: Beyond
+    growth: float
+    """||g||^2 grows like this power of the length."""
+    _weights: dict[Variant, tuple[float, bool]] = field(default_factory=dict, repr=False)
 
+    @classmethod
+    def of(
+        cls, gram: Array, rewards: Array, lengths: Array, *, advantage: str, max_length: float = math.inf
+    ) -> PromptTails:
+        """Describe a prompt.
 
-def angle_tails(
-    gram: Array,
-    rewards: Array,
-    lengths: Array,
-    rule: Variant,
-    *,
-    advantage: str,
-    max_length: float = math.inf,
-) -> LengthTails:
-    """Describe one prompt's tails for the cosine of `rule`'s update: rare responses turn it away, under any weights.
+        Args:
+            gram: (N, N) score Gram.
+            rewards: (N,) verified rewards (any numbers for advantage "score").
+            lengths: (N,) tokens.
+            advantage: Kind of `advantages`, here over all N responses.
+            max_length: M in tokens, not positive where it is not known.
+        """
+        sizes = np.asarray(lengths, dtype=np.float64)
+        factors = np.ones(len(sizes)) if advantage == "score" else advantages(rewards, advantage, lengths=sizes)
+        limit = max(max_length, float(sizes.max())) if max_length > 0 else math.inf
+        growth = _slope(sizes, factors**2 * np.diagonal(gram))
+        return cls(beyond=Beyond(lengths=sizes, longest=limit), growth=growth)
 
-    Where E[g | L] moves with L, cosines of 0.99 were covered 82 to 87% without (N = 512). Arguments as in
-    `length_tails`.
-    """
-    sizes, growth, limit = _described(gram, rewards, lengths, advantage, max_length)
-    own = _falls(sizes, rule)
-    short = Tail(side=-1 if own > 0.0 else 0, power=2.0 * own - growth)
-    return LengthTails(lengths=sizes, short=short, long=Tail(side=-1, power=growth - 2.0 * own), longest=limit)
+    def alone(self, rule: Variant) -> LengthTails:
+        """Tails of the noise of `rule`."""
+        falls, unbounded = self._described(rule)
+        short = Tail(side=int(unbounded), power=2.0 - self.growth)
+        return self._tails(short, Tail(side=1, power=self.growth - 2.0 * falls))
 
+    def beside(self, rule: Variant, reference: Variant) -> LengthTails:
+        """Tails of the CV of `rule` over that of `reference`."""
+        (own, unbounded), (other, reference_unbounded) = self._described(rule), self._described(reference)
+        common = min(own, other)
+        short = Tail(side=int(unbounded) - int(reference_unbounded), power=4.0 + common / 2.0 - self.growth)
+        # The rule whose weights fall less is the one that a long response makes noisier.
+        side = int(own < other) - int(own > other)
+        return self._tails(short, Tail(side=side, power=2.0 * self.growth - 2.0 * common))
 
-def _described(
-    gram: Array, rewards: Array, lengths: Array, advantage: str, max_length: float
-) -> tuple[Array, float, float]:
-    """Lengths, the power of them by which ||g||^2 grows, and the longest a response may be."""
-    sizes = np.asarray(lengths, dtype=np.float64)
-    factors = np.ones(len(sizes)) if advantage == "score" else advantages(rewards, advantage, lengths=sizes)
-    limit = max(max_length, float(sizes.max())) if max_length > 0 else math.inf
-    return sizes, _slope(sizes, factors**2 * np.diagonal(gram)), limit
+    def angle(self, rule: Variant) -> LengthTails:
+        """Tails of the cosine of `rule`'s update: rare responses turn it away, under any weights.
 
+        Where E[g | L] moves with L, cosines of 0.99 were covered 82 to 87% without (N = 512).
+        """
+        falls, _ = self._described(rule)
+        short = Tail(side=-1 if falls > 0.0 else 0, power=2.0 * falls - self.growth)
+        return self._tails(short, Tail(side=-1, power=self.growth - 2.0 * falls))
 
-def _falls(lengths: Array, rule: Variant) -> float:
-    """Power of the length by which a rule's weights fall among responses of one scope."""
-    weights = scope_weights(rule[0], lengths, lambda x: x.sum(), alpha=rule[1], max_length=float(lengths.max()))
-    return round(-_slope(lengths, np.asarray(weights)), 9)  # a power law but for rounding
+    def _tails(self, short: Tail, long: Tail) -> LengthTails:
+        return LengthTails(beyond=self.beyond, short=short, long=long)
 
+    def _described(self, rule: Variant) -> tuple[float, bool]:
+        """Power of the length by which a rule's weights fall, and whether a shorter response would raise their sum.
 
-def _is_unbounded(lengths: Array, rule: Variant) -> bool:
-    """Whether a shorter response would raise the sum of the weights, as grpo's: nothing bounds it."""
-    shorter = np.where(lengths == lengths.min(), 0.5 * lengths, lengths)
-    sums = [
-        float(scope_weights(rule[0], x, lambda y: y.sum(), alpha=rule[1], max_length=float(lengths.max())).sum())
-        for x in (lengths, shorter)
-    ]
-    return _falls(lengths, rule) > 0.0 and sums[1] > (1.0 + 1e-9) * sums[0]
+        As grpo's, which nothing bounds.
+        """
+        if rule not in self._weights:
+            lengths = self.beyond.lengths
+            shorter = np.where(lengths == lengths.min(), 0.5 * lengths, lengths)
+            weights, further = (
+                scope_weights(rule[0], x, lambda y: y.sum(), alpha=rule[1], max_length=float(lengths.max()))
+                for x in (lengths, shorter)
+            )
+            falls = round(-_slope(lengths, np.asarray(weights)), 9)  # a power law but for rounding
+            raised = float(further.sum()) > (1.0 + 1e-9) * float(weights.sum())
+            self._weights[rule] = falls, falls > 0.0 and raised
+        return self._weights[rule]
 
 
 def _slope(lengths: Array, values: Array) -> float:

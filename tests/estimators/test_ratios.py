@@ -8,7 +8,7 @@ from scipy import stats
 from gradvar.estimators import advantages, find_rule
 from gradvar.estimators.groups import draw_groups, group_coefficients, moments_of_kinds
 from gradvar.estimators.ratios import cv_ratio, cv_ratio_across, pooled_cv_ratio
-from gradvar.estimators.tails import length_tails
+from gradvar.estimators.tails import PromptTails
 from tests.estimators import simulator
 
 
@@ -87,14 +87,8 @@ def test_ratio_is_covered_where_short_responses_count():
         (a, b), scores, rewards, lengths = moments(
             n=128, seed=[4, t], rules=("vl_norm", "grpo"), permutations=128, alpha=1.0, **law
         )
-        tails = length_tails(
-            scores @ scores.T,
-            rewards,
-            lengths,
-            (find_rule("vl_norm"), 1.0),
-            (find_rule("grpo"), None),
-            advantage="grpo",
-        )
+        described = PromptTails.of(scores @ scores.T, rewards, lengths, advantage="grpo")
+        tails = described.beside((find_rule("vl_norm"), 1.0), (find_rule("grpo"), None))
         ratio = cv_ratio(a, b, group_size=8, level=0.95, tails=tails)
         covered += ratio.low <= cv[0] / cv[1] <= ratio.high
         ratio = cv_ratio(a, b, group_size=8, level=0.95)

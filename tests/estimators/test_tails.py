@@ -7,7 +7,7 @@ from scipy import stats
 
 from gradvar.estimators import find_rule
 from gradvar.estimators.ratios import cv_ratio
-from gradvar.estimators.tails import LengthTails, Tail, angle_tails, length_tails
+from gradvar.estimators.tails import Beyond, LengthTails, PromptTails, Tail
 from tests.estimators import references
 from tests.estimators.test_ratios import moments
 
@@ -24,8 +24,10 @@ def test_growth_and_sides():
     norms = references.advantage(rewards, "grpo") ** 2 * np.array([s @ s for s in scores])
     growth = np.polyfit(np.log(lengths), np.log(norms), 1)[0]
 
+    described = PromptTails.of(gram, rewards, lengths, advantage="grpo", max_length=3000)
+
     def tails(rule, reference=None):
-        return length_tails(gram, rewards, lengths, rule, reference, advantage="grpo", max_length=3000)
+        return described.alone(rule) if reference is None else described.beside(rule, reference)
 
     # Over grpo: a short response would lower the ratio, a long one raise it unless the weights fall as fast or faster.
     expected = {("dapo", None): (-1, 1, 0.0), ("vl_norm", 0.5): (-1, 1, 0.5), ("vl_norm", 2.0): (-1, -1, 1.0)}
@@ -43,12 +45,12 @@ def test_growth_and_sides():
     grpo = tails(variant("grpo"))
     assert (grpo.short.side, grpo.long.side) == (1, 1)
     assert (grpo.short.power, grpo.long.power) == pytest.approx((2 - growth, growth - 2))
-    turned = angle_tails(gram, rewards, lengths, variant("vl_norm", 2.0), advantage="grpo")
+    turned = described.angle(variant("vl_norm", 2.0))
     assert (turned.short.side, turned.long.side) == (-1, -1)
     assert turned.short.power == pytest.approx(4 - growth)
-    silent = length_tails(gram, np.ones(40), lengths, variant("dapo"), variant("grpo"), advantage="grpo")
+    silent = PromptTails.of(gram, np.ones(40), lengths, advantage="grpo").beside(variant("dapo"), variant("grpo"))
     assert silent.short.power == 4.0
-    plain = length_tails(gram, np.zeros(40), lengths, variant("grpo"), advantage="score")
+    plain = PromptTails.of(gram, np.zeros(40), lengths, advantage="score").alone(variant("grpo"))
     slope = np.polyfit(np.log(lengths), np.log(np.diagonal(gram)), 1)[0]
     assert plain.short.power == pytest.approx(2 - slope)
 
@@ -60,8 +62,9 @@ def test_unseen_responses_by_their_definition():
     mean = sum(logs) / 10
     reach = math.sqrt(sum((x - mean) ** 2 for x in logs) / 9) * stats.norm.ppf(1 - 1 / 40)
 
-    def unseen(lengths=lengths, influence=influence, **ends):
-        return LengthTails(**{"lengths": lengths, "short": NEITHER, "long": NEITHER, **ends}).unseen(influence)
+    def unseen(lengths=lengths, influence=influence, longest=math.inf, **ends):
+        beyond = Beyond(lengths=lengths, longest=longest)
+        return LengthTails(**{"beyond": beyond, "short": NEITHER, "long": NEITHER, **ends}).unseen(influence)
 
     size = math.sqrt(sum(u**2 for u in influence[:8]) / 8)
     step = sum(logs[:8]) / 8 - (mean - reach)
@@ -93,7 +96,7 @@ def test_only_the_side_that_an_unseen_response_would_take_is_widened():
             b,
             group_size=8,
             level=0.95,
-            tails=LengthTails(lengths=lengths, short=Tail(side=side, power=4.0), long=NEITHER),
+            tails=LengthTails(beyond=Beyond(lengths=lengths), short=Tail(side=side, power=4.0), long=NEITHER),
         )
         for side in (-1, 1)
     )
@@ -108,7 +111,8 @@ def test_rounding_of_an_advantage_that_is_zero_is_no_slope():
     """A = r - mean leaves 1e-17 where a reward is the mean: the squares are 0, not 1e-34 of anything."""
     _, scores, _, lengths = moments(n=48)
     rewards = np.tile([0.1, 0.2, 0.3], 16)
-    found = length_tails(references.gram_of(scores), rewards, lengths, variant("grpo"), advantage="mean")
+    described = PromptTails.of(references.gram_of(scores), rewards, lengths, advantage="mean")
+    found = described.alone(variant("grpo"))
     held = rewards != 0.2
     norms = (rewards[held] - 0.2) ** 2 * np.array([s @ s for s in scores])[held]
     assert found.short.power == pytest.approx(2 - np.polyfit(np.log(lengths[held]), np.log(norms), 1)[0])
@@ -116,7 +120,7 @@ def test_rounding_of_an_advantage_that_is_zero_is_no_slope():
 
 def test_a_large_power_overflows_nothing():
     lengths = np.linspace(10.0, 400.0, 30)
-    steep = LengthTails(lengths=lengths, short=Tail(side=1, power=1e4), long=Tail(side=1, power=1e4))
+    steep = LengthTails(beyond=Beyond(lengths=lengths), short=Tail(side=1, power=1e4), long=Tail(side=1, power=1e4))
     assert steep.unseen(np.ones(30))[1] > 1e100
 
 
@@ -125,4 +129,5 @@ def test_a_rule_is_unbounded_by_its_formula_not_its_name():
     gram = references.gram_of(scores)
     own = replace(find_rule("grpo"), name="mine", aliases=())
     for rule, alpha, side in ((own, None, 1), (find_rule("vl_norm"), 1.0, 0), (find_rule("dapo"), None, 0)):
-        assert length_tails(gram, rewards, lengths, (rule, alpha), advantage="grpo").short.side == side
+        described = PromptTails.of(gram, rewards, lengths, advantage="grpo")
+        assert described.alone((rule, alpha)).short.side == side
