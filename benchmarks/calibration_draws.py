@@ -35,6 +35,7 @@ from gradvar.estimators.bias import (
 )
 from gradvar.estimators.cv import cv_from_rho, pooled_rho
 from gradvar.estimators.eta_ratios import eta_ratios
+from gradvar.estimators.group_products import Layout
 from gradvar.estimators.groups import GroupMoments, draw_groups, group_coefficients, group_moments, moments_of_kinds
 from gradvar.estimators.identity import identity_from_parts, identity_parts
 from gradvar.estimators.inputs import is_silent
@@ -183,7 +184,10 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
         return
     drawn = [draw_groups(n, GROUP, _permutations(n), rng=rng) for _ in used]
     c = [_coefficients(s, g) for s, g in zip(used, drawn, strict=True)]
-    kinds = [moments_of_kinds(s.gram, g, one[REWARDED]) for s, g, one in zip(used, drawn, c, strict=True)]
+    kinds = [
+        moments_of_kinds(s.gram, Layout(groups=g, kinds=one[REWARDED], n_responses=n))
+        for s, g, one in zip(used, drawn, c, strict=True)
+    ]
     moments: dict[int, list[GroupMoments]] = {k: [one[i] for one in kinds] for i, k in enumerate(REWARDED)}
     variants = [(find_rule(rule), alpha) for rule, alpha in RULES]
     described = [_tails(s) for s in used]
@@ -209,7 +213,15 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
     if n < 3 * GROUP:
         return
     pool = [
-        products(s.gram, g, one, np.stack([reward_direction(s.rewards, g), length_direction(s.lengths, g)]))
+        products(
+            s.gram,
+            Layout(
+                groups=g,
+                kinds=np.stack([*one, reward_direction(s.rewards, g), length_direction(s.lengths, g)]),
+                n_responses=n,
+            ),
+            2,
+        )
         for s, g, one in zip(used, drawn, c, strict=True)
     ]
     noise, angle = jackknifed(pool, log_noise), jackknifed(pool, cosine)

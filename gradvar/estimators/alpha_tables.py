@@ -31,10 +31,11 @@ from gradvar.estimators.bias import (
 )
 from gradvar.estimators.cv import NO_GRADIENT, SILENT, UNRESOLVED
 from gradvar.estimators.eta_ratios import eta_ratios
+from gradvar.estimators.group_products import Layout
 from gradvar.estimators.groups import PERMUTATIONS, draw_groups, group_coefficients
 from gradvar.estimators.inputs import arrange, generator, has_gradient, is_silent
 from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
-from gradvar.estimators.pairs import mean_coefficients, pair_covariance
+from gradvar.estimators.pairs import pair_covariance
 from gradvar.estimators.paper_order import side
 from gradvar.estimators.surplus import of_log_efficiency, of_log_rho
 from gradvar.estimators.tails import PromptTails
@@ -143,14 +144,15 @@ def alpha_table(
             aims = [reward_direction(scores.rewards, chosen), length_direction(scores.lengths, chosen)]
             if scores.log_probs is not None:
                 aims.append(entropy_direction(scores.log_probs, chosen))
-            means = mean_coefficients(chosen, np.concatenate([updates[-len(grid) :], aims[0][None]]), n)
+            layout = Layout(groups=chosen, kinds=np.concatenate([updates, aims]), n_responses=n)
+            first = len(updates)
             # All targets of a prompt at once, so that only one prompt's groups are held at a time.
             for target, prompts in targets.items():
                 if name in prompts:
                     gram = prompts[name].verified().gram
                     made_of[target, name] = _Studied(
-                        products=products(gram, chosen, updates, np.stack(aims)),
-                        pairs=pair_covariance(gram, means[:-1], means[-1]),
+                        products=products(gram, layout, len(aims)),
+                        pairs=pair_covariance(gram, layout.means[first - len(grid) : first], layout.means[first]),
                         tails=PromptTails.of(
                             gram,
                             scores.rewards,

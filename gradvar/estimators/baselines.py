@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from gradvar.estimators.additive import Sums
 from gradvar.estimators.advantages import advantages
 from gradvar.estimators.aggregation import Rule
-from gradvar.estimators.group_products import sums_by_response
+from gradvar.estimators.group_products import Layout, sums_by_response
 from gradvar.estimators.groups import group_coefficients, moments_of_kinds
 from gradvar.estimators.quasi import Dependence
 
@@ -161,7 +161,7 @@ def baseline_sums(
 def _variances(gram: Array, norms: Array, groups: NDArray[np.intp], kinds: Array) -> list[Array]:
     return [
         np.concatenate([[found.same - found.cross], found.same_without - found.cross_without])
-        for found in moments_of_kinds(gram, groups, kinds)
+        for found in moments_of_kinds(gram, Layout(groups=groups, kinds=kinds, n_responses=len(gram)))
     ]
 
 

@@ -205,12 +205,17 @@ class Known:
 
 def what_is_known(prompts: Sequence[Products], *, level: float, across: bool = False) -> Known:
     """Test ||grad J||^2 and every ||E ghat||^2."""
-    reference = jackknifed(prompts, lambda same, cross, mixed, direction: direction[..., :1], across=across)
     own = jackknifed(prompts, lambda same, cross, mixed, direction: cross, across=across)
     return Known(
-        direction=estimate_of(reference, 0, level=level, method="").low > 0.0,
+        direction=is_direction_known(prompts, level=level, across=across),
         updates=np.array([estimate_of(own, k, level=level, method="").low > 0.0 for k in range(len(own.value))]),
     )
+
+
+def is_direction_known(prompts: Sequence[Products], *, level: float, across: bool = False) -> bool:
+    """Whether ||grad J||^2 is told apart from 0."""
+    reference = jackknifed(prompts, lambda same, cross, mixed, direction: direction[..., :1], across=across)
+    return estimate_of(reference, 0, level=level, method="").low > 0.0
 
 
 def gated(found: Estimate, known: bool) -> Estimate:
@@ -285,10 +290,12 @@ def eta_estimate(
 
     NaN, "unresolved", where ||grad J||^2 is not told apart from 0: then nothing is known of the direction either. No
     eta is negative, so the lower end is at least 0. `tails` (of the rule alone), one a prompt, lower the
-    lower end for shorter and longer responses than those seen. `known` is `what_is_known`, found where not given.
+    lower end for shorter and longer responses than those seen. `known` is `what_is_known`; where it is not given the
+    direction is tested here.
     """
     noise = estimate_of(result, k, level=level, method=method, tails=None if across else tails)
-    if math.isnan(noise.value) or not (known or what_is_known(prompts, level=level, across=across)).direction:
+    told = is_direction_known(prompts, level=level, across=across) if known is None else known.direction
+    if math.isnan(noise.value) or not told:
         return replace(noise, value=math.nan, low=math.nan, high=math.nan, method=f"{method}; unresolved")
     return replace(
         noise,

@@ -25,6 +25,7 @@ from gradvar.estimators.cv import (
     rho_estimate,
 )
 from gradvar.estimators.cv_rows import CvStudy, MomentsKey, ratio_row, rho_and_cv_rows
+from gradvar.estimators.group_products import Layout
 from gradvar.estimators.groups import (
     PERMUTATIONS,
     GroupMoments,
@@ -124,11 +125,12 @@ def cv_table(
             )
             for rule, alpha in studied
         ]
+        layout = Layout(groups=drawn, kinds=np.stack(coefficients), n_responses=n)
         # All targets of a prompt at once, so that only one prompt's groups are held at a time.
         for target, prompts in targets.items():
             if name in prompts:
                 gram = prompts[name].gram if advantage == "score" else prompts[name].verified().gram
-                found = moments_of_kinds(gram, drawn, np.stack(coefficients))
+                found = moments_of_kinds(gram, layout)
                 for (rule, alpha), own in zip(studied, found, strict=True):
                     moments[target][name, rule.name, alpha] = own
     for target, prompts in targets.items():

@@ -23,11 +23,13 @@ from gradvar.estimators.advantages import check_advantage
 from gradvar.estimators.aggregation import Rule, expand_rules
 from gradvar.estimators.bias import cosine, cosine_estimate, estimate_of, gated, jackknifed, what_is_known
 from gradvar.estimators.cv import UNRESOLVED, cv_from_rho, pooled_rho, resolution
+from gradvar.estimators.group_products import Layout
 from gradvar.estimators.groups import (
     PERMUTATIONS,
     GroupMoments,
     draw_groups,
     group_coefficients,
+    group_moments,
     loud_groups,
     moments_of_kinds,
     silent_share,
@@ -198,7 +200,8 @@ def _prompt(
     plain = group_coefficients(drawn, scores.rewards, scores.lengths, rule, **options)
     filtered = group_coefficients(drawn, scores.rewards, scores.lengths, rule, masked=scores.truncated, **options)
     kinds = [filtered, group_coefficients(drawn, punished, scores.lengths, rule, **options), plain]
-    moments = dict(zip(ORDER[:3], moments_of_kinds(scores.gram, drawn, np.stack(kinds)), strict=True))
+    layout = Layout(groups=drawn, kinds=np.stack(kinds), n_responses=len(scores.lengths))
+    moments = dict(zip(ORDER[:3], moments_of_kinds(scores.gram, layout), strict=True))
     described, less = (
         PromptTails.of(scores.gram, rewards, scores.lengths, advantage=advantage, max_length=limit)
         for rewards in (scores.rewards, punished)
@@ -206,14 +209,14 @@ def _prompt(
     as_is = described.alone(variant)
     if loud_share > 0.0:
         loud = loud_groups(drawn, scores.rewards)
-        moments[SAMPLING] = moments_of_kinds(scores.gram, drawn, plain[None], loud)[0]
+        moments[SAMPLING] = group_moments(scores.gram, drawn, plain, loud)
         kinds.append(plain * loud[..., None] / loud_share)
     aim = reward_direction(scores.rewards, drawn)[None]
     return _Prompt(
         tails={NONE: as_is, FILTERING: as_is, PUNISHMENT: less.alone(variant), SAMPLING: as_is},
         moments=moments,
         turning=described.angle(variant),
-        turned=products(scores.gram, drawn, np.stack(kinds), aim),
+        turned=products(scores.gram, replace(layout, kinds=np.stack([*kinds, *aim])), 1),
         nothing=why_nothing(scores, advantage),
     )
 

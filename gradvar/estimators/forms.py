@@ -90,6 +90,7 @@ def form_table(
     rules: Sequence[str] = RULES,
     alphas: Sequence[float] = ALPHAS,
     reference: str = "grpo",
+    further_references: Sequence[str] = (),
     advantage: str = "grpo",
     neighbours: int = NEIGHBOURS,
     level: float = 0.95,
@@ -114,6 +115,7 @@ def form_table(
         rules: Rules compared.
         alphas: Exponents of vl_norm.
         reference: The rule they are compared with; one that takes no alpha.
+        further_references: Further rules likewise.
         advantage: Kind of `advantages`, over all verified responses of a prompt.
         neighbours: k of the within-length variance.
         level: Nominal coverage.
@@ -125,12 +127,12 @@ def form_table(
     """
     check_level(level)
     check_advantage(advantage)
-    compared = expand_rules((reference,), ())[0]
-    variants = [variant for variant in expand_rules(rules, alphas) if variant != compared]
+    references = expand_rules((reference, *further_references), ())
+    pairs = [(variant, one) for one in references for variant in expand_rules(rules, alphas) if variant != one]
     rows: list[TableRow] = []
     for target, prompts in arrange(groups).items():
-        logs: dict[Variant, list[tuple[float, Array]]] = {}
-        firsts: dict[Variant, list[float]] = {}
+        logs: dict[tuple[Variant, Variant], list[tuple[float, Array]]] = {}
+        firsts: dict[tuple[Variant, Variant], list[float]] = {}
         for name, raw in prompts.items():
             scores = raw if advantage == "score" else raw.verified()
             if why_nothing(raw, advantage) is not None or len(scores.lengths) < 3:
@@ -145,27 +147,25 @@ def form_table(
             )
             limit = float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max())
             centre = _centre(scores.lengths, within)
-            base = aggregation_weights(compared[0].name, scores.lengths, max_length=limit)
-            for rule, alpha in variants:
+            for (rule, alpha), compared in pairs:
+                base = aggregation_weights(compared[0].name, scores.lengths, max_length=limit)
                 x = aggregation_weights(rule.name, scores.lengths, alpha=alpha, max_length=limit)
                 value, influence = _log_ratio(x, base, within, centre, shared)
                 first = math.log(
                     conditional_cv(rule.name, scores.lengths, scores.lengths, 1.0, alpha=alpha, max_length=limit)
                     / conditional_cv(compared[0].name, scores.lengths, scores.lengths, 1.0, max_length=limit)
                 )
-                key = (rule, alpha)
-                logs.setdefault(key, []).append((value, influence))
-                firsts.setdefault(key, []).append(first)
+                pair = ((rule, alpha), compared)
+                logs.setdefault(pair, []).append((value, influence))
+                firsts.setdefault(pair, []).append(first)
                 labels = {"target": target, "prompt_id": name, "advantage": advantage}
                 rows += _form_rows(
-                    key, compared, [(value, influence)], [first], labels, level=level, margin=equality_margin, seed=seed
+                    *pair, [(value, influence)], [first], labels, level=level, margin=equality_margin, seed=seed
                 )
-        for key, found in logs.items():
+        for pair, found in logs.items():
             if len(prompts) > 1:
                 labels = {"target": target, "advantage": advantage}
-                rows += _form_rows(
-                    key, compared, found, firsts[key], labels, level=level, margin=equality_margin, seed=seed
-                )
+                rows += _form_rows(*pair, found, firsts[pair], labels, level=level, margin=equality_margin, seed=seed)
     return estimate_table(rows)
 
 

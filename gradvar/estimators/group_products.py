@@ -5,6 +5,7 @@ Shape letters: N responses, n of a group, B groups, P permutations, K kinds of u
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,19 +14,81 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from gradvar.estimators.pairs import covariance_of_kernels, kernel, mean_coefficients
+from gradvar.estimators.pairs import WeightedKernels, mean_coefficients
 
 Array = NDArray[np.float64]
 
 CHUNK = 16
 """Permutations worked on together: few enough for a processor's cache."""
+MOST_PLACES = 2**23
+"""Places in a Gram kept between targets; more are found anew for each."""
 ROUNDING = 1e-12
 """A mean over pairs of groups below this share of the groups' own sizes is rounding."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Layout:
+    """Kinds of update on the groups of one prompt, laid out once for the Grams of all its targets."""
+
+    groups: NDArray[np.intp]
+    """(P, B, n) disjoint groups."""
+    kinds: Array
+    """(K, P, B, n) coefficients c."""
+    n_responses: int
+    """N."""
+
+    @functools.cached_property
+    def means(self) -> Array:
+        """(K, N) `mean_coefficients`."""
+        return mean_coefficients(self.groups, self.kinds, self.n_responses)
+
+    @functools.cached_property
+    def chunks(self) -> list[_Chunk]:
+        """Some permutations at a time."""
+        n, count = self.n_responses, len(self.kinds)
+        keep = self.groups.size * self.groups.shape[2] <= MOST_PLACES
+        found = []
+        for start in range(0, len(self.groups), CHUNK):
+            where = slice(start, start + CHUNK)
+            part, chosen = self.groups[where], np.ascontiguousarray(np.moveaxis(self.kinds[:, where], 0, -1))
+            permutations = len(part)
+            rows, each = part.reshape(permutations, -1), np.arange(permutations)[:, None]
+            spread = np.zeros((n, permutations, count))
+            spread[rows, each] = chosen.reshape(permutations, -1, count)
+            found.append(
+                _Chunk(
+                    where=where,
+                    coefficients=chosen,
+                    spread=spread.reshape(n, -1),
+                    back=rows * permutations + each,
+                    places=_places(part, n) if keep else None,
+                )
+            )
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Chunk:
+    """Some permutations of a layout; kinds last, which is fastest."""
+
+    where: slice
+    coefficients: Array
+    """(p, B, n, K) c."""
+    spread: Array
+    """(N, p K) c by response, 0 where it is in no group."""
+    back: NDArray[np.intp]
+    """(p, B n) rows of (N p, K) that are the groups' responses."""
+    places: NDArray[np.intp] | None
+    """(p, B, n, n) where in the flat Gram the inner products inside groups lie."""
+
+
+def _places(groups: NDArray[np.intp], n: int) -> NDArray[np.intp]:
+    return np.asarray(groups[..., :, None] * n + groups[..., None, :])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Reach:
-    """Some permutations' coefficients c, and what the Gram makes of them; kinds last, which is fastest."""
+    """Some permutations' coefficients c, and what the Gram makes of them; kinds last."""
 
     where: slice
     """Which permutations."""
@@ -37,21 +100,16 @@ class Reach:
     """(p, B, n, K) sum over the other groups of S_ij c_j."""
 
 
-def reaches(gram: Array, groups: NDArray[np.intp], kinds: Array) -> Iterator[Reach]:
-    """Yield the reach of all kinds (K, P, B, n), some permutations at a time."""
-    n = gram.shape[0]
-    for start in range(0, len(groups), CHUNK):
-        where = slice(start, start + CHUNK)
-        part, chosen = groups[where], np.ascontiguousarray(np.moveaxis(kinds[:, where], 0, -1))
-        permutations, count = len(part), len(kinds)
-        rows, each = part.reshape(permutations, -1), np.arange(permutations)[:, None]
-        spread = np.zeros((n, permutations, count))
-        spread[rows, each] = chosen.reshape(permutations, -1, count)
-        reached = (gram @ spread.reshape(n, -1)).reshape(spread.shape)
-        every = reached[rows, each].reshape(chosen.shape)
-        blocks = gram[part[..., :, None], part[..., None, :]]
-        inside = blocks @ chosen
-        yield Reach(where=where, coefficients=chosen, inside=inside, beyond=every - inside)
+def reaches(gram: Array, layout: Layout) -> Iterator[Reach]:
+    """Yield the reach of all kinds, some permutations at a time."""
+    flat = np.ascontiguousarray(gram).reshape(-1)
+    for chunk in layout.chunks:
+        c = chunk.coefficients
+        every = (gram @ chunk.spread).reshape(-1, c.shape[-1]).take(chunk.back, axis=0).reshape(c.shape)
+        places = _places(layout.groups[chunk.where], gram.shape[0]) if chunk.places is None else chunk.places
+        inside = flat.take(places) @ c
+        every -= inside
+        yield Reach(where=chunk.where, coefficients=c, inside=inside, beyond=every)
 
 
 def dot(one: Array, two: Array) -> Array:
@@ -111,21 +169,37 @@ def half_differences(permutations: int, replicates: Callable[[slice], Sequence[A
     return [one - one.mean(axis=0) for one in found]
 
 
-def pair_covariances(gram: Array, groups: NDArray[np.intp], updates: Array, directions: Array) -> Array:
+def pair_covariances(gram: Array, means: Array, directions: int, group_size: int) -> Array:
     """Covariances (R, 3 + H, 3 + H) of what pairs of responses add: `Products.pairs`.
 
     Of same, cross, mixed with each direction and direction 0 (`pairs`).
+
+    Args:
+        gram: (N, N) score Gram.
+        means: (R + H, N) `mean_coefficients` of the updates, then of the directions.
+        directions: H.
+        group_size: n.
     """
-    n, size = gram.shape[0], groups.shape[2]
-    ways = mean_coefficients(groups, directions, n)
-    first = kernel(gram, ways[0], ways[0])
+    ways = len(means) - np.arange(directions, 0, -1)
+    updates = np.arange(len(means) - directions)
+    # Of each update: its square, its products with the directions; of all the square of direction 0.
+    second = np.concatenate([updates[:, None], np.broadcast_to(ways, (len(updates), directions))], axis=1)
+    first = np.broadcast_to(updates[:, None], second.shape)
+    kernels = WeightedKernels(
+        gram=gram,
+        weights=means,
+        first=np.append(first.reshape(-1), ways[0]),
+        second=np.append(second.reshape(-1), ways[0]),
+    )
+    whole = kernels.covariance()
+    size = 1 + directions
+    # same is (n - 1)/n of cross.
+    spread = np.insert(np.eye(size + 1), 0, 0.0, axis=0)
+    spread[0, 0] = (group_size - 1) / group_size
     found = []
-    for mine in mean_coefficients(groups, updates, n):
-        rows = np.stack([kernel(gram, mine, mine), *(kernel(gram, mine, way) for way in ways), first])
-        # same is (n - 1)/n of cross.
-        spread = np.insert(np.eye(len(rows)), 0, 0.0, axis=0)
-        spread[0, 0] = (size - 1) / size
-        found.append(spread @ covariance_of_kernels(rows) @ spread.T)
+    for update in updates:
+        mine = np.append(np.arange(size) + size * update, len(whole) - 1)
+        found.append(spread @ whole[np.ix_(mine, mine)] @ spread.T)
     return np.stack(found)
 
 

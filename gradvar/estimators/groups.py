@@ -23,18 +23,21 @@ from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import advantages
 from gradvar.estimators.aggregation import Rule, scope_weights
 from gradvar.estimators.group_products import (
+    Layout,
     dot,
     half_differences,
     reaches,
     sums_by_response,
     without_rounding,
 )
-from gradvar.estimators.pairs import centred, covariance_of_centred, kernel
+from gradvar.estimators.pairs import WeightedKernels, mean_coefficients
 
 Array = NDArray[np.float64]
 
 PERMUTATIONS = 512
 """Default P."""
+PAIRS_ROUNDING = 1e-9
+"""A difference's pairs below this share of both parts' are rounding: the two updates are one."""
 
 
 def draw_groups(n_responses: int, group_size: int, permutations: int, *, rng: np.random.Generator) -> NDArray[np.intp]:
@@ -126,10 +129,9 @@ class GroupMoments:
         """Variance that pairs add to slope cross - other_slope cross'; 0, not known, of kinds not measured together."""
         if self.pairs is not other.pairs:
             return 0.0
-        way = np.zeros(len(self.pairs))
-        way[self.kind] += slope
-        way[other.kind] -= other_slope
-        return float(way @ self.pairs @ way)
+        own = slope**2 * self.pairs[self.kind, self.kind] + other_slope**2 * self.pairs[other.kind, other.kind]
+        found = own - 2.0 * slope * other_slope * self.pairs[self.kind, other.kind]
+        return float(found) if found > PAIRS_ROUNDING * own else 0.0
 
 
 def group_moments(
@@ -147,21 +149,18 @@ def group_moments(
         The moments, NaN where no two kept groups meet in a permutation. Cost: one (N, N) by (N, P) product and P N n
         look-ups.
     """
-    return moments_of_kinds(gram, groups, coefficients[None], kept)[0]
+    kinds = coefficients if kept is None else coefficients * kept[..., None]
+    return moments_of_kinds(gram, Layout(groups=groups, kinds=kinds[None], n_responses=len(gram)), kept)[0]
 
 
-def moments_of_kinds(
-    gram: Array, groups: NDArray[np.intp], kinds: Array, kept: NDArray[np.bool_] | None = None
-) -> list[GroupMoments]:
-    """Compute the moments of K kinds of update (K, P, B, n) on the same groups; otherwise as `group_moments`."""
-    n = gram.shape[0]
+def moments_of_kinds(gram: Array, layout: Layout, kept: NDArray[np.bool_] | None = None) -> list[GroupMoments]:
+    """Compute the moments of K kinds of update on the same groups; 0 in those not `kept`, else as `group_moments`."""
+    n, groups = gram.shape[0], layout.groups
     held = np.ones(groups.shape[:2]) if kept is None else kept.astype(np.float64)
-    if kept is not None:
-        kinds = kinds * held[..., None]
-    count = len(kinds)
+    count = len(layout.kinds)
     # Values of every group: K_bb, then sum over the others of K_ab, then what counts groups and pairs.
     values = np.empty((*groups.shape[:2], 2 * count + 2))
-    for reach in reaches(gram, groups, kinds):
+    for reach in reaches(gram, layout):
         values[reach.where, :, :count] = dot(reach.coefficients, reach.inside)
         values[reach.where, :, count : 2 * count] = dot(reach.coefficients, reach.beyond)
     values[..., -2], values[..., -1] = held, held * (held.sum(axis=1, keepdims=True) - 1.0)
@@ -180,7 +179,8 @@ def moments_of_kinds(
 
     everything = slice(0, len(groups))
     same, cross = replicates(everything)
-    covariances, bends = pairs_of_kinds(gram, groups, kinds, held, same[1:], cross[1:])
+    means = layout.means if kept is None else mean_coefficients(groups, layout.kinds, n, held)
+    covariances, bends = pairs_of_kinds(gram, means, same[1:], cross[1:])
     same_noise, cross_noise = half_differences(len(groups), replicates)
     return [
         GroupMoments(
@@ -198,32 +198,20 @@ def moments_of_kinds(
     ]
 
 
-def pairs_of_kinds(
-    gram: Array, groups: NDArray[np.intp], kinds: Array, held: Array, same: Array, cross: Array
-) -> tuple[Array, Array]:
+def pairs_of_kinds(gram: Array, means: Array, same: Array, cross: Array) -> tuple[Array, Array]:
     """`GroupMoments.pairs` (K, K) and `GroupMoments.bend` (K, 2, 2) of K kinds of update.
 
     Args:
         gram: (N, N) score Gram.
-        groups: (P, B, n).
-        kinds: (K, P, B, n) coefficients, 0 in groups that do not take part.
-        held: (P, B) 1 for groups that take part, else 0.
+        means: (K, N) `mean_coefficients` over the groups that take part.
         same: (N, K) delete-one replicates of same.
         cross: (N, K) likewise.
     """
-    n = gram.shape[0]
-    members = groups.reshape(-1)
-    times = np.bincount(members, weights=np.repeat(held.reshape(-1), groups.shape[2]), minlength=n)
-    factors = groups.shape[2] * np.stack([np.bincount(members, weights=c.reshape(-1), minlength=n) for c in kinds])
-    factors = factors / np.maximum(times, 1.0)
-    kernels = np.empty((len(kinds), n, n))
-    bends = np.empty((len(kinds), 2, 2))
-    for k, z in enumerate(factors):
-        kernels[k] = centred(kernel(gram, z, z)[None])[0]
-        replicates = np.stack([same[:, k], cross[:, k]], axis=1)
-        influence = replicates.mean(axis=0) - replicates
-        bends[k] = 2.0 / (n * (n - 1.0)) * (influence.T @ kernels[k] @ influence)
-    return covariance_of_centred(kernels), bends
+    n, each = gram.shape[0], np.arange(len(means))
+    kernels = WeightedKernels(gram=gram, weights=means, first=each, second=each)
+    replicates = np.stack([same, cross]).transpose(2, 0, 1)
+    influences = replicates.mean(axis=-1, keepdims=True) - replicates
+    return kernels.covariance(), 2.0 / (n * (n - 1.0)) * kernels.along(influences)
 
 
 def silent_share(rewards: Array, group_size: int) -> float:

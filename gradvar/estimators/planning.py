@@ -28,6 +28,7 @@ from gradvar.estimators.aggregation import Rule, expand_rules, find_rule
 from gradvar.estimators.bias import Statistic, eta_estimate, jackknifed, log_noise
 from gradvar.estimators.cv import UNRESOLVED, cv_from_rho, pooled_rho, resolution
 from gradvar.estimators.enough import responses_for_cv_1
+from gradvar.estimators.group_products import Layout
 from gradvar.estimators.groups import PERMUTATIONS, GroupMoments, draw_groups, group_coefficients, pairs_of_kinds
 from gradvar.estimators.groups import silent_share as share_of_silent
 from gradvar.estimators.inputs import arrange, generator, has_gradient, is_silent, why_nothing
@@ -223,11 +224,11 @@ def _products_of_targets(
         ]
     )
     aim = reward_direction(scores.rewards, groups)[None]
+    layout = Layout(groups=groups, kinds=np.concatenate([c, aim]), n_responses=len(scores.lengths))
     made: dict[str, list[tuple[GroupMoments, Products]]] = {}
-    everywhere = np.ones(groups.shape[:2])
     for target, gram in grams.items():
-        every = products(gram, groups, c, aim)
-        pairs, bends = pairs_of_kinds(gram, groups, c, everywhere, every.same[1:], every.cross[1:])
+        every = products(gram, layout, 1)
+        pairs, bends = pairs_of_kinds(gram, layout.means[:-1], every.same[1:], every.cross[1:])
         made[target] = []
         for k in range(len(variants)):
             own = every.of_updates(slice(k, k + 1))

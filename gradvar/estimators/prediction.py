@@ -29,6 +29,8 @@ Array = NDArray[np.float64]
 CONSTANT = "constant"
 """Verdict where proxy or truth takes one value: nothing can be explained."""
 MINIMUM_RESPONSES = 8
+LEAST_LEFT = 1e-6
+"""Sums of which less than this is left without one response are taken anew: a difference would be rounding."""
 
 _METHOD = "delete-one jackknife of Fisher's z with the baseline, bias in squares, t"
 
@@ -168,11 +170,27 @@ def _sums(pair: Pair, of: Callable[[Array, NDArray[np.intp]], Array]) -> Sums:
     without = np.zeros((n, 3))
     for k in range(len(pair.moved_x)):
         rows = np.flatnonzero(pair.codes == k)
+        if of is _values and n > 1:
+            without[rows], thin = _less_one(pair.moved_x[k], pair.moved_y[k], rows)
+            rows = rows[thin]
         if rows.size:
             others = np.ones((len(rows), n), dtype=bool)
             others[np.arange(len(rows)), rows] = False
             without[rows] = _centred(of(pair.moved_x[k], rows), of(pair.moved_y[k], rows), others)
     return Sums(value=_centred(x, y, np.ones(n, dtype=bool)), without=without)
+
+
+def _less_one(x: Array, y: Array, rows: NDArray[np.intp]) -> tuple[Array, NDArray[np.bool_]]:
+    """Centred sums (len(rows), 3) without each of the rows, and where too little is left of them for a difference.
+
+    sum over the others around their own means = whole - n / (n - 1) of the response's own product.
+    """
+    n = len(x)
+    dx, dy = x - x.mean(), y - y.mean()
+    own = np.stack([dx * dy, dx**2, dy**2], axis=-1)
+    whole = own.sum(axis=0)
+    left = whole - n / (n - 1.0) * own[rows]
+    return left, (left[:, 1:] <= LEAST_LEFT * whole[1:]).any(axis=1)
 
 
 def _centred(x: Array, y: Array, held: NDArray[np.bool_]) -> Array:

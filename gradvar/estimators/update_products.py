@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from gradvar.estimators.advantages import advantages
 from gradvar.estimators.group_products import (
+    Layout,
     dot,
     dots,
     half_differences,
@@ -87,24 +88,24 @@ class Products:
         )
 
 
-def products(gram: Array, groups: NDArray[np.intp], updates: Array, directions: Array) -> Products:
+def products(gram: Array, layout: Layout, directions: int) -> Products:
     """Compute all inner products at once.
 
     Args:
         gram: (N, N) score Gram.
-        groups: (P, B, n) disjoint groups.
-        updates: (R, P, B, n) coefficients of the kinds of update.
-        directions: (H, P, B, n) coefficients of the directions.
+        layout: Coefficients of the R kinds of update, then of the H directions.
+        directions: H.
 
     Returns:
         The products with their delete-one replicates: the same permutations without the groups that hold a response.
     """
+    groups = layout.groups
     n, count = gram.shape[0], groups.shape[1]
-    r, h = len(updates), len(directions)
+    r, h = len(layout.kinds) - directions, directions
     # Values of every group: <u, u> inside it; over pairs of groups <u, u>, <u, d> both ways round, and <d, d>.
     values = np.empty((*groups.shape[:2], 2 * r + r * h + h))
     aimed = np.zeros(h)
-    for reach in reaches(gram, groups, np.concatenate([updates, directions])):
+    for reach in reaches(gram, layout):
         c, beyond = reach.coefficients, reach.beyond
         values[reach.where, :, :r] = dot(c[..., :r], reach.inside[..., :r])
         values[reach.where, :, r : 2 * r] = 2.0 * dot(c[..., :r], beyond[..., :r])
@@ -142,9 +143,12 @@ def products(gram: Array, groups: NDArray[np.intp], updates: Array, directions: 
         mixed=mixed,
         direction=direction,
         noise=(noise[0], noise[1], noise[2], noise[3]),
-        pairs=pair_covariances(gram, groups, updates, directions),
+        pairs=pair_covariances(gram, layout.means, h, groups.shape[2]),
         curved=reward_pairs(
-            groups, n, directions[0], values[..., [*range(2 * r, 2 * r + r * h, h), 2 * r + r * h]] / max(count - 1, 1)
+            groups,
+            n,
+            layout.kinds[r],
+            values[..., [*range(2 * r, 2 * r + r * h, h), 2 * r + r * h]] / max(count - 1, 1),
         ),
     )
 

@@ -178,7 +178,7 @@ def _three_forms(groups: Sequence[PromptScores], config: EstimateConfig, common:
     """Forms 1, 2 and 3 of every rule's CV against grpo's and dapo's: the two ends of the paper's order."""
     options: dict[str, Any] = {"rules": config.rules, "alphas": config.alphas, **common}
     options["equality_margin"] = config.equality_margin
-    parts = [form_table(groups, reference=reference, **options) for reference in ("grpo", "dapo")]
+    parts = [form_table(groups, further_references=("dapo",), **options)]
     total = cv_table(groups, further_references=("dapo",), group_size=config.group_size, **options)
     parts.append(total_form(total))
     return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)

@@ -7,6 +7,7 @@ from scipy import stats
 from gradvar.estimators import find_rule
 from gradvar.estimators.best_alpha import best_of_curve, fine_alphas, spline
 from gradvar.estimators.bias import Jackknifed, jackknifed, log_efficiency
+from gradvar.estimators.group_products import Layout
 from gradvar.estimators.groups import draw_groups, group_coefficients
 from gradvar.estimators.intervals import effective_degrees
 from gradvar.estimators.pairs import mean_coefficients, pair_covariance
@@ -96,7 +97,7 @@ def test_true_alpha_is_covered():
             for a in grid
         ]
         updates, aim = np.stack(c), reward_direction(rewards, groups)
-        got = products(gram, groups, updates, aim[None])
+        got = products(gram, Layout(groups=groups, kinds=np.stack([*c, aim]), n_responses=96), 1)
         means = mean_coefficients(groups, np.concatenate([updates, aim[None]]), 96)
         pairs = of_log_efficiency([got], pair_covariance(gram, means[:-1], means[-1]), 8)
         star = best_of_curve(jackknifed([got], log_efficiency), grid, level=0.95, method="m", pairs=pairs)

@@ -19,7 +19,7 @@ from gradvar.estimators.bias import (
     scale,
     within_one,
 )
-from gradvar.estimators.group_products import half_differences
+from gradvar.estimators.group_products import Layout, half_differences
 from gradvar.estimators.groups import draw_groups, group_coefficients
 from gradvar.estimators.inputs import generator
 from gradvar.estimators.update_products import entropy_direction, length_direction, products, reward_direction
@@ -38,7 +38,8 @@ def parts(scores, rewards, lengths, groups, rules, log_probs=None):
     aims = [reward_direction(rewards, groups), length_direction(lengths, groups)]
     if log_probs is not None:
         aims.append(entropy_direction(log_probs, groups))
-    return products(scores @ scores.T, groups, updates, np.stack(aims))
+    layout = Layout(groups=groups, kinds=np.concatenate([updates, aims]), n_responses=len(scores))
+    return products(scores @ scores.T, layout, len(aims))
 
 
 def test_products_and_replicates_by_definition():
@@ -106,7 +107,8 @@ def test_rloo_mean_update_is_the_reference_itself():
     scores, rewards, lengths = simulator.draw(64, rng=rng, signal=2.0)
     groups = draw_groups(64, 8, 64, rng=rng)
     c = group_coefficients(groups, rewards, lengths, find_rule("dr_grpo"), advantage="rloo", max_length=50.0)
-    got = products(scores @ scores.T, groups, c[None], reward_direction(rewards, groups)[None])
+    kinds = np.stack([c, reward_direction(rewards, groups)])
+    got = products(scores @ scores.T, Layout(groups=groups, kinds=kinds, n_responses=len(scores)), 1)
     assert jackknifed([got], cosine).value[0] == pytest.approx(1.0)
     assert jackknifed([got], scale).value[0] == pytest.approx(1 / 50)
     assert 1 - math.exp(jackknifed([got], log_noise).value[0]) == pytest.approx(got.cross[0, 0] / got.same[0, 0])

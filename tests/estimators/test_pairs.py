@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from gradvar.estimators.additive import Sums, of_these_prompts, ratio_of_signals
-from gradvar.estimators.groups import draw_groups, moments_of_kinds
+from gradvar.estimators.group_products import Layout
+from gradvar.estimators.groups import draw_groups, group_moments, moments_of_kinds
 from gradvar.estimators.length_bins import bin_products
 from gradvar.estimators.pairs import covariance_of_kernels, mean_coefficients, pair_covariance
 
@@ -50,7 +51,7 @@ def test_pairs_and_bend_of_group_moments():
     scores = rng.normal(size=(n, 3))
     gram, groups = scores @ scores.T, draw_groups(n, size, 40, rng=rng)
     kinds = rng.normal(size=(2, *groups.shape))
-    one, two = moments_of_kinds(gram, groups, kinds)
+    one, two = moments_of_kinds(gram, Layout(groups=groups, kinds=kinds, n_responses=n))
     means = mean_coefficients(groups, kinds, n)
 
     def kernel(z):
@@ -65,7 +66,7 @@ def test_pairs_and_bend_of_group_moments():
         2 * ((0.5 * h - 2.0 * g) ** 2).sum() / (n * (n - 1)) ** 2
     )
     # Of kinds that were not measured together nothing is known.
-    assert one.pairs_of_difference(moments_of_kinds(gram, groups, kinds[1:])[0], 0.5, 2.0) == 0.0
+    assert one.pairs_of_difference(group_moments(gram, groups, kinds[1]), 0.5, 2.0) == 0.0
     a, b = -0.3, 1.7
     u = a * (one.same_without.mean() - one.same_without) + b * (one.cross_without.mean() - one.cross_without)
     slope = b + a * (size - 1) / size

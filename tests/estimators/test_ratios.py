@@ -6,6 +6,7 @@ import pytest
 from scipy import stats
 
 from gradvar.estimators import advantages, find_rule
+from gradvar.estimators.group_products import Layout
 from gradvar.estimators.groups import draw_groups, group_coefficients, moments_of_kinds
 from gradvar.estimators.ratios import cv_ratio, cv_ratio_across, pooled_cv_ratio
 from gradvar.estimators.tails import PromptTails
@@ -20,7 +21,7 @@ def moments(n=64, seed=0, rules=("dapo", "grpo"), permutations=64, alpha=None, *
         group_coefficients(groups, rewards, lengths, find_rule(rule), advantage="grpo", alpha=alpha, max_length=3000.0)
         for rule in rules
     ]
-    made = moments_of_kinds(scores @ scores.T, groups, np.stack(kinds))
+    made = moments_of_kinds(scores @ scores.T, Layout(groups=groups, kinds=np.stack(kinds), n_responses=len(scores)))
     return made, scores, rewards, lengths
 
 
