@@ -20,7 +20,6 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
 
 from gradvar.estimators.bias import Jackknifed
 from gradvar.estimators.intervals import jackknife_variance
@@ -90,7 +89,7 @@ def best_of_curve(
         twice = np.einsum("gf,gh,hf->f", slopes, pairs, slopes)
         variance = np.maximum(variance - twice, twice)
     influence = np.concatenate([r.mean(axis=0) - r for r in moved])
-    reach = _quantiles(result, influence, level) * np.sqrt(variance)
+    reach = result.quantiles_of(influence, level) * np.sqrt(variance)
     fits = np.abs(slope) <= reach
     fits[0] |= slope[0] <= 0.0
     fits[-1] |= slope[-1] >= 0.0
@@ -108,20 +107,6 @@ def best_of_curve(
         high=_rounded(fine[high]),
         method="; ".join([method, *ends]),
     )
-
-
-def _quantiles(result: Jackknifed, influence: Array, level: float) -> Array:
-    """Student quantile of every column (F,), its degrees of freedom as in `effective_degrees`."""
-    most = float(result.n - result.clusters)
-    squares = influence**2
-    total = squares.sum(axis=0)
-    variance = (squares**2).sum(axis=0) - total**2 / len(squares)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        degrees = np.clip(2.0 * total**2 / variance, 1.0, most)
-    degrees = np.where((total > 0.0) & (variance > 0.0), degrees, most)
-    if result.degrees is not None:
-        degrees = np.full_like(total, result.degrees)
-    return np.asarray(special.stdtrit(degrees, 0.5 + level / 2), dtype=np.float64)
 
 
 def _rounded(alpha: float) -> float:

@@ -13,14 +13,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradvar.estimators.intervals import (
-    effective_degrees,
     jackknife_variance,
+    quantiles_of_columns,
     t_quantile,
     without_surplus,
 )
@@ -47,6 +47,7 @@ class Jackknifed:
     (`without_surplus`); None: nothing is known of it."""
     curved: Array | None = None
     """(R,) standard deviations, with sign, of a part quadratic in the responses that no first order sees; None: 0."""
+    _quantiles: dict[float, Array] = field(default_factory=dict, init=False, repr=False)
 
     def error(self) -> Array:
         """(R,) standard errors, responses drawn again inside prompts."""
@@ -59,16 +60,29 @@ class Jackknifed:
             variance = without_surplus(variance, *self.surplus)
         return np.asarray(np.sqrt(variance))
 
-    def bias(self, k: int) -> float:
-        """Jackknife estimate of statistic k's bias."""
-        return sum((len(r) - 1) * float(r[:, k].mean() - self.value[k]) for r in self.replicates)
+    @functools.cached_property
+    def bias(self) -> Array:
+        """(R,) jackknife estimates of the biases."""
+        with np.errstate(invalid="ignore"):  # inf - inf
+            return np.asarray(sum((len(r) - 1) * (r.mean(axis=0) - self.value) for r in self.replicates))
 
-    def quantile(self, k: int, level: float) -> float:
-        """Student quantile with the degrees of freedom of statistic k."""
+    @functools.cached_property
+    def influences(self) -> list[Array]:
+        """What each response adds to the estimates, (N_q, R) a prompt."""
+        with np.errstate(invalid="ignore"):
+            return [r.mean(axis=0) - r for r in self.replicates]
+
+    def quantiles(self, level: float) -> Array:
+        """(R,) Student quantiles with the degrees of freedom of each statistic."""
+        if level not in self._quantiles:
+            self._quantiles[level] = self.quantiles_of(np.concatenate(self.influences), level)
+        return self._quantiles[level]
+
+    def quantiles_of(self, influences: Array, level: float) -> Array:
+        """The same (F,) for influences (n, F) on other statistics of the same responses."""
         if self.degrees is not None:
-            return t_quantile(level, self.degrees)
-        influence = np.concatenate([r[:, k].mean() - r[:, k] for r in self.replicates])
-        return t_quantile(level, effective_degrees(influence, self.n - self.clusters))
+            return np.full(influences.shape[1], t_quantile(level, self.degrees))
+        return quantiles_of_columns(influences, level, self.n - self.clusters)
 
 
 Statistic = Callable[[Array, Array, Array, Array], Array]
@@ -171,8 +185,8 @@ def estimate_of(
     value = float(result.value[k])
     low, high = -math.inf, math.inf
     if math.isfinite(value) and math.isfinite(error):
-        quantile, bias = result.quantile(k, level), result.bias(k)
-        unseen = [one.unseen(r[:, k].mean() - r[:, k]) for one, r in zip(tails or (), result.replicates, strict=False)]
+        quantile, bias = float(result.quantiles(level)[k]), float(result.bias[k])
+        unseen = [one.unseen(r[:, k]) for one, r in zip(tails or (), result.influences, strict=False)]
         below, above = (math.hypot(error, *(ends[side] for ends in unseen)) for side in (0, 1))
         low, high = value - quantile * below - max(bias, 0.0), value + quantile * above - min(bias, 0.0)
         if result.curved is not None:

@@ -73,6 +73,18 @@ def effective_degrees(influence: Array, most: float) -> float:
     return degrees_of_squares(influence**2, most)
 
 
+def quantiles_of_columns(influences: Array, level: float, most: float) -> Array:
+    """`t_quantile` of the `effective_degrees` of every column of (n, F)."""
+    squares = influences**2
+    total = squares.sum(axis=0)
+    with np.errstate(all="ignore"):
+        variance = (squares**2).sum(axis=0) - total**2 / len(squares)
+        degrees = np.clip(2.0 * total**2 / variance, 1.0, most)
+        degrees = np.where((total > 0.0) & (variance > 0.0) & (len(squares) > 1), degrees, most)
+        found = special.stdtrit(degrees, 0.5 + level / 2)
+    return np.where(degrees > 0.0, found, np.nan)
+
+
 def degrees_of_squares(squares: Array, most: float) -> float:
     """`effective_degrees` from the u_i^2, or from estimates of them without bias, which only lowers it.
 

@@ -13,7 +13,7 @@ Shape letters: N responses, R kinds of update, H directions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,32 +26,17 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
+STEP = 1e-5
+"""Of the numerical derivatives, relative."""
+
 
 def jackknife_surplus(
     prompts: Sequence[Products], totals: Sequence[Array], statistic: Statistic
 ) -> tuple[Array, Array]:
     """Noise and pairs, (R,) each, of a statistic of summed products, to first order: for `without_surplus`."""
-    step = 1e-5
-
-    def slope(m: int, j: int | None = None) -> Array:
-        """Derivative (R,) by one of the moments, of all updates at once: each statistic uses its own update's."""
-        ends, width = [], np.zeros(())
-        for sign in (1.0, -1.0):
-            moved = [total.copy() for total in totals]
-            part = moved[m] if j is None else moved[m][..., j : j + 1]
-            width = step * np.where(part == 0.0, 1.0, np.abs(part))
-            part += sign * width
-            ends.append(statistic(*moved))
-        return np.asarray((ends[0] - ends[1]) / (2.0 * width.reshape(-1)[: len(ends[0])]))
-
     directions = len(totals[3])
     with np.errstate(all="ignore"):
-        slopes = [
-            slope(0),
-            slope(1),
-            *(slope(2, j) for j in range(directions)),
-            *(slope(3, j) for j in range(directions)),
-        ]
+        slopes = _slopes(totals, statistic)
         noise, pairs = np.zeros(len(slopes[0])), np.zeros(len(slopes[0]))
         for p in prompts:
             same, cross, mixed, direction = p.noise
@@ -61,6 +46,28 @@ def jackknife_surplus(
             noise += jackknife_variance(np.asarray(moved))
             pairs += np.einsum("ri,rij,rj->r", g, p.pairs[: len(g)], g)
     return noise, pairs
+
+
+def _slopes(totals: Sequence[Array], statistic: Statistic) -> list[Array]:
+    """Derivatives (R,) by same, cross, each column of mixed and each direction.
+
+    Of all updates at once: each statistic uses its own update's moments. Both ends of all derivatives are evaluated
+    together, along a first axis.
+    """
+    directions = len(totals[3])
+    which = [(0, None), (1, None), *((2, j) for j in range(directions)), *((3, j) for j in range(directions))]
+    moved = [np.broadcast_to(total, (2 * len(which), *total.shape)).copy() for total in totals]
+    widths = []
+    for k, (m, j) in enumerate(which):
+        column: Any = ... if j is None else (..., j)
+        width = STEP * np.where(totals[m][column] == 0.0, 1.0, np.abs(totals[m][column]))
+        moved[m][2 * k][column] += width
+        moved[m][2 * k + 1][column] -= width
+        widths.append(width)
+    ends = statistic(*moved)
+    return [
+        (ends[2 * k] - ends[2 * k + 1]) / (2.0 * width.reshape(-1)[: ends.shape[-1]]) for k, width in enumerate(widths)
+    ]
 
 
 def of_log_efficiency(prompts: Sequence[Products], covariances: Array, group_size: int) -> Array:
