@@ -240,16 +240,18 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
         yield f"length product {name}", estimate_of(product, k, level=LEVEL, method=""), None
         yield f"length pressure {name}", estimate_of(longer, k, level=LEVEL, method=""), None
     pairs = np.sum([_pairs(*one) for one in zip(used, drawn, c, strict=True)], axis=0)
+    grid = np.append(np.arange(3, len(RULES)), len(RULES) + np.arange(3, len(RULES)))
     curve = [p.of_updates(slice(3, None)) for p in pool]
     for what, statistic, part in (("eta", log_efficiency, of_log_efficiency), ("cv", log_rho, of_log_rho)):
         with np.errstate(all="ignore"):
-            twice = part(curve, pairs, GROUP)
+            twice = part(curve, pairs[np.ix_(grid, grid)], GROUP)
+            every = of_log_efficiency(pool, pairs, GROUP)
         star = best_of_curve(jackknifed(curve, statistic), GRID, level=LEVEL, method="", pairs=twice)
         yield f"alpha* by {what}", star, None
         if what == "eta" and math.isfinite(star.value):
             best = find_rule("vl_norm"), star.value
             ends = [[prompt.beside(variant, best) for prompt in described] for variant in variants]
-            ratios = eta_ratios(pool, GRID, star.value, level=LEVEL, method="", across=False, tails=ends)
+            ratios = eta_ratios(pool, GRID, star.value, level=LEVEL, method="", across=False, pairs=every, tails=ends)
             for k in REWARDED:
                 yield f"{RATIO}{label(*RULES[k])} at {star.value}", ratios[k], None
 
@@ -259,7 +261,7 @@ def _permutations(n: int) -> int:
 
 
 def _pairs(s: PromptScores, groups: NDArray[np.intp], updates: Array) -> Array:
-    made = np.concatenate([updates[3:], reward_direction(s.rewards, groups)[None]])
+    made = np.concatenate([updates, reward_direction(s.rewards, groups)[None]])
     means = mean_coefficients(groups, made, len(s.lengths))
     return pair_covariance(s.gram, means[:-1], means[-1])
 

@@ -62,7 +62,7 @@ class _Studied:
 
     products: Products
     pairs: Array
-    """(2 G, 2 G) `pair_covariance` of VL Norm on the grid."""
+    """(2 R, 2 R) `pair_covariance` of all kinds of update."""
     tails: PromptTails
 
 
@@ -152,7 +152,7 @@ def alpha_table(
                     gram = prompts[name].verified().gram
                     made_of[target, name] = _Studied(
                         products=products(gram, layout, len(aims)),
-                        pairs=pair_covariance(gram, layout.means[first - len(grid) : first], layout.means[first]),
+                        pairs=pair_covariance(gram, layout.means[:first], layout.means[first]),
                         tails=PromptTails.of(
                             gram,
                             scores.rewards,
@@ -273,19 +273,23 @@ def _rows_of_pool(
             rows.append(TableRow(quantity=f"{name}_pressure", estimate=found, verdict=towards, **labels))
     columns = slice(len(variants) - len(grid), len(variants))
     alone = [p.of_updates(columns) for p in pool]
+    pairs = np.sum([s.pairs for s in studied], axis=0)
+    mine = np.append(np.arange(len(variants))[columns], len(variants) + np.arange(len(variants))[columns])
     for name, statistic, part in (
         ("alpha_star_eta", log_efficiency, of_log_efficiency),
         ("alpha_star_cv", log_rho, of_log_rho),
     ):
         curve = jackknifed(alone, statistic, across=across)
         with np.errstate(all="ignore"):
-            twice = None if across else part(alone, np.sum([s.pairs for s in studied], axis=0), group_size)
+            twice = None if across else part(alone, pairs[np.ix_(mine, mine)], group_size)
         star = best_of_curve(curve, grid, level=level, method=f"argmax, slope 0; {way}", pairs=twice)
         verdict = UNRESOLVED if math.isnan(star.value) else "resolved"
         rows.append(TableRow(quantity=name, estimate=star, target="", rule=find_rule("vl_norm").name, verdict=verdict))
         if name == "alpha_star_eta":
             tails = [s.tails for s in studied]
-            rows += _ratio_rows(pool, tails, star, variants, grid, level=level, across=across)
+            with np.errstate(all="ignore"):
+                every = of_log_efficiency(pool, pairs, group_size)
+            rows += _ratio_rows(pool, tails, star, variants, grid, pairs=every, level=level, across=across)
     return rows
 
 
@@ -296,6 +300,7 @@ def _ratio_rows(
     variants: Sequence[tuple[Rule, float | None]],
     grid: Sequence[float],
     *,
+    pairs: Array,
     level: float,
     across: bool,
 ) -> list[TableRow]:
@@ -306,7 +311,7 @@ def _ratio_rows(
     else:
         best = find_rule("vl_norm"), star.value
         tails = [[prompt.beside(variant, best) for prompt in prompts] for variant in variants]
-        ratios = eta_ratios(pool, grid, star.value, level=level, method=method, across=across, tails=tails)
+        ratios = eta_ratios(pool, grid, star.value, level=level, method=method, across=across, pairs=pairs, tails=tails)
     return [
         TableRow(
             quantity="eta_ratio",

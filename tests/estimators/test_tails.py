@@ -38,13 +38,18 @@ def test_growth_and_sides():
         assert found.long.power == pytest.approx(2 * growth - 2 * falls)
     assert tails(variant("grpo"), variant("dapo")).short.side == 1
     assert tails(variant("vl_norm", 1.0), variant("grpo")).long.side == 0
+    # Of two whose sums are bounded a short response makes the one noisier whose weights fall more.
+    steep, flat = tails(variant("vl_norm", 2.0), variant("dapo")), tails(variant("dapo"), variant("vl_norm", 2.0))
+    assert (steep.short.side, flat.short.side) == (1, -1)
+    assert steep.short.power == flat.short.power == pytest.approx(5 - growth)
+    assert tails(variant("dapo"), variant("dr_grpo")).short.side == 0
     # Alone: a longer response can only make the noise larger, a shorter one grpo's.
     alone = tails(variant("dr_grpo"))
     assert (alone.short.side, alone.long.side) == (0, 1)
     assert alone.long.power == pytest.approx(growth)
     grpo = tails(variant("grpo"))
     assert (grpo.short.side, grpo.long.side) == (1, 1)
-    assert (grpo.short.power, grpo.long.power) == pytest.approx((2 - growth, growth - 2))
+    assert (grpo.short.power, grpo.long.power) == pytest.approx((2.5 - growth, growth - 2))
     turned = described.angle(variant("vl_norm", 2.0))
     assert (turned.short.side, turned.long.side) == (-1, -1)
     assert turned.short.power == pytest.approx(4 - growth)
@@ -52,7 +57,7 @@ def test_growth_and_sides():
     assert silent.short.power == 4.0
     plain = PromptTails.of(gram, np.zeros(40), lengths, advantage="score").alone(variant("grpo"))
     slope = np.polyfit(np.log(lengths), np.log(np.diagonal(gram)), 1)[0]
-    assert plain.short.power == pytest.approx(2 - slope)
+    assert plain.short.power == pytest.approx(2.5 - slope)
 
 
 def test_unseen_responses_by_their_definition():
@@ -115,7 +120,7 @@ def test_rounding_of_an_advantage_that_is_zero_is_no_slope():
     found = described.alone(variant("grpo"))
     held = rewards != 0.2
     norms = (rewards[held] - 0.2) ** 2 * np.array([s @ s for s in scores])[held]
-    assert found.short.power == pytest.approx(2 - np.polyfit(np.log(lengths[held]), np.log(norms), 1)[0])
+    assert found.short.power == pytest.approx(2.5 - np.polyfit(np.log(lengths[held]), np.log(norms), 1)[0])
 
 
 def test_a_large_power_overflows_nothing():
