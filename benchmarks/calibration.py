@@ -56,6 +56,8 @@ SKETCHED = ", sketched"
 HIGH: dict[str, Any] = {"dimensions": 60, "decay": 0.97}
 """Effective rank near 30; otherwise near 3."""
 LOW: dict[str, Any] = {"dimensions": 20, "decay": 0.7}
+ALONG: dict[str, Any] = {"dimensions": 20, "decay": 1.0 / 0.7}
+"""`LOW` with grad J along the direction that varies most; otherwise along the one that varies least."""
 MOVING: dict[str, Any] = {"drift": 0.3, "reward_slope": -0.7, "share": 0.3}
 """E[g | L] and rewards depend on length; 30% of ||s||^2 from products of different tokens."""
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -63,6 +65,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "beta 0, high rank, CV 1.5": {"beta": 0.0, **HIGH, "cv": 1.5},
     "beta 1, low rank, CV 0.6": {"beta": 1.0, **LOW, "cv": 0.6},
     "beta 1, high rank, CV 5": {"beta": 1.0, **HIGH, "cv": 5.0},
+    "beta 1, low rank, CV 2, mean along the noise": {"beta": 1.0, **ALONG, "cv": 2.0},
     "beta 1, mean moves with L": {"beta": 1.0, "dimensions": 20, "decay": 0.9, "signal": 1.0, **MOVING},
     "beta 1.6, high rank, CV 1.5": {"beta": 1.6, **HIGH, "cv": 1.5},
     "beta 1.6, low rank, CV 5": {"beta": 1.6, **LOW, "cv": 5.0},

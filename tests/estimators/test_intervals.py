@@ -70,11 +70,12 @@ def test_n_to_decide():
 def test_bent_quantiles():
     assert bent_quantiles(0.0, 1.96) == (-1.96, 1.96)
     # Below what else skews nothing is corrected, and no further than a first-order expansion holds.
-    assert bent_quantiles(-0.1, 1.96) == (-1.96, 1.96)
-    shift = 0.1 * (1.96**2 + 1) / 2
-    assert bent_quantiles(0.2, 1.96) == pytest.approx((-1.96 - shift, 1.96 - shift))
-    assert bent_quantiles(-0.2, 1.96) == pytest.approx((-1.96 + shift, 1.96 + shift))
-    assert bent_quantiles(5.0, 1.96) == bent_quantiles(0.4, 1.96)
+    assert bent_quantiles(-0.05, 1.96) == (-1.96, 1.96)
+    near, far = 0.1 * (1.96**2 + 1) / 2, 0.15 * (1.96**2 + 1) / 2
+    assert bent_quantiles(0.2, 1.96) == pytest.approx((-1.96 - far, 1.96 - near))
+    assert bent_quantiles(-0.2, 1.96) == pytest.approx((-1.96 + near, 1.96 + far))
+    assert bent_quantiles(5.0, 1.96) == bent_quantiles(0.85, 1.96)
+    assert bent_quantiles(0.6, 1.96)[1] == bent_quantiles(0.4, 1.96)[1]
     assert bent_quantiles(math.nan, 1.96) == (-1.96, 1.96)
 
 
@@ -95,11 +96,13 @@ def test_quantiles_of_a_studentised_mean_over_pairs():
         error = math.sqrt(float(without_surplus((n - 1) / n * float(u @ u) * n / (n - 1), 0.0, pairs)))
         bends.append(2.0 / (n * (n - 1)) * (u @ kernels @ u) / np.linalg.norm(u) ** 3)
         found.append((value - truth) / error)
-    high = np.quantile(found, 0.975)
+    low, high = np.quantile(found, [0.025, 0.975])
     bent = bent_quantiles(float(np.median(bends)), 1.96)
     assert np.median(bends) > 0.1
-    # Skewed to the right where the error grows with the estimate: it never lies far above.
+    # The mean lies along the noise: the error grows with the estimate, which so lies far below and never far above.
+    assert low < -1.96
     assert high < 1.96
+    assert abs(bent[0] - low) < abs(-1.96 - low)
     assert abs(bent[1] - high) < abs(1.96 - high)
 
 
