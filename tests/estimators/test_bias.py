@@ -25,7 +25,7 @@ from gradvar.estimators.inputs import generator
 from gradvar.estimators.update_products import entropy_direction, length_direction, products, reward_direction
 from gradvar.runs.records import Estimate
 from tests.estimators import references, simulator
-from tests.estimators.test_tables import only, pick, prompts
+from tests.estimators.test_tables import only, pick, prompts, same
 
 
 def parts(scores, rewards, lengths, groups, rules, log_probs=None):
@@ -180,6 +180,13 @@ def test_table_rows(table, groups):
         else:
             assert row["value"] >= rho.value
     assert below
+
+
+def test_a_further_alpha_has_rows_and_no_part_in_the_argmax(table, groups):
+    more = alpha_table(groups, seed=1, grid=(0.0, 0.75, 1.0, 2.0), further=(0.3, 0.75), permutations=64)
+    mine = more[~((more["rule"] == "vl_norm") & (more["alpha"] == 0.3))]
+    assert len(mine) < len(more)
+    same(mine, table)
 
 
 def test_log_probs_give_entropy_pressure(groups):
