@@ -79,11 +79,6 @@ def count(value: Any, most: int = 100_000) -> str:
     return f">{most}" if value > most else f"{value:.0f}"
 
 
-def counted(number: Any, what: str) -> str:
-    """Return a number of things in words: 1 prompt, 2 prompts."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 def verdict(text: Any, *, short: bool = False) -> str:
     """Return a verdict in its colour; short for tables."""
     if text is None or pd.isna(text):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pandas as pd
 
 from gradvar.report.laws import CLASS_COLUMNS, class_table, family_table
-from gradvar.report.numbers import interval, number
+from gradvar.report.numbers import counted, interval, number
 from gradvar.runs.rows import last_target, overall, row_of
 
 from . import console
-from .console import count, counted, verdict
+from .console import count, verdict
 
 _WHAT = {"deviation": "deviation from the mean", "within": "within-length variance"}
 _SIGNS = {"proportional": "[green]+[/green]", "not proportional": "[red]-[/red]"}

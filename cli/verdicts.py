@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from gradvar.report.laws import contradictions
-from gradvar.report.numbers import interval, number, rule_name
+from gradvar.report.numbers import counted, interval, number, rule_name
 from gradvar.runs.rows import last_target, overall, row_of
 
 from . import console
-from .console import count, counted, verdict
+from .console import count, verdict
 from .laws import print_classes, print_difference, print_exponents, print_families, print_law_by_prompt
 
 if TYPE_CHECKING:
