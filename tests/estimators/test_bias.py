@@ -248,6 +248,19 @@ def test_recommendation_says_what_it_rests_on(table, groups):
     assert "cannot tell one alpha from another" in recommendation(wide, target="a")
 
 
+def test_recommendation_says_that_all_prompts_are_silent(groups):
+    silent = [replace(one, rewards=np.ones(48)) for one in groups]
+    for several, said in ((silent, "each of the 3 prompts"), (silent[:1], "the one prompt")):
+        words = recommendation(alpha_table(several, seed=1), target="a")
+        assert words == (
+            "No alpha can be recommended for a, grpo advantages in groups of 8: "
+            f"in {said} all verified rewards are equal, so no response is better than another."
+        )
+    mixed = alpha_table([*silent[:2], groups[2].select(np.arange(20))], seed=1)
+    words = recommendation(mixed, target="a")
+    assert "2 prompts silent: all rewards equal; 1 prompt unresolved: fewer than 24 verified responses." in words
+
+
 def test_prompts_like_these_leave_out_one_prompt_at_a_time():
     groups = prompts(5, n=32, targets=("a",), signal=3.0)
     options = {"rules": ("grpo",), "grid": (0.0, 1.0), "group_size": 4, "permutations": 32, "seed": 1}
