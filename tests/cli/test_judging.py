@@ -78,7 +78,7 @@ def test_compare_matches_prompts_by_text(call, tmp_path):
     simulated(tmp_path / "late", 2, 5, texts=["x", "b", "a", "d", "c"], signal=3.0, beta=2.0)
     out = call("compare", tmp_path / "early", tmp_path / "late", "--seed", "2")
     assert "late: 5 prompts, 4 of them" in out
-    assert "have another text in early" in " ".join(out.split())
+    assert "with another text in early" in " ".join(out.split())
     assert "CV, ratio" in out
     run = gradvar.open_run(tmp_path / "early")
     table = run.table("compare")
