@@ -5,7 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from gradvar.report.laws import CLASS_COLUMNS, class_table, family_table
-from gradvar.report.numbers import counted, interval, number
+from gradvar.report.numbers import interval, number
+from gradvar.runs.records import counted
 from gradvar.runs.rows import last_target, overall, row_of
 
 from . import console

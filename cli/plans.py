@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gradvar.report.numbers import counted
+from gradvar.runs.records import counted
 
 from . import console
 

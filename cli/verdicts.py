@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from gradvar.report.laws import contradictions
-from gradvar.report.numbers import counted, interval, number, rule_name
+from gradvar.report.numbers import interval, number, rule_name
+from gradvar.runs.records import counted
 from gradvar.runs.rows import last_target, overall, row_of
 
 from . import console

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradvar.report.numbers import counted, number
+from gradvar.report.numbers import number
+from gradvar.runs.records import counted
 
 from . import console
 

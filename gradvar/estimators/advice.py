@@ -10,7 +10,7 @@ import pandas as pd
 from gradvar.estimators.cv import SILENT
 from gradvar.estimators.intervals import PROMPTS_LIKE_THESE
 from gradvar.estimators.paper_order import HIGHER, LOWER, ROUNDING, UNDETERMINED
-from gradvar.runs.records import target_label
+from gradvar.runs.records import counted, target_label
 
 PAPER = (0.75, 1.0)
 """The paper's alphas."""
@@ -56,7 +56,7 @@ def recommendation(table: pd.DataFrame, *, target: str) -> str:
     if best["low"] <= first and best["high"] >= last and better.empty:
         return f"The data cannot tell one alpha from another for {updates} ({span} all fit){near}{fitted}."
     prompts = int(best["clusters"])
-    resting = f"efficiency on {prompts} prompt{'' if prompts == 1 else 's'}, {int(best['n'])} responses"
+    resting = f"efficiency on {counted(prompts, 'prompt')}, {int(best['n'])} responses"
     fits = f"{span} fit as well{_open(best, first, last)}"
     if len(better):
         rule = better.iloc[0]
@@ -77,7 +77,7 @@ def _reasons(table: pd.DataFrame, target: str) -> str:
     if list(counts.index) == [SILENT]:
         of = "the one prompt" if len(why) == 1 else f"each of the {len(why)} prompts"
         return f"in {of} all verified rewards are equal, so no response is better than another"
-    return "; ".join(f"{count} prompt{'' if count == 1 else 's'} {reason}" for reason, count in counts.items())
+    return "; ".join(f"{counted(count, 'prompt')} {reason}" for reason, count in counts.items())
 
 
 def _fitted(mine: pd.DataFrame) -> str:

@@ -22,11 +22,6 @@ def number(value: Any, digits: int = 3) -> str:
     return f"{value:.{digits}g}" if abs(value) < 100 else f"{value:.0f}"
 
 
-def counted(count: Any, what: str) -> str:
-    """Return a number of things in words: 1 prompt, 2 prompts."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
 def interval(row: Any) -> str:
     """Return low and high of a table row as an interval; a ratio's end is not rounded onto 1, which it is judged by."""
     if pd.isna(row["low"]) and pd.isna(row["high"]):

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradvar.estimators.sampler_agreement import SamplerAgreement, sampler_agreement
-from gradvar.report.numbers import counted
 from gradvar.runs import MeasureConfig, Rollout, Run
+from gradvar.runs.records import counted
 
 
 @dataclass(frozen=True, kw_only=True)

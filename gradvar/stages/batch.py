@@ -17,8 +17,8 @@ from gradvar.estimators.cross_products import (
     SummedProducts,
     sketch_error,
 )
-from gradvar.report.numbers import counted
 from gradvar.runs import SUM, EstimateConfig, PromptScores, Run
+from gradvar.runs.records import counted
 from gradvar.stages.listener import Listener
 
 TABLE = "batches"

@@ -11,9 +11,9 @@ import pandas as pd
 
 from gradvar.errors import GradvarError
 from gradvar.estimators import compare_table
-from gradvar.report.numbers import counted
 from gradvar.runs import SUM, EstimateConfig, PromptScores, Run, rollouts_digest
 from gradvar.runs.provenance import utc_now
+from gradvar.runs.records import counted
 from gradvar.stages.groups import estimated_groups
 from gradvar.stages.identity import agreed_config
 from gradvar.stages.listener import Listener, Silent

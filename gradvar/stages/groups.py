@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from gradvar.errors import GradvarError
 from gradvar.estimators.inputs import has_gradient
-from gradvar.report.numbers import counted
 from gradvar.runs import SUM, EstimateConfig, PromptScores, Run, target_label
+from gradvar.runs.records import counted
 from gradvar.stages.listener import Listener
 
 

@@ -14,9 +14,9 @@ import pandas as pd
 from gradvar.estimators import advantages, deviations
 from gradvar.figures import Drawing, NotDrawn
 from gradvar.report import Material, PromptSample, Response, render_report
-from gradvar.report.numbers import counted
 from gradvar.runs import PromptScores, Run, SampleConfig, storage, target_label
 from gradvar.runs.config import CONFIGS, as_json
+from gradvar.runs.records import counted
 from gradvar.stages.agreement import disagreement, sampler_agreements
 from gradvar.stages.estimate import advice
 from gradvar.stages.figures import DRAWERS

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from gradvar.errors import GradvarError
-from gradvar.report.numbers import counted
 from gradvar.rollouts.rewards import MathPool, RewardResult, choose_reward, score_rollouts
 from gradvar.runs import Prompt, RewardConfig, Rollout, Run, rollouts_digest
+from gradvar.runs.records import counted
 from gradvar.stages.identity import agreed_config
 from gradvar.stages.listener import Listener, Silent
 from gradvar.stages.sample import IMPORTED

@@ -11,7 +11,6 @@ import numpy as np
 
 from gradvar.errors import GradvarError
 from gradvar.models import ModelFolder, find_model, load_tokenizer, resolve_device, resolve_dtype
-from gradvar.report.numbers import counted
 from gradvar.rollouts.engines import (
     SamplingRequest,
     SamplingSettings,
@@ -25,6 +24,7 @@ from gradvar.rollouts.imports import ImportedPrompt, read_rollouts
 from gradvar.rollouts.problems import read_problems, select_problems
 from gradvar.rollouts.templates import build_prompts, resolve_template
 from gradvar.runs import Prompt, Rollout, Run, SampleConfig, rollouts_digest
+from gradvar.runs.records import counted
 from gradvar.stages.identity import agree_on_model, agreed_config, agreed_prompts
 from gradvar.stages.listener import Listener, Silent
 
