@@ -10,10 +10,11 @@ import pandas as pd
 from rich.markup import escape
 
 from gradvar.report.numbers import interval, number
+from gradvar.runs.records import counted
 from gradvar.runs.rows import last_target, overall
 
 from . import console
-from .console import count, counted, verdict
+from .console import count, verdict
 
 if TYPE_CHECKING:
     from gradvar.runs import EstimateConfig, Run

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from gradvar.report.numbers import interval, number
+from gradvar.runs.records import counted
 from gradvar.runs.rows import last_target, row_of
 
 from . import console
@@ -59,7 +60,7 @@ def print_batches(run: Run) -> None:
     extrapolated = "\n* linear in the weights' sums over the batch: more prompts than a third of those measured."
     console.table(
         f"Batches of several prompts: {target_label(last)}, {first['group_size']} responses a prompt, "
-        f"{first['advantage']} advantages, {console.counted(first['clusters'], 'prompt')} measured",
+        f"{first['advantage']} advantages, {counted(first['clusters'], 'prompt')} measured",
         [
             "aggregator",
             "weights over",

@@ -123,8 +123,8 @@ def _print_sizes(name: str, values: pd.DataFrame, rows: pd.DataFrame) -> None:
         f"CV and efficiency of {name} against group size",
         ["n", "CV", "interval", "eta", "silent", "verdict"],
         shown,
-        caption="extrapolated: variance as 1/n from the largest estimated size. silent: groups whose rewards are all "
-        "equal.",
+        caption="extrapolated: variance as 1/n from the largest size of which every prompt holds three groups. silent: "
+        "groups whose rewards are all equal.",
     )
 
 

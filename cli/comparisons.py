@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from gradvar.report.numbers import interval, number
+from gradvar.runs.records import counted
 from gradvar.runs.rows import last_target, row_of
 
 from . import console
@@ -36,7 +37,7 @@ def show_comparison(run: Run, found: Comparison, *, as_json: bool) -> None:
     names = list(found.prompts)
     for name in names[1:]:
         console.result.print(
-            f"{name}: {console.counted(found.prompts[name], 'prompt')}, "
+            f"{name}: {counted(found.prompts[name], 'prompt')}, "
             f"{found.shared[name]} of them (by their text) also among the "
             f"{found.prompts[names[0]]} of {names[0]}",
             markup=False,

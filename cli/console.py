@@ -20,6 +20,9 @@ from gradvar.stages.listener import Advance
 _WORDS = ("measure", "responses", "target", "A", "quantity", "verdict", "aggregator", "prompt", "proxy", "#", "extra")
 """Columns that hold words and stand to the left."""
 
+_GAP = 2
+"""Blanks between the columns of a table."""
+
 result = Console(highlight=False, soft_wrap=False)
 notes = Console(stderr=True, highlight=False)
 
@@ -76,11 +79,6 @@ def count(value: Any, most: int = 100_000) -> str:
     return f">{most}" if value > most else f"{value:.0f}"
 
 
-def counted(number: Any, what: str) -> str:
-    """Return a number of things in words: 1 prompt, 2 prompts."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 def verdict(text: Any, *, short: bool = False) -> str:
     """Return a verdict in its colour; short for tables."""
     if text is None or pd.isna(text):
@@ -108,6 +106,30 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, caption: str
     result.print(shown)
     if caption:
         result.print(caption, style="italic dim")
+
+
+def wide_table(title: str, columns: list[str], rows: list[list[str]], *, caption: str = "") -> None:
+    """Print one table of many columns, in parts one below the other where no line holds them all.
+
+    The first column heads every part, and no word of a heading or cell is broken.
+    """
+    widths = [
+        max((len(word) for text in (column, *(row[k] for row in rows)) for word in text.split()), default=0) + _GAP
+        for k, column in enumerate(columns)
+    ]
+    parts: list[list[int]] = [[]]
+    for k in range(1, len(columns)):
+        if parts[-1] and sum(widths[j] for j in (0, *parts[-1], k)) - _GAP > result.width:
+            parts.append([])
+        parts[-1].append(k)
+    for part in parts:
+        chosen = [0, *part]
+        table(
+            title if part is parts[0] else "",
+            [columns[k] for k in chosen],
+            [[row[k] for k in chosen] for row in rows],
+            caption=caption if part is parts[-1] else "",
+        )
 
 
 def _jsonable(value: Any) -> Any:

@@ -6,10 +6,11 @@ import pandas as pd
 
 from gradvar.report.laws import CLASS_COLUMNS, class_table, family_table
 from gradvar.report.numbers import interval, number
+from gradvar.runs.records import counted
 from gradvar.runs.rows import last_target, overall, row_of
 
 from . import console
-from .console import count, counted, verdict
+from .console import count, verdict
 
 _WHAT = {"deviation": "deviation from the mean", "within": "within-length variance"}
 _SIGNS = {"proportional": "[green]+[/green]", "not proportional": "[red]-[/red]"}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gradvar.runs.records import counted
+
 from . import console
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ def show_plan(plan: MeasurementPlan, *, as_json: bool) -> None:
     _print_blocks(max(plan.prompts, key=lambda one: one.cost.peak_bytes))
     extra = [f"{plan.probes} probes" if plan.probes else "", f"{plan.prefixes} prefixes" if plan.prefixes else ""]
     print_line(
-        f"in all: {console.counted(len(plan.prompts), 'prompt')}, "
+        f"in all: {counted(len(plan.prompts), 'prompt')}, "
         f"{sum(len(one.work.kept) for one in plan.prompts)} responses on "
         f"{len(plan.targets)} targets ({plan.dtype}, {plan.device}{''.join(f', {one}' for one in extra if one)}); "
         f"at most {size(plan.peak_bytes)} beside the model, {flop(plan.flop)}"

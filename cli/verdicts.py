@@ -10,10 +10,11 @@ import pandas as pd
 
 from gradvar.report.laws import contradictions
 from gradvar.report.numbers import interval, number, rule_name
+from gradvar.runs.records import counted
 from gradvar.runs.rows import last_target, overall, row_of
 
 from . import console
-from .console import count, counted, verdict
+from .console import count, verdict
 from .laws import print_classes, print_difference, print_exponents, print_families, print_law_by_prompt
 
 if TYPE_CHECKING:
@@ -208,16 +209,27 @@ def _print_prompts(cv: pd.DataFrame) -> None:
             continue
         name = rule_name(row)
         columns = list(dict.fromkeys([*columns, name]))
-        cells[name] = number(row["value"]) if pd.notna(row["value"]) else f"> {number(row['low'])}"
-    if len(table) < 2:
+        cells[name] = number(row["value"]) if pd.notna(row["value"]) else f">{number(row['low'])}"
+    if len(table) < 2 or not columns:
         return
-    shown = [[prompt, *[cells.get(name, "") for name in columns], cells.get("", "")] for prompt, cells in table.items()]
+    shown = [[prompt, *(cells.get(name, "") for name in columns)] for prompt, cells in table.items() if "" not in cells]
     first = rows.iloc[0]
     title = (
         f"CV prompt by prompt: {target_label(last)}, group of {first['group_size']}, {first['advantage']} advantages "
-        "(> : unresolved, lower bound)"
+        "(>: unresolved, lower bound)"
     )
-    console.table(title, ["prompt", *columns, ""], shown)
+    # A reason among the numbers would take the width of their headings.
+    left_out: dict[str, list[str]] = {}
+    for prompt, cells in table.items():
+        if "" in cells:
+            left_out.setdefault(cells[""], []).append(prompt)
+    caption = "\n".join(f"{why}: {counted(len(names), 'prompt')} ({_first(names)})" for why, names in left_out.items())
+    console.wide_table(title, ["prompt", *columns], shown, caption=caption)
+
+
+def _first(names: Sequence[str], most: int = 8) -> str:
+    """Return some names, and that there are more."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def at_least(needed: str, only: Any) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradvar.report.numbers import number
+from gradvar.runs.records import counted
 
 from . import console
 
@@ -62,8 +63,7 @@ def show_measured(run: Run, *, as_json: bool) -> None:
     more = [f", tau by {n} probes" for n in sorted({tau.probes for tau in taus})]
     more += [f", {n} prefixes" for n in sorted({norms.count for norms in prefixes})]
     console.result.print(
-        f"{console.counted(len(run.measured_prompt_ids()), 'prompt')} measured on {', '.join(run.targets)}"
-        f"{''.join(more)}",
+        f"{counted(len(run.measured_prompt_ids()), 'prompt')} measured on {', '.join(run.targets)}{''.join(more)}",
         markup=False,
     )
     if agreements:
@@ -80,8 +80,8 @@ def measured_how(run: Run) -> str:
     how = run.info["stages"].get("measure", {})
     if "dtype" not in how:
         return "not measured yet"
-    counted = run.info["config"].get("measure", {}).get("include_bias", True)
-    return f"{how['dtype']}, {how['attention']} attention, biases {'counted' if counted else 'not counted'}"
+    biases = run.info["config"].get("measure", {}).get("include_bias", True)
+    return f"{how['dtype']}, {how['attention']} attention, biases {'counted' if biases else 'not counted'}"
 
 
 def show_paths(paths: Sequence[Path], *, as_json: bool, then: str) -> None:

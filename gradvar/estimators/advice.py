@@ -7,9 +7,10 @@ from typing import Any
 
 import pandas as pd
 
+from gradvar.estimators.cv import SILENT
 from gradvar.estimators.intervals import PROMPTS_LIKE_THESE
 from gradvar.estimators.paper_order import HIGHER, LOWER, ROUNDING, UNDETERMINED
-from gradvar.runs.records import target_label
+from gradvar.runs.records import counted, target_label
 
 PAPER = (0.75, 1.0)
 """The paper's alphas."""
@@ -40,6 +41,8 @@ def recommendation(table: pd.DataFrame, *, target: str) -> str:
     one = (star if len(star) else table).iloc[0] if len(table) else None
     if one is not None and pd.notna(one["group_size"]):
         updates += f", {one['advantage']} advantages in groups of {int(one['group_size'])}"
+    if star.empty and len(reasons := _reasons(table, target)):
+        return f"No alpha can be recommended for {updates}: {reasons}{fitted}."
     if star.empty or not math.isfinite(star.iloc[0]["value"]):
         return f"The data cannot tell which alpha is best for {updates}: no signal above the noise{fitted}."
     best = star.iloc[0]
@@ -53,7 +56,7 @@ def recommendation(table: pd.DataFrame, *, target: str) -> str:
     if best["low"] <= first and best["high"] >= last and better.empty:
         return f"The data cannot tell one alpha from another for {updates} ({span} all fit){near}{fitted}."
     prompts = int(best["clusters"])
-    resting = f"efficiency on {prompts} prompt{'' if prompts == 1 else 's'}, {int(best['n'])} responses"
+    resting = f"efficiency on {counted(prompts, 'prompt')}, {int(best['n'])} responses"
     fits = f"{span} fit as well{_open(best, first, last)}"
     if len(better):
         rule = better.iloc[0]
@@ -64,6 +67,17 @@ def recommendation(table: pd.DataFrame, *, target: str) -> str:
     else:
         advice = f"Use vl_norm with alpha = {best['value']:g} ({fits}) for {updates}"
     return f"{advice}; {_paper(best, ratios)}{near}; rests on {resting}{fitted}."
+
+
+def _reasons(table: pd.DataFrame, target: str) -> str:
+    """Say why no prompt has an efficiency."""
+    rows = table[(table["target"] == target) & (table["quantity"] == "eta") & table["rule"].isna()]
+    why = rows["method"].str.removeprefix("not estimated; ")
+    counts = why.value_counts(sort=False)
+    if list(counts.index) == [SILENT]:
+        of = "the one prompt" if len(why) == 1 else f"each of the {len(why)} prompts"
+        return f"in {of} all verified rewards are equal, so no response is better than another"
+    return "; ".join(f"{counted(count, 'prompt')} {reason}" for reason, count in counts.items())
 
 
 def _fitted(mine: pd.DataFrame) -> str:

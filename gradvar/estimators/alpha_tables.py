@@ -71,6 +71,7 @@ def alpha_table(
     *,
     rules: Sequence[str] = ("grpo", "dapo", "dr_grpo"),
     grid: Sequence[float] = ALPHA_GRID,
+    further: Sequence[float] = (),
     group_size: int = 8,
     advantage: str = "grpo",
     level: float = 0.95,
@@ -100,6 +101,7 @@ def alpha_table(
         groups: Prompts by targets; several targets get their sum as well.
         rules: Rules beside VL Norm.
         grid: Alphas of VL Norm, ascending.
+        further: Alphas of VL Norm that have rows too and take no part in the argmax.
         group_size: n, responses of one update.
         advantage: Kind of `advantages`, computed inside each group.
         level: Nominal coverage.
@@ -117,7 +119,9 @@ def alpha_table(
     check_advantage(advantage)
     if len(grid) < 2 or sorted(set(grid)) != list(grid):
         raise GradvarError(f"grid must hold at least two ascending alphas, received {list(grid)}")
-    variants = [*expand_rules(rules, grid), *expand_rules(("vl_norm",), grid)]
+    beside = expand_rules(("vl_norm",), further) if further else []
+    curve = expand_rules(("vl_norm",), grid)
+    variants = [*expand_rules(rules, grid), *(variant for variant in beside if variant not in curve), *curve]
     targets = arrange(groups)
     everyone = {name: scores for prompts in targets.values() for name, scores in prompts.items()}
     rows: list[TableRow] = []

@@ -74,7 +74,7 @@ def compare_table(
         alpha: Exponent of vl_norm.
         group_size: n, responses of one update.
         advantage: Kind of `advantages`.
-        grid: Alphas of VL Norm, ascending.
+        grid: Alphas of VL Norm that its best one is sought among, ascending; `alpha` may lie beyond.
         level: Nominal coverage.
         permutations: Random permutations a prompt.
         seed: Of the permutations and ties.
@@ -93,7 +93,7 @@ def compare_table(
         alpha=a,
         group_size=group_size,
         advantage=advantage,
-        grid=tuple(grid) if a is None else tuple(sorted({*grid, a})),
+        grid=tuple(grid),
         level=level,
         permutations=permutations,
         seed=seed,

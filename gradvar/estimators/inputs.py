@@ -24,7 +24,8 @@ def arrange(groups: Sequence[PromptScores]) -> dict[str, dict[str, PromptScores]
     over disjoint parameters add.
 
     Raises:
-        GradvarError: No prompts, a (prompt, target) pair twice, or targets of one prompt with other responses.
+        GradvarError: No prompts, a (prompt, target) pair twice, targets of one prompt with other responses, or a Gram
+            that is not finite.
     """
     if not groups:
         raise GradvarError("no prompts to estimate from: measure at least one prompt first")
@@ -33,6 +34,10 @@ def arrange(groups: Sequence[PromptScores]) -> dict[str, dict[str, PromptScores]
         prompts = targets.setdefault(scores.target, {})
         if scores.prompt_id in prompts:
             raise GradvarError(f"prompt {scores.prompt_id!r} with target {scores.target!r} was given twice")
+        if not np.isfinite(scores.gram).all():
+            raise GradvarError(
+                f"prompt {scores.prompt_id!r}: the gram of {scores.target!r} holds NaN or infinity: measure it again"
+            )
         prompts[scores.prompt_id] = scores
     held = [frozenset(prompts) for prompts in targets.values()]
     if len(targets) > 1 and SUM_TARGET not in targets and len(set(held)) == 1:

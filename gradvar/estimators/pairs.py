@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+ROUNDING = 1e-12
+"""Pairs below this share of their kernel's squares are what rounding leaves of none, as of identical responses."""
 
 
 def mean_coefficients(groups: NDArray[np.intp], updates: Array, n_responses: int, held: Array | None = None) -> Array:
@@ -86,6 +88,8 @@ class WeightedKernels:
         rows, own = self._rows, self._own
         whole = rows.mean(axis=1)
         left = sums - 2.0 * n * (rows @ rows.T) + n**2 * np.outer(whole, whole) - own @ own.T
+        none = np.diagonal(left) <= ROUNDING * np.diagonal(sums)
+        left[none], left[:, none] = 0.0, 0.0
         return np.asarray(2.0 / (n * (n - 1.0)) ** 2 * left)
 
     def along(self, influences: Array) -> Array:

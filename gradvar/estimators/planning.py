@@ -1,9 +1,10 @@
 """How large a group: CV, efficiency and silent share against group size, and the responses that CV <= 1 takes.
 
 Up to a third of the responses the CV is estimated; beyond, extrapolated by CV^2 proportional to 1/n from the largest
-estimated size, and marked so. The noise scale of a rule, in responses, is n CV^2: tr Sigma / ||E ghat||^2 per
-response (that of the gradient itself, of no rule, is in `noise_scale`). The efficiency eta = cos^2 rho goes on with the
-same law, its direction kept:
+estimated size, and marked so. A pool goes as far as its smallest prompt, so that all its sizes are of the same prompts
+and what changes with n is n's; `method` names the prompt that ends it before others would. The noise scale of a rule,
+in responses, is n CV^2: tr Sigma / ||E ghat||^2 per response (that of the gradient itself, of no rule, is in
+`noise_scale`). The efficiency eta = cos^2 rho goes on with the same law, its direction kept:
 
     eta(n) = <E ghat, grad J>^2 / (||grad J||^2 (||E ghat||^2 + tr Var(ghat) n0 / n))
 
@@ -89,7 +90,8 @@ def planning_table(
     "responses_for_cv_1": the
     noise scale n CV^2 in responses to a prompt, with the image of that CV's interval, at the smallest estimated size
     whose CV is at most 1, else at the largest (`responses_for_cv_1`; verdict "at most" where the smallest size is
-    enough already). Pooled rows come for both estimands (`estimand`).
+    enough already). Pooled rows are estimated at sizes of which every prompt of the pool holds three groups. They come
+    for both estimands (`estimand`).
 
     Args:
         groups: Prompts by targets; several targets get their sum as well.
@@ -193,13 +195,23 @@ def planning_table(
         for label, names in pools:
             held = {n: [m[name] for name in names] for n, m in moments.items() if all(name in m for name in names)}
             pointed = {n: [aimed[n][name] for name in names] for n in held}
+            limit = _limit({name: len(used[name].lengths) for name in names}, max(held, default=0), ordered)
             for across in (False, True) if label is None else (False,):
                 extra = {"estimand": PROMPTS_LIKE_THESE if across else THESE_PROMPTS}
                 named = {**labels, "prompt_id": label, "extra": extra}
-                own = [tails[name] for name in names]
-                rows += _rows_of_pool(held, ordered, named, own, across=across, level=level, seed=seed)
-                rows += _efficiency_rows(pointed, ordered, named, own, across=across, level=level, seed=seed)
+                shared: dict[str, Any] = {"across": across, "level": level, "seed": seed}
+                shared |= {"tails": [tails[name] for name in names], "limit": limit}
+                rows += _rows_of_pool(held, ordered, named, **shared)
+                rows += _efficiency_rows(pointed, ordered, named, **shared)
     return estimate_table(rows)
+
+
+def _limit(counts: Mapping[str, int], largest: int, sizes: Sequence[int]) -> str:
+    """Name the prompt that holds three groups of no size beyond the largest, where another one would."""
+    if not any(largest < n and 3 * n <= max(counts.values()) for n in sizes):
+        return ""
+    smallest = min(counts, key=lambda name: counts[name])
+    return f", as prompt {smallest} with {counts[smallest]} responses holds three groups of no larger one"
 
 
 Drawn = dict[str, dict[int, dict[str, list[tuple[GroupMoments, Products]]]]]
@@ -287,8 +299,9 @@ def _efficiency_rows(
     held: dict[int, list[Products]],
     sizes: Sequence[int],
     labels: dict[str, Any],
-    tails: Sequence[LengthTails],
     *,
+    tails: Sequence[LengthTails],
+    limit: str,
     across: bool,
     level: float,
     seed: int,
@@ -306,7 +319,7 @@ def _efficiency_rows(
         if across:
             method = f"permutation groups, delete-one-prompt jackknife of log(1 - eta), t; {PROMPTS_LIKE_THESE}"
         if far:
-            method = f"extrapolated from n = {largest}, variance as 1/n; {method}"
+            method = f"extrapolated from n = {largest}, variance as 1/n{limit}; {method}"
         if across and len(parts) < MINIMUM_PROMPTS:
             note = f"{method}; not given below {MINIMUM_PROMPTS} prompts"
             count = sum(p.responses for p in parts)
@@ -338,8 +351,9 @@ def _rows_of_pool(
     held: dict[int, list[GroupMoments]],
     sizes: Sequence[int],
     labels: dict[str, Any],
-    tails: Sequence[LengthTails],
     *,
+    tails: Sequence[LengthTails],
+    limit: str,
     across: bool,
     level: float,
     seed: int,
@@ -358,7 +372,8 @@ def _rows_of_pool(
     largest = max(estimated)
     for n in sizes:
         if n > largest:
-            far = _scaled(estimated[largest], math.sqrt(largest / n), f"extrapolated from n = {largest}, CV^2 as 1/n")
+            note = f"extrapolated from n = {largest}, CV^2 as 1/n{limit}"
+            far = _scaled(estimated[largest], math.sqrt(largest / n), note)
             rows.append(TableRow(quantity="cv", estimate=far, group_size=n, verdict=_extrapolated(far), **labels))
     size, needed, verdict = responses_for_cv_1(estimated)
     rows.append(TableRow(quantity="responses_for_cv_1", estimate=needed, group_size=size, verdict=verdict, **labels))

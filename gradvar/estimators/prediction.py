@@ -29,6 +29,10 @@ Array = NDArray[np.float64]
 CONSTANT = "constant"
 """Verdict where proxy or truth takes one value: nothing can be explained."""
 MINIMUM_RESPONSES = 8
+ROUNDING = 1e-20
+"""Centred squares below this share of the squares are rounding: the values are one."""
+TIE = 40
+"""Binary digits that two values share to have one rank: with as many right as wrong A^2 is one value up to rounding."""
 LEAST_LEFT = 1e-6
 """Sums of which less than this is left without one response are taken anew: a difference would be rounding."""
 
@@ -128,7 +132,7 @@ def _judge(
         return no_estimate(note, n=n, level=level), "undetermined"
     total = np.sum([_centred(p.x, p.y, np.ones(len(p.x), dtype=bool)) for p in kept], axis=0)
     size = np.array([sum(float(v @ v) for v in side) for side in ([p.x for p in kept], [p.y for p in kept])])
-    if (total[[1, 2]] <= 1e-20 * size).any():
+    if (total[[1, 2]] <= ROUNDING * size).any():
         return no_estimate("proxy or truth takes one value", n=n, level=level), CONSTANT
     estimate = measure(kept, level)
     if n < least:
@@ -155,6 +159,8 @@ def _values(values: Array, left_out: NDArray[np.intp]) -> Array:
 
 def _ranks(values: Array, left_out: NDArray[np.intp]) -> Array:
     """Ranks among the others, over their number: a smaller one left out moves a rank by 1, an equal one by 1/2."""
+    mantissa, exponent = np.frexp(values)
+    values = np.ldexp(np.round(np.ldexp(mantissa, TIE)), exponent - TIE)
     ranks = ranks_of(values)
     if len(left_out) == 0:
         return np.asarray(ranks / len(values))[None]
@@ -190,15 +196,19 @@ def _less_one(x: Array, y: Array, rows: NDArray[np.intp]) -> tuple[Array, NDArra
     own = np.stack([dx * dy, dx**2, dy**2], axis=-1)
     whole = own.sum(axis=0)
     left = whole - n / (n - 1.0) * own[rows]
-    return left, (left[:, 1:] <= LEAST_LEFT * whole[1:]).any(axis=1)
+    one_value = whole[1:] <= ROUNDING * np.array([x @ x, y @ y])
+    return left, (one_value | (left[:, 1:] <= LEAST_LEFT * whole[1:])).any(axis=1)
 
 
 def _centred(x: Array, y: Array, held: NDArray[np.bool_]) -> Array:
-    """(..., 3) sums of xy, xx, yy around the means of those held."""
+    """(..., 3) sums of xy, xx, yy around the means of those held; 0 where those hold one value up to rounding."""
     count = held.sum(axis=-1, keepdims=True)
     dx = (x - (x * held).sum(axis=-1, keepdims=True) / count) * held
     dy = (y - (y * held).sum(axis=-1, keepdims=True) / count) * held
-    return np.stack([(dx * dy).sum(axis=-1), (dx**2).sum(axis=-1), (dy**2).sum(axis=-1)], axis=-1)
+    xx, yy = (dx**2).sum(axis=-1), (dy**2).sum(axis=-1)
+    flat_x, flat_y = (own <= ROUNDING * (values**2 * held).sum(axis=-1) for own, values in ((xx, x), (yy, y)))
+    xy = np.where(flat_x | flat_y, 0.0, (dx * dy).sum(axis=-1))
+    return np.stack([xy, np.where(flat_x, 0.0, xx), np.where(flat_y, 0.0, yy)], axis=-1)
 
 
 def _fisher(parts: Array) -> Array:

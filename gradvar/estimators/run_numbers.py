@@ -95,7 +95,9 @@ class Options:
             cv = cv_table(prompts, rules=(self.rule,), alphas=alphas, reference=self.rule, **drawn)
             return {"cv": cv[cv["quantity"] == "cv"]}
         rules = () if self.rule == "vl_norm" else (self.rule,)
-        alpha = alpha_table(prompts, rules=rules, grid=self.grid, **drawn)
+        # An alpha off the grid has its own rows; the argmax stays that of the grid, the same in every comparison.
+        further = () if self.alpha is None else (self.alpha,)
+        alpha = alpha_table(prompts, rules=rules, grid=self.grid, further=further, **drawn)
         tables = {quantity: alpha[alpha["quantity"] == quantity] for quantity in FAMILIES["alpha"]}
         eta = tables["eta"]
         eta = eta[(eta["rule"] == self.rule) | eta["rule"].isna()]

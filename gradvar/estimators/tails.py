@@ -16,7 +16,7 @@ bounded, or both not, a short response makes that noisier whose weights fall mor
 more is taken: eta over that of VL Norm at another alpha was covered 87 to 90% without where E[g | L] moves or the law
 is flat, 92 to 100% with.
 
-    below   grpo's alone (power 2.5), whose weights fall and whose sum of weights nothing bounds: vl_norm's is kept
+    below   grpo's alone (half a power more), whose weights fall and whose sum nothing bounds: vl_norm's is kept
     above   all rules'; no longer than the run's maximum
 
 Shape letters: N responses.
@@ -155,7 +155,7 @@ class PromptTails:
     def alone(self, rule: Variant) -> LengthTails:
         """Tails of the noise of `rule`."""
         falls, unbounded = self._described(rule)
-        short = Tail(side=int(unbounded), power=2.5 - self.growth)
+        short = Tail(side=int(unbounded), power=2.0 * falls + 0.5 - self.growth)
         return self._tails(short, Tail(side=1, power=self.growth - 2.0 * falls))
 
     def beside(self, rule: Variant, reference: Variant) -> LengthTails:

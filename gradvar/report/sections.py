@@ -214,7 +214,7 @@ def _group_size(material: Material) -> Section:
         if len(silent):
             caption = f"Share of groups of {material.group_size} whose rewards are all equal (no gradient)"
             tables.append(estimates_table(silent, caption, [("prompt_id", "prompt")], what="share"))
-    words = ["Sizes of which a prompt holds fewer than three groups are extrapolated, and drawn hollow."]
+    words = ["Sizes of which any prompt holds fewer than three groups are extrapolated, and drawn hollow."]
     return Section(
         key="group-size", title="Noise scale and group size", words=words, tables=tables,
         drawings=material.drawings.get("group_size", ()), missing=_lacking(material, "planning"),

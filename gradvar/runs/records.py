@@ -250,6 +250,11 @@ def target_label(target: str) -> str:
     return f"layer {layer[1]} {layer[2]}" if layer else target
 
 
+def counted(count: Any, what: str) -> str:
+    """Return a number of things in words: 1 prompt, 2 prompts."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def estimate_table(rows: Iterable[TableRow]) -> pd.DataFrame:
     """Return the tidy table of TABLE_COLUMNS (extra columns after them), one line a row."""
     records = []

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from gradvar.estimators.sampler_agreement import SamplerAgreement, sampler_agreement
 from gradvar.runs import MeasureConfig, Rollout, Run
+from gradvar.runs.records import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ def disagreement(run: Run) -> str | None:
         return None
     name, worst = max(bad.items(), key=lambda item: item[1].mean_abs)
     return (
-        f"SAMPLER AND POLICY DISAGREE on {len(bad)} of {len(found)} prompts: at worst (prompt {name}) "
+        f"SAMPLER AND POLICY DISAGREE on {len(bad)} of {counted(len(found), 'prompt')}: at worst (prompt {name}) "
         f"{worst.mean_abs:.3g} nats per token on average, limit {limit:g}, largest {worst.max_abs:.3g} at response "
         f"{worst.worst_response}, token {worst.worst_token}; these rollouts do not come from this policy at this "
         "temperature, and every number below is biased"

@@ -18,6 +18,7 @@ from gradvar.estimators.cross_products import (
     sketch_error,
 )
 from gradvar.runs import SUM, EstimateConfig, PromptScores, Run
+from gradvar.runs.records import counted
 from gradvar.stages.listener import Listener
 
 TABLE = "batches"
@@ -47,8 +48,8 @@ def write_batches(
         return None
     if without:
         listener.warn(
-            f"{len(without)} prompts (first: {without[0]}) have no sketches like the others' and are in no batch: run "
-            f"`gradvar measure {run.path} --cross sketch`"
+            f"{counted(len(without), 'prompt')} (first: {without[0]}) without sketches like the others', in no batch: "
+            f"run `gradvar measure {run.path} --cross sketch`"
         )
     inside = [group for group in groups if group.target in named and group.prompt_id not in without]
     if len({group.prompt_id for group in inside}) < 2:

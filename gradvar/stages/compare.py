@@ -13,6 +13,7 @@ from gradvar.errors import GradvarError
 from gradvar.estimators import compare_table
 from gradvar.runs import SUM, EstimateConfig, PromptScores, Run, rollouts_digest
 from gradvar.runs.provenance import utc_now
+from gradvar.runs.records import counted
 from gradvar.stages.groups import estimated_groups
 from gradvar.stages.identity import agreed_config
 from gradvar.stages.listener import Listener, Silent
@@ -75,8 +76,8 @@ def compare(
         again = same_rollouts(first, run, matched[name])
         if again:
             notes.append(
-                f"{name} holds the same rollouts as {names[0]} of {again} prompts: differences are exact for these "
-                "rollouts, and their intervals, which take the runs for independent, do not hold"
+                f"{name} holds the same rollouts as {names[0]} of {counted(again, 'prompt')}: differences are exact "
+                "for these rollouts, and their intervals, which take the runs for independent, do not hold"
             )
     with listener.task("compare", 1) as advance:
         table = compare_table(
@@ -137,8 +138,8 @@ def matched_ids(texts: Mapping[str, Mapping[str, str]], notes: list[str]) -> dic
         differing = [name for name in prompts if name in taken and prompts[name] != texts[reference][name]]
         if differing:
             notes.append(
-                f"{len(differing)} prompt ids of {run} (first: {differing[0]}) have another text in {reference}: "
-                "prompts are matched by text, so these are not compared under that id"
+                f"{counted(len(differing), 'prompt id')} of {run} (first: {differing[0]}) with another text in "
+                f"{reference}: prompts are matched by text, so these are not compared under that id"
             )
         if not taken & set(ids.values()):
             notes.append(f"{run} shares no prompt text with {reference}: no differences, each run has its own numbers")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from gradvar.errors import GradvarError
 from gradvar.estimators.inputs import has_gradient
 from gradvar.runs import SUM, EstimateConfig, PromptScores, Run, target_label
+from gradvar.runs.records import counted
 from gradvar.stages.listener import Listener
 
 
@@ -35,8 +36,8 @@ def estimated_groups(run: Run, listener: Listener | None = None) -> list[PromptS
         )
     if waiting and listener is not None:
         listener.warn(
-            f"{len(waiting)} prompts (first: {waiting[0]}) have rollouts that are missing or not measured and are not "
-            f"in these estimates: run `gradvar sample {run.path}`, `reward` and `measure`"
+            f"{counted(len(waiting), 'prompt')} with rollouts missing or not measured (first: {waiting[0]}), not in "
+            f"these estimates: run `gradvar sample {run.path}`, `reward` and `measure`"
         )
     return groups
 
@@ -49,8 +50,8 @@ def _without_gradient(groups: Sequence[PromptScores]) -> list[str]:
             found.setdefault(group.target, []).append(group.prompt_id)
     prompts = len({group.prompt_id for group in groups})
     return [
-        f"{target_label(target)} has no gradient at {len(names)} of {prompts} prompts (first: {names[0]}): every score "
-        "there is 0, as these parameters do not act on the log-probabilities; the other numbers stand"
+        f"{target_label(target)} has no gradient at {len(names)} of {counted(prompts, 'prompt')} (first: {names[0]}): "
+        "every score there is 0, as these parameters do not act on the log-probabilities; the other numbers stand"
         for target, names in found.items()
     ]
 
@@ -63,8 +64,9 @@ def left_out_line(run: Run) -> str | None:
     prompt_id, reasons = next(iter(found.items()))
     rollout_id, why = next(iter(reasons.items()))
     return (
-        f"{sum(map(len, found.values()))} responses of {len(found)} prompts were left out, by --leave-out-non-finite, "
-        f"and are in no number (first: prompt {prompt_id}, response {rollout_id}: {why}); if length or reward decides "
+        "left out, by --leave-out-non-finite, and in no number: "
+        f"{counted(sum(map(len, found.values())), 'response')} of {counted(len(found), 'prompt')} "
+        f"(first: prompt {prompt_id}, response {rollout_id}: {why}); if length or reward decides "
         "who is left out, the estimates are biased"
     )
 

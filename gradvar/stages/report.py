@@ -16,6 +16,7 @@ from gradvar.figures import Drawing, NotDrawn
 from gradvar.report import Material, PromptSample, Response, render_report
 from gradvar.runs import PromptScores, Run, SampleConfig, storage, target_label
 from gradvar.runs.config import CONFIGS, as_json
+from gradvar.runs.records import counted
 from gradvar.stages.agreement import disagreement, sampler_agreements
 from gradvar.stages.estimate import advice
 from gradvar.stages.figures import DRAWERS
@@ -138,16 +139,22 @@ def _notes(held: Held, groups: Sequence[PromptScores]) -> list[str]:
     unverified = sum(int(np.isnan(group.rewards).sum()) for group in groups)
     notes = []
     if unverified:
-        notes.append(f"{unverified} responses are unverified: kept for the score, left out where an advantage is used.")
+        notes.append(
+            f"Unverified: {counted(unverified, 'response')}, kept for the score, left out where an advantage is used."
+        )
     silent = [group.prompt_id for group in groups if len(set(group.rewards[~np.isnan(group.rewards)].tolist())) == 1]
     if silent:
-        notes.append(f"{len(silent)} prompts have one reward for all responses and carry no gradient.")
+        notes.append(f"Without gradient: {counted(len(silent), 'prompt')} with one reward for all responses.")
     truncated = sum(int(group.truncated.sum()) for group in groups)
     limit = held.run.config(SampleConfig).max_tokens
-    notes.append(f"{truncated} responses were cut at {limit} tokens; the law without them is among the reward classes.")
+    notes.append(
+        f"Cut at {limit} tokens: {counted(truncated, 'response')}; the law without them is among the reward classes."
+    )
     waiting = len(held.run.prompt_ids) - len(groups)
     if waiting:
-        notes.append(f"{waiting} prompts of the run are not measured: `gradvar measure {held.run.path}` takes them in.")
+        notes.append(
+            f"Not measured: {counted(waiting, 'prompt')} of the run; `gradvar measure {held.run.path}` takes them in."
+        )
     if line := left_out_line(held.run):
         notes.append(line)
     return notes

@@ -11,6 +11,7 @@ import numpy as np
 from gradvar.errors import GradvarError
 from gradvar.rollouts.rewards import MathPool, RewardResult, choose_reward, score_rollouts
 from gradvar.runs import Prompt, RewardConfig, Rollout, Run, rollouts_digest
+from gradvar.runs.records import counted
 from gradvar.stages.identity import agreed_config
 from gradvar.stages.listener import Listener, Silent
 from gradvar.stages.sample import IMPORTED
@@ -69,9 +70,9 @@ def reward(run: Run, given: Mapping[str, Any], listener: Listener | None = None)
     if config.reward is None and len({rule.name for rule in chosen.values()}) > 1:
         listener.warn("prompts are scored by different rewards (below); give one by --reward if that is not meant")
     for reason, count in reasons.items():
-        listener.say(f"reward: {reason} ({count} prompts)")
+        listener.say(f"reward: {reason} ({counted(count, 'prompt')})")
     for reason, count in unverified.items():
-        listener.warn(f"{count} responses unverified (null, not zero): {reason}")
+        listener.warn(f"{counted(count, 'response')} unverified (null, not zero): {reason}")
     rewards = [run.rewards(prompt.prompt_id) for prompt in sampled]
     if all(np.unique(r[~np.isnan(r)]).size <= 1 for r in rewards):
         listener.warn(

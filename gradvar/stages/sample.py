@@ -24,6 +24,7 @@ from gradvar.rollouts.imports import ImportedPrompt, read_rollouts
 from gradvar.rollouts.problems import read_problems, select_problems
 from gradvar.rollouts.templates import build_prompts, resolve_template
 from gradvar.runs import Prompt, Rollout, Run, SampleConfig, rollouts_digest
+from gradvar.runs.records import counted
 from gradvar.stages.identity import agree_on_model, agreed_config, agreed_prompts
 from gradvar.stages.listener import Listener, Silent
 
@@ -141,7 +142,9 @@ def sample(run: Run, given: Mapping[str, Any], listener: Listener | None = None)
             )
     total, missing = config.rollouts * len(prompts), sum(request.count for request in requests)
     if requests:
-        listener.say(f"sampling {missing} rollouts of {len(requests)} prompts with {config.engine} on {config.device}")
+        listener.say(
+            f"sampling {missing} rollouts of {counted(len(requests), 'prompt')} with {config.engine} on {config.device}"
+        )
     settings = SamplingSettings(
         model=folder,
         dtype=config.dtype,
@@ -223,7 +226,7 @@ def import_rollouts(run: Run, source: Path, given: Mapping[str, Any], listener: 
             ids = [rollout.rollout_id for rollout in one.rollouts]
             run.write_rewards(name, ids, np.asarray(one.rewards, dtype=np.float64), label=label)
     count = sum(len(one.rollouts) for one in imported)
-    listener.say(f"imported {count} rollouts of {len(imported)} prompts from {source}")
+    listener.say(f"imported {count} rollouts of {counted(len(imported), 'prompt')} from {source}")
     run.finish("sample", prompts=len(prompts), rollouts=count)
 
 

@@ -145,7 +145,7 @@ def test_a_sampler_at_another_temperature_is_the_first_thing_told(call, run, tmp
     path.write_text("\n".join(map(json.dumps, rows)))
     call("sample", tmp_path / "other", "--model", policy_path(), "--from", path)
     out = call("measure", tmp_path / "other")
-    assert out.startswith("SAMPLER AND POLICY DISAGREE on 1 of 1 prompts")
+    assert out.startswith("SAMPLER AND POLICY DISAGREE on 1 of 1 prompt:")
     assert "SAMPLER AND POLICY" not in call("measure", run)
 
 

@@ -78,7 +78,7 @@ def test_compare_matches_prompts_by_text(call, tmp_path):
     simulated(tmp_path / "late", 2, 5, texts=["x", "b", "a", "d", "c"], signal=3.0, beta=2.0)
     out = call("compare", tmp_path / "early", tmp_path / "late", "--seed", "2")
     assert "late: 5 prompts, 4 of them" in out
-    assert "have another text in early" in " ".join(out.split())
+    assert "with another text in early" in " ".join(out.split())
     assert "CV, ratio" in out
     run = gradvar.open_run(tmp_path / "early")
     table = run.table("compare")
@@ -203,6 +203,31 @@ def test_extras_of_dapo_beside_the_plain_update(call, tmp_path):
     assert gradvar.open_run(tmp_path / "r").options("cv").overlong_buffer is None
     line = call("cv", tmp_path / "r", "--extras", "--overlong-buffer", "0", code=2)
     assert "--overlong-buffer: expected at least 1 token" in line
+
+
+def test_many_columns_stand_in_parts_and_no_heading_is_broken(capsys, monkeypatch):
+    from cli.console import wide_table
+
+    monkeypatch.setenv("COLUMNS", "40")
+    names = ["grpo", "dr_grpo", *(f"vl_norm α={alpha}" for alpha in (0.5, 0.75, 1, 1.5, 2))]
+    wide_table("CVs", ["prompt", *names], [["p0", *([">0.967"] * 7)], ["p1", *(["1.5"] * 7)]], caption="end")
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert all(len(line) <= 40 for line in lines)
+    assert (out.count("prompt "), out.count("CVs"), out.count("end"), out.count(">0.967")) == (3, 1, 1, 7)
+    assert all(out.count(word) == times for word, times in (("vl_norm", 5), ("dr_grpo", 1), ("α=0.75", 1)))
+
+
+def test_a_silent_prompt_is_said_below_the_numbers(call, tmp_path):
+    simulated(tmp_path / "r", 1, 3, texts=["a", "b", "c"], signal=3.0, targets=TARGETS[:1])
+    run = gradvar.open_run(tmp_path / "r")
+    name = run.prompt_ids[0]
+    ids = [rollout.rollout_id for rollout in run.rollouts(name)]
+    run.write_rewards(name, ids, np.ones(len(ids)), label=("x", "y"))
+    out = call("cv", tmp_path / "r")
+    table = out[out.index("CV prompt by prompt") :]
+    assert f"silent: all rewards equal: 1 prompt ({name})" in table
+    assert not any(line.startswith(f"{name} ") for line in table.splitlines())
 
 
 def test_noise_scale_of_prompts_like_these_only_where_it_has_an_interval():

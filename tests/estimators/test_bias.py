@@ -8,24 +8,30 @@ import pytest
 from scipy import stats
 
 from gradvar.errors import GradvarError
-from gradvar.estimators import aggregator_rho, alpha_table, find_rule, law_table, recommendation
+from gradvar.estimators import aggregator_rho, alpha_table, find_rule, group_products, law_table, recommendation
 from gradvar.estimators.bias import (
+    Jackknifed,
     cosine,
     estimate_of,
     eta_estimate,
+    inner_product,
     jackknifed,
+    log_efficiency,
     log_noise,
+    log_rho,
     pressure,
     scale,
     within_one,
 )
-from gradvar.estimators.group_products import Layout, half_differences
+from gradvar.estimators.group_products import Layout, half_differences, reaches
 from gradvar.estimators.groups import draw_groups, group_coefficients
 from gradvar.estimators.inputs import generator
+from gradvar.estimators.intervals import effective_degrees, t_quantile
+from gradvar.estimators.surplus import _slopes
 from gradvar.estimators.update_products import entropy_direction, length_direction, products, reward_direction
 from gradvar.runs.records import Estimate
 from tests.estimators import references, simulator
-from tests.estimators.test_tables import only, pick, prompts
+from tests.estimators.test_tables import only, pick, prompts, same
 
 
 def parts(scores, rewards, lengths, groups, rules, log_probs=None):
@@ -182,6 +188,13 @@ def test_table_rows(table, groups):
     assert below
 
 
+def test_a_further_alpha_has_rows_and_no_part_in_the_argmax(table, groups):
+    more = alpha_table(groups, seed=1, grid=(0.0, 0.75, 1.0, 2.0), further=(0.3, 0.75), permutations=64)
+    mine = more[~((more["rule"] == "vl_norm") & (more["alpha"] == 0.3))]
+    assert len(mine) < len(more)
+    same(mine, table)
+
+
 def test_log_probs_give_entropy_pressure(groups):
     with_probs = [replace(g, log_probs=-g.lengths * 0.5) for g in groups]
     table = alpha_table(with_probs, seed=1, grid=(0.0, 1.0), permutations=32)
@@ -241,6 +254,19 @@ def test_recommendation_says_what_it_rests_on(table, groups):
     assert "cannot tell one alpha from another" in recommendation(wide, target="a")
 
 
+def test_recommendation_says_that_all_prompts_are_silent(groups):
+    silent = [replace(one, rewards=np.ones(48)) for one in groups]
+    for several, said in ((silent, "each of the 3 prompts"), (silent[:1], "the one prompt")):
+        words = recommendation(alpha_table(several, seed=1), target="a")
+        assert words == (
+            "No alpha can be recommended for a, grpo advantages in groups of 8: "
+            f"in {said} all verified rewards are equal, so no response is better than another."
+        )
+    mixed = alpha_table([*silent[:2], groups[2].select(np.arange(20))], seed=1)
+    words = recommendation(mixed, target="a")
+    assert "2 prompts silent: all rewards equal; 1 prompt unresolved: fewer than 24 verified responses." in words
+
+
 def test_prompts_like_these_leave_out_one_prompt_at_a_time():
     groups = prompts(5, n=32, targets=("a",), signal=3.0)
     options = {"rules": ("grpo",), "grid": (0.0, 1.0), "group_size": 4, "permutations": 32, "seed": 1}
@@ -283,6 +309,83 @@ def test_errors_without_the_surplus_are_those_of_drawing_again():
     spread = np.std(values)
     assert np.sqrt(np.mean(np.square(raw))) / spread > 1.2
     assert 0.9 < np.sqrt(np.mean(np.square(errors))) / spread < 1.2
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_slopes_are_the_derivatives(directions):
+    """By same, cross, mixed with each direction and each direction, from the formulas."""
+    rng = np.random.default_rng(5)
+    same, cross = 2.0 + rng.random(4), 0.5 + rng.random(4)
+    mixed, direction = 0.2 + rng.random((4, directions)), 1.0 + rng.random(directions)
+    along, own = mixed[:, 0], direction[0]
+    none = np.zeros(4)
+    eta = along**2 / (own * same)
+    expected = {
+        log_noise: np.array([eta / same, none, -2 * eta / along, eta / own]) / (1 - eta),
+        log_efficiency: (-1 / same, none, 2 / along, none),
+        log_rho: (-1 / same, 1 / cross, none, none),
+        cosine: (
+            none,
+            -along / 2 / np.sqrt(cross**3 * own),
+            1 / np.sqrt(cross * own),
+            -along / 2 / np.sqrt(cross * own**3),
+        ),
+        scale: (none, none, none + 1 / own, -along / own**2),
+        inner_product(0): (none, none, none + 1, none),
+    }
+    for statistic, (by_same, by_cross, by_mixed, by_direction) in expected.items():
+        rest = [none] * (directions - 1)
+        got = _slopes([same, cross, mixed, direction], statistic)
+        np.testing.assert_allclose(got, [by_same, by_cross, by_mixed, *rest, by_direction, *rest], rtol=1e-7, atol=1e-9)
+    if directions == 2:
+        got = _slopes([same, cross, mixed, direction], pressure(1))
+        np.testing.assert_allclose(got, [none, none, -mixed[:, 1] / along**2, 1 / along, none, none], atol=1e-8)
+
+
+def test_biases_and_quantiles_of_all_statistics_are_those_of_each():
+    rng = np.random.default_rng(6)
+    replicates = [rng.normal(size=(n, 4)) for n in (12, 30)]
+    for one in replicates:
+        one[:, 1] = 2.0
+        one[3, 2], one[4, 3] = np.nan, np.inf
+    value = rng.normal(size=4)
+    made = Jackknifed(value=value, replicates=replicates, n=42, clusters=2)
+    with np.errstate(invalid="ignore"):
+        for k in range(4):
+            influence = np.concatenate([r[:, k].mean() - r[:, k] for r in replicates])
+            bias = sum((len(r) - 1) * (r[:, k].mean() - value[k]) for r in replicates)
+            assert made.bias[k] == pytest.approx(bias, nan_ok=True)
+            for level in (0.9, 0.95):
+                quantile = t_quantile(level, effective_degrees(influence, 40))
+                assert made.quantiles(level)[k] == pytest.approx(quantile)
+    assert replace(made, degrees=3.0).quantiles(0.95) == pytest.approx([t_quantile(0.95, 3.0)] * 4)
+
+
+def test_a_layout_serves_several_grams_kept_or_found_anew(monkeypatch):
+    """More permutations than a chunk holds, and not a multiple; places in the Gram kept or not."""
+    rng = np.random.default_rng(7)
+    groups = draw_groups(20, 4, 2 * group_products.CHUNK + 3, rng=rng)
+    kinds = rng.normal(size=(3, *groups.shape))
+    layout = Layout(groups=groups, kinds=kinds, n_responses=20)
+    anew = Layout(groups=groups, kinds=kinds, n_responses=20)
+    monkeypatch.setattr(group_products, "MOST_PLACES", 0)
+    assert all(chunk.places is None for chunk in anew.chunks)
+    monkeypatch.undo()
+    for _ in range(2):
+        scores = rng.normal(size=(20, 3))
+        gram = scores @ scores.T
+        seen = 0
+        for one, two in zip(reaches(gram, layout), reaches(gram, anew), strict=True):
+            np.testing.assert_array_equal(one.beyond, two.beyond)
+            np.testing.assert_array_equal(one.inside, two.inside)
+            for p, permutation in enumerate(groups[one.where]):
+                updates = np.einsum("kbn,bnd->kbd", kinds[:, one.where][:, p], scores[permutation])
+                for b, members in enumerate(permutation):
+                    others = np.delete(updates, b, axis=1).sum(axis=1)
+                    np.testing.assert_allclose(one.inside[p, b], scores[members] @ updates[:, b].T, atol=1e-12)
+                    np.testing.assert_allclose(one.beyond[p, b], scores[members] @ others.T, atol=1e-12)
+                seen += 1
+        assert seen == len(groups)
 
 
 def test_half_differences_are_the_noise_of_the_permutations():

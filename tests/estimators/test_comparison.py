@@ -214,6 +214,13 @@ def test_vl_norm_and_refusals(runs):
     table = compare_table({"x": run(9, 1)}, rule="vl_norm", alpha=0.6, **OPTIONS)
     assert only(table, quantity="eta", prompt_id=None)["alpha"] == 0.6
     assert math.isfinite(only(table, quantity="cv", prompt_id=None)["value"])
+    # The best alpha is sought on the grid, whichever alpha the rule has.
+    far = compare_table({"x": run(9, 1)}, rule="vl_norm", alpha=50.0, **OPTIONS)
+    plain = compare_table({"x": run(9, 1)}, **OPTIONS)
+    for quantity in ("alpha_star_eta", "alpha_star_cv"):
+        same(pick(far, quantity=quantity), pick(plain, quantity=quantity))
+    own = only(far, quantity="eta", prompt_id=None)
+    assert (own["alpha"], 0.0 <= own["value"] <= 1.0) == (50.0, True)
     with pytest.raises(GradvarError, match="no runs"):
         compare_table({}, seed=0)
     with pytest.raises(GradvarError, match="none of the runs"):

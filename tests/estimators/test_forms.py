@@ -9,7 +9,7 @@ from gradvar.errors import GradvarError
 from gradvar.estimators import conditional_cv, cv_table, find_rule, form_table, paper_order, total_form
 from gradvar.runs.records import Estimate
 from tests.estimators import references, simulator
-from tests.estimators.test_tables import only, pick, prompts
+from tests.estimators.test_tables import only, pick, prompts, same
 
 LENGTHS = np.array([20.0, 35.0, 60.0, 200.0, 410.0, 77.0])
 
@@ -106,6 +106,15 @@ def test_table_says_what_holds():
         for name in ("p1", None)
     )
     assert pooled == pytest.approx(one)
+
+
+def test_further_references_are_tables_of_their_own():
+    groups = prompts(2, n=40, targets=("a", "b"))
+    both = form_table(groups, further_references=("dapo", "grpo"), seed=3)
+    for reference in ("grpo", "dapo"):
+        alone = form_table(groups, reference=reference, seed=3)
+        same(pick(both, against=reference), alone)
+    assert set(both["against"]) == {"grpo", "dapo"}
 
 
 def test_the_order_against_dapo_and_in_form_3():

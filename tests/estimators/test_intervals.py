@@ -11,6 +11,7 @@ from gradvar.estimators.intervals import (
     effective_degrees,
     jackknife_variance,
     n_to_decide,
+    quantiles_of_columns,
     t_quantile,
     without_surplus,
 )
@@ -38,6 +39,18 @@ def test_effective_degrees():
     assert effective_degrees(np.zeros(10), 9) == 9
     # Estimates of squares that are nothing but noise tell of no variance.
     assert degrees_of_squares(np.array([1.0, -2.0, 0.5]), 9) == 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 50])
+def test_quantiles_of_columns_are_those_of_each(n):
+    rng = np.random.default_rng(n)
+    u = rng.normal(size=(n, 7))
+    u[:, 1], u[1:, 2], u[:, 3], u[0, 4], u[0, 5], u[0, 6] = 0.0, 0.0, 3.0, np.nan, np.inf, 1e6
+    for most in (0.0, 0.5, 5.0, 200.0):
+        got = quantiles_of_columns(u, 0.95, most)
+        with np.errstate(invalid="ignore"):
+            expected = [t_quantile(0.95, effective_degrees(column, most)) for column in u.T]
+        np.testing.assert_allclose(got, expected)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,18 @@
 import numpy as np
 import pytest
 
+from gradvar.estimators import aggregator_rho
 from gradvar.estimators.additive import Sums, of_these_prompts, ratio_of_signals
 from gradvar.estimators.group_products import Layout
 from gradvar.estimators.groups import draw_groups, group_moments, moments_of_kinds
 from gradvar.estimators.length_bins import bin_products
-from gradvar.estimators.pairs import covariance_of_kernels, mean_coefficients, pair_covariance
+from gradvar.estimators.pairs import (
+    WeightedKernels,
+    centred,
+    covariance_of_kernels,
+    mean_coefficients,
+    pair_covariance,
+)
 
 
 def test_mean_coefficients_by_definition():
@@ -43,6 +50,66 @@ def test_kernels_of_squares_and_directions():
     kernels = [kernel(z[0], z[0]), kernel(z[1], z[1]), kernel(z[0], w), kernel(z[1], w)]
     expected = [[2 * (a * b).sum() / (9 * 8) ** 2 for b in kernels] for a in kernels]
     assert got == pytest.approx(np.array(expected))
+
+
+def degenerate_scores(name, n, rng):
+    scores = rng.normal(size=(n, 3))
+    if name == "repeated":
+        scores[1::2] = scores[0]
+    elif name == "outlier":
+        scores[0] *= 1e6
+    elif name == "zeros":
+        scores[::2] = 0.0
+    elif name == "mean":
+        scores = 1e-2 * scores + 1.0
+    return scores
+
+
+@pytest.mark.parametrize("n", [2, 3, 9, 40])
+@pytest.mark.parametrize("name", ["plain", "repeated", "outlier", "zeros", "mean"])
+def test_weighted_kernels_are_those_formed(name, n):
+    """Covariances and forms of kernels that are not formed, beside forming and centring each."""
+    rng = np.random.default_rng([7, n])
+    scores = degenerate_scores(name, n, rng)
+    gram, weights = scores @ scores.T, rng.normal(size=(4, n))
+    weights[1], weights[2] = 3e3 * weights[0], 0.0
+    first, second = np.array([0, 1, 2, 3, 0, 3]), np.array([0, 1, 2, 3, 3, 1])
+    got = WeightedKernels(gram=gram, weights=weights, first=first, second=second)
+    outer = [np.outer(weights[z], weights[w]) for z, w in zip(first, second, strict=True)]
+    kernels = np.stack([gram * (one + one.T) / 2 for one in outer])
+    size = np.sqrt((kernels**2).sum(axis=(1, 2))) / (n * (n - 1))
+    # Of squares much larger than what is left of them rounding is all the difference.
+    room = 1e-11 * np.outer(size, size)
+    assert (np.abs(got.covariance() - covariance_of_kernels(kernels)) <= room).all()
+    assert (np.diagonal(got.covariance()) >= 0.0).all()
+    influences = rng.normal(size=(len(first), 2, n))
+    influences -= influences.mean(axis=-1, keepdims=True)
+    expected = np.stack([u @ h @ u.T for u, h in zip(influences, centred(kernels), strict=True)])
+    np.testing.assert_allclose(got.along(influences), expected, rtol=1e-9, atol=1e-12 * n * np.abs(kernels).max())
+
+
+def test_identical_responses_have_no_pairs():
+    """Every update is the same: rho is 1 and its interval is, not what the exponential makes of rounding."""
+    score = np.random.default_rng(3).normal(size=20)
+    gram, weights = np.full((48, 48), score @ score), np.random.default_rng(4).random((2, 1)) * np.ones((2, 48))
+    each = np.arange(2)
+    assert (WeightedKernels(gram=gram, weights=weights, first=each, second=each).covariance() == 0.0).all()
+    rho, _ = aggregator_rho(
+        gram, np.zeros(48), np.full(48, 7.0), "grpo", advantage="score", rng=np.random.default_rng(0)
+    )
+    assert (rho.value, rho.low, rho.high) == pytest.approx((1.0, 1.0, 1.0))
+
+
+def test_a_group_left_out_counts_in_no_mean_coefficient():
+    rng = np.random.default_rng(6)
+    groups = draw_groups(12, 3, 9, rng=rng)
+    held = (rng.random(groups.shape[:2]) < 0.5).astype(float)
+    updates = rng.normal(size=(2, *groups.shape)) * held[..., None]
+    got = mean_coefficients(groups, updates, 12, held)
+    for k in range(2):
+        for i in range(12):
+            mine = [updates[k][p, b][groups[p, b] == i] for p, b in np.argwhere(held) if i in groups[p, b]]
+            assert got[k, i] == pytest.approx(3 * np.mean(mine) if mine else 0.0)
 
 
 def test_pairs_and_bend_of_group_moments():

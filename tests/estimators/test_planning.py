@@ -38,6 +38,24 @@ def test_rows_agree_with_the_cv_table_and_extrapolate_by_the_square_root(groups)
     assert not pick(table, quantity="cv", prompt_id=None, group_size=8).empty
 
 
+def test_a_pool_goes_as_far_as_its_smallest_prompt_and_names_it(groups):
+    small = replace(groups[1].select(np.arange(30)), prompt_id="small")
+    table = planning_table([groups[0], small], sizes=(4, 8, 16, 64), permutations=32, seed=4)
+    for quantity in ("cv", "eta"):
+        rows = pick(table, quantity=quantity, prompt_id=None, estimand="these prompts").set_index("group_size")
+        assert (rows["clusters"] == 2).all()
+        far = rows.loc[[16, 64], "method"]
+        assert far.str.startswith("extrapolated from n = 8").all()
+        assert far.str.contains("as prompt small with 30 responses holds three groups of no larger one").all()
+        assert not rows.loc[[4, 8], "method"].str.contains("extrapolated").any()
+    own = pick(table, prompt_id="p0", quantity="cv").set_index("group_size")["method"]
+    assert "extrapolated" not in own[16]
+    assert own[64].startswith("extrapolated from n = 16, CV^2 as 1/n;")
+    # Where every prompt ends there, no one ends it.
+    both = planning_table(groups, sizes=(8, 64), permutations=32, seed=4)
+    assert not both["method"].str.contains("no larger one").any()
+
+
 def test_what_is_extrapolated_from_an_unresolved_cv_is_unresolved():
     noise = prompts(1, n=48, targets=("a",), signal=0.0)
     table = planning_table(noise, sizes=(8, 16, 32, 64), permutations=32, seed=4)

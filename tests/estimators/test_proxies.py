@@ -156,6 +156,55 @@ def test_replicates_leave_a_response_out_of_the_baseline_too(groups, advantage):
         assert back(estimate.high) == pytest.approx(math.tanh(high))
 
 
+@pytest.mark.parametrize("n", [2, 3, 40])
+@pytest.mark.parametrize("case", ["plain", "outlier", "far", "constant", "one", "line"])
+def test_sums_less_one_response_are_those_of_the_others(case, n):
+    rng = np.random.default_rng(n)
+    x = rng.normal(size=n)
+    y = x + rng.normal(size=n)
+    if case == "outlier":
+        x[0], y[0] = 1e6, 1e6
+    elif case == "far":
+        x = x + 1e4
+    elif case == "constant":
+        x[:] = 0.1
+    elif case == "one":
+        x[:] = np.arange(n) == 1
+    elif case == "line":
+        y = 2.5 * x
+    got = Pair.of(x, y).sums.without
+    for i in range(n):
+        a, b = np.delete(x, i), np.delete(y, i)
+        a, b = a - a.mean(), b - b.mean()
+        size = math.sqrt((a @ a) * (b @ b))
+        assert got[i, 1:] == pytest.approx(np.array([a @ a, b @ b]), rel=1e-6, abs=1e-18)
+        assert got[i, 0] == pytest.approx(a @ b, abs=1e-9 * size + 1e-18)
+
+
+def test_a_proxy_of_one_value_without_a_response_gives_no_interval(groups):
+    """16 of 31 right: A^2 is one value as soon as a right response is left out, and rounding is no correlation."""
+    one = next(g for g in groups if g.target == "a").select(np.arange(31))
+    rewards = (np.random.default_rng(0).permutation(31) < 16).astype(float)
+    found = []
+    for factor, shift in ((1.0, 0.0), (3.0, 0.1), (0.7, -5.0)):
+        for kind in ("grpo", "mean", "rloo"):
+            table = proxy_table([replace(one, rewards=factor * rewards + shift)], advantage=kind, seed=0)
+            rows = pick(table, proxy="advantage_square", truth="norm_square")
+            assert rows["low"].isna().all()
+            found.append(rows["value"].to_numpy())
+    np.testing.assert_allclose(found, np.broadcast_to(found[0], np.shape(found)), rtol=1e-6)
+
+
+def test_repeated_responses_have_the_ranks_of_ties(groups):
+    """Advantages of another scale change no rank, nor does the order in which products are rounded."""
+    one = next(g for g in groups if g.target == "a")
+    again = np.where(np.arange(48) % 3 == 0, 5, np.arange(48))
+    one = replace(one, gram=one.gram[np.ix_(again, again)], lengths=one.lengths[again])
+    tables = [proxy_table([one], advantage=kind, seed=0) for kind in ("mean", "rloo")]
+    values, others = (pick(t, quantity="rank_correlation")[["value", "low", "high"]].to_numpy() for t in tables)
+    np.testing.assert_allclose(values, others, rtol=1e-9)
+
+
 def test_logs_leave_out_what_is_not_positive():
     x = np.arange(20.0)
     y = x**3

@@ -9,12 +9,15 @@ import pytest
 from gradvar.errors import GradvarError
 from gradvar.estimators import (
     aggregator_rho,
+    alpha_table,
     cv_table,
     deviations,
     find_rule,
     fit_variance_law,
+    form_table,
     identity_table,
     law_table,
+    planning_table,
     within_length_variance,
 )
 from gradvar.estimators.cv_rows import CvStudy, ratio_row
@@ -302,6 +305,16 @@ def test_truncated_and_many_reward_values():
     scopes = set(law_table([replace(g, rewards=rewards, truncated=g.lengths > 300)], seed=0)["scope"])
     middle = f"{np.median(rewards):g}"
     assert scopes == {"all responses", "not truncated", f"reward at most {middle}", f"reward above {middle}"}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("table", [alpha_table, cv_table, form_table, identity_table, law_table, planning_table])
+def test_a_gram_that_is_not_finite_is_refused(groups, table, bad):
+    """Not taken for a target without gradient, whose trace is not above 0 either."""
+    gram = groups[0].gram.copy()
+    gram[3, 3] = bad
+    with pytest.raises(GradvarError, match="holds NaN or infinity"):
+        table([replace(groups[0], gram=gram)], seed=0)
 
 
 def test_refuses(groups):

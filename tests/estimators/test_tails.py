@@ -136,3 +136,6 @@ def test_a_rule_is_unbounded_by_its_formula_not_its_name():
     for rule, alpha, side in ((own, None, 1), (find_rule("vl_norm"), 1.0, 0), (find_rule("dapo"), None, 0)):
         described = PromptTails.of(gram, rewards, lengths, advantage="grpo")
         assert described.alone((rule, alpha)).short.side == side
+    # One that divides by the length twice, twice as fast.
+    steep = replace(own, name="steep", formula=lambda lengths, n, total, m, alpha: lengths**-2.0 / n)
+    assert described.alone((steep, None)).short.power == pytest.approx(4.5 - described.growth)

@@ -87,7 +87,7 @@ def test_cv_writes_batches_and_a_prompt_that_grew_is_told(run, capsys):
 
     ear = Ear()
     cv(run, CV, ear)
-    assert any("1 prompts (first: 1) have no sketches" in line for line in ear.lines)
+    assert any("1 prompt (first: 1) without sketches" in line for line in ear.lines)
     assert run.table("batches")["clusters"].eq(4).all()
     for prompt_id in run.prompt_ids:
         run.file("sketches", prompt_id).unlink()

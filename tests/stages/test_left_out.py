@@ -93,7 +93,7 @@ def test_with_it_the_others_are_measured_as_if_it_had_not_been_there(run):
     assert np.isnan(run.measures("0").policy_logprobs[BAD]).all()
     events = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
     assert [(e["prompt_id"], e["rollout_id"]) for e in events if e["event"] == "response left out"] == [("0", BAD)]
-    assert any("1 responses of 1 prompts were left out" in line for line in heard.lines)
+    assert any("in no number: 1 response of 1 prompt (first" in line for line in heard.lines)
     assert heard.done == heard.total
 
 
@@ -101,7 +101,7 @@ def test_every_later_table_says_how_many(run):
     measure(run, {"targets": ("last:qkv",), **OUT})
     heard = Heard()
     tables = fit(run, {}, heard)
-    assert any("1 responses of 1 prompts were left out" in line for line in heard.lines)
+    assert any("in no number: 1 response of 1 prompt (first" in line for line in heard.lines)
     assert not any("not measured" in line for line in heard.lines)
     law = tables["law"]
     one = law[(law["prompt_id"] == "0") & (law["quantity"] == "deviation_exponent") & (law["advantage"] == "score")]
