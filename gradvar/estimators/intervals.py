@@ -109,8 +109,8 @@ def bent_quantiles(bend: float, quantile: float) -> tuple[float, float]:
 
     -+quantile - bend (quantile^2 + 1)/2, the Edgeworth expansion of a studentised U-statistic (Callaert and Veraverbeke
     1981), bend = sum_ij u_i w_ij u_j / (sum u^2)^(3/2) with influences u and second differences w. The end brought
-    nearer moves within `NEAR_BEND`, the farther within `FAR_BEND`: where E g lies along the noise the error falls with
-    the estimate, and an end as little moved as the nearer missed up to 14% alone.
+    nearer moves within `NEAR_BEND`, the farther within `FAR_BEND`: where E g lies along the noise the standard error
+    grows with the estimate, and an end as little moved as the nearer missed up to 14% alone.
     """
     size = abs(bend) if math.isfinite(bend) else 0.0
     curve = (quantile**2 + 1.0) / 2.0
