@@ -6,8 +6,9 @@ w are the spline's weights at the argmax (`best_alpha`), so the reference may li
 cancels in a ratio. The best alpha is held fixed in the replicates: it was chosen on the same data, which flatters it by
 about its own slope's error squared over twice the curvature, and nothing else.
 
-The interval is the delete-one jackknife of the log, t, less what pairs of responses and the choice of permutations
-have too much in it, and allowing for unseen lengths (`tails`).
+The interval is the delete-one jackknife of the log, t, less what pairs of responses count twice in it, and allowing for
+unseen lengths (`tails`). What the choice of permutations adds stays: where two rules nearly agree the estimate has as
+much of it (dapo's ratio under a flat law was covered 86% without).
 Shape letters: N responses, R kinds of update, of which the last G are VL Norm on the grid.
 """
 
@@ -21,7 +22,6 @@ import numpy as np
 
 from gradvar.estimators.best_alpha import fine_alphas, spline
 from gradvar.estimators.bias import Jackknifed, estimate_of, jackknifed, log_efficiency
-from gradvar.estimators.intervals import jackknife_variance
 from gradvar.estimators.paper_order import ROUNDING
 from gradvar.estimators.tails import LengthTails
 from gradvar.estimators.update_products import Array, Products
@@ -65,24 +65,19 @@ def eta_ratios(
 
     result = replace(jackknifed(pool, over_best, across=across), surplus=None)
     if pairs is not None and not across:
-        result = replace(result, surplus=_surplus(pool, pairs, weights))
+        twice = _pairs_of_ratios(pairs, weights)
+        result = replace(result, surplus=(np.zeros_like(twice), twice))
     return [
         _ratio(result, k, None if across or tails is None else tails[k], level=level, method=method)
         for k in range(len(result.value))
     ]
 
 
-def _surplus(pool: Sequence[Products], pairs: Array, weights: Array) -> tuple[Array, Array]:
-    """Noise and pairs, (R,) each, in the jackknife variance of the log ratios (`without_surplus`)."""
+def _pairs_of_ratios(pairs: Array, weights: Array) -> Array:
+    """(R,) variances that pairs of responses add to the log ratios, from their covariances in log eta."""
     size = len(weights)
-    same, mixed = np.sum([p.same[0] for p in pool], axis=0), np.sum([p.mixed[0, :, 0] for p in pool], axis=0)
-    noise = np.zeros(len(same))
-    with np.errstate(all="ignore"):
-        for p in pool:
-            moved = 2.0 * p.noise[2][..., 0] / mixed - p.noise[0] / same
-            noise += jackknife_variance(moved - (moved[:, -size:] @ weights)[:, None])
-        reference = weights @ pairs[-size:, -size:] @ weights
-        return noise, np.diagonal(pairs) - 2.0 * pairs[:, -size:] @ weights + reference
+    reference = weights @ pairs[-size:, -size:] @ weights
+    return np.asarray(np.diagonal(pairs) - 2.0 * pairs[:, -size:] @ weights + reference)
 
 
 def _ratio(result: Jackknifed, k: int, tails: Sequence[LengthTails] | None, *, level: float, method: str) -> Estimate:
