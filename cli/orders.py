@@ -1,4 +1,4 @@
-"""The paper's order of CVs as people read it: which relations were tested in which form, and what the data say."""
+"""The CV in three forms and the paper's order as people read them: relations tested in each form, and what data say."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ FORMS = {
     "cv_ratio_form_2": "form 2, lengths given, measured",
     "cv_ratio_form_3": "form 3, total, lengths random",
 }
+CVS = {"cv_form_1": "form 1: V L", "cv_form_2": "form 2: v(L)", "cv_form_3": "form 3: total"}
 _SIGNS = {"equal": "=", "at least 1": ">=", "at most 1": "<="}
 
 
 def print_forms(table: pd.DataFrame, *, margin: float) -> None:
-    """Print the order's verdict form by form, the relations it rests on, and every ratio.
+    """Print every CV in its three forms, the order's verdict form by form, the relations it rests on, and every ratio.
 
     Args:
         table: The table `forms`.
         margin: Around 1, within which CVs count as equal.
     """
     rows = overall(table[table["target"] == last_target(table)]) if len(table) else table
+    _print_cvs(rows)
+    rows = rows[rows["quantity"].isin(FORMS)] if len(rows) else rows
     if rows.empty:
         return
     words = "grpo = vl_norm 1 <= vl_norm alpha <= dapo = dr_grpo"
@@ -43,6 +46,37 @@ def print_forms(table: pd.DataFrame, *, margin: float) -> None:
         )
     for reference in dict.fromkeys(rows["against"]):
         _print_ratios(rows[rows["against"] == reference], str(reference))
+
+
+def _print_cvs(rows: pd.DataFrame) -> None:
+    """Print the CV itself of every rule, the three forms side by side."""
+    if rows.empty:
+        return
+    values = rows[rows["quantity"].isin(CVS) & rows["rule"].notna()]
+    shown = []
+    for _, first in values.drop_duplicates(["rule", "alpha"]).iterrows():
+        own = {"rule": first["rule"], "alpha": first["alpha"]}
+        shown.append([rule_name(first), *[_cv(row_of(values, quantity=quantity, **own)) for quantity in CVS]])
+    if not shown:
+        return
+    size = count(values["group_size"].iloc[0])
+    console.table(
+        f"The CV of one update of {size} responses in its three forms",
+        ["aggregator", *CVS.values()],
+        shown,
+        caption="Forms 1 and 2: lengths given, by the paper's formula with the fitted V L and with the measured v(L). "
+        "Form 3: lengths random, as in training. > : unresolved, a lower bound. Prompts are summed in each rule's own "
+        "scale in all three, so that even in form 1 grpo and vl_norm α=1 differ where prompts' lengths do; prompt by "
+        "prompt they are equal.",
+    )
+
+
+def _cv(row: Any) -> str:
+    if row is None:
+        return ""
+    if pd.notna(row["value"]):
+        return f"{number(row['value'])} {interval(row)}"
+    return f"> {number(row['low'])}" if pd.notna(row["low"]) else "unresolved"
 
 
 def relations(rows: pd.DataFrame) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from gradvar.estimators.comparison import compare_table
 from gradvar.estimators.cv import aggregator_cv, aggregator_rho, cv_from_rho
 from gradvar.estimators.cv_tables import cv_table
 from gradvar.estimators.extras import extras_table
-from gradvar.estimators.forms import conditional_cv, form_table, total_form
+from gradvar.estimators.forms import conditional_cv, form_table, total_cv_form, total_form
 from gradvar.estimators.identity import IdentityCheck, score_identity
 from gradvar.estimators.identity_tables import identity_table
 from gradvar.estimators.law import VarianceLaw, fit_variance_law
@@ -73,6 +73,7 @@ __all__ = [
     "prefix_table",
     "proxy_table",
     "recommendation",
+    "total_cv_form",
     "total_form",
     "variance_share_table",
 ]

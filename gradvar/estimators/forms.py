@@ -10,7 +10,7 @@ E[g | L] constant. Shape letters: N responses of one prompt, K prompts.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,14 @@ from numpy.typing import NDArray
 from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import advantages, check_advantage
 from gradvar.estimators.aggregation import aggregation_weights, expand_rules
+from gradvar.estimators.form_cvs import (
+    GivenLengths,
+    Measured,
+    form_cv_rows,
+    form_moments,
+    no_form_cv_rows,
+    no_update,
+)
 from gradvar.estimators.inputs import arrange, generator, why_nothing
 from gradvar.estimators.intervals import (
     MINIMUM_PROMPTS,
@@ -31,6 +39,7 @@ from gradvar.estimators.intervals import (
     t_quantile,
 )
 from gradvar.estimators.law import fit_variance_law
+from gradvar.estimators.noise_scale import LEAST
 from gradvar.estimators.paper_order import (
     BY_ALGEBRA,
     EQUAL,
@@ -91,15 +100,20 @@ def form_table(
     alphas: Sequence[float] = ALPHAS,
     reference: str = "grpo",
     further_references: Sequence[str] = (),
+    group_size: int = 8,
     advantage: str = "grpo",
     neighbours: int = NEIGHBOURS,
     level: float = 0.95,
     equality_margin: float = EQUALITY_MARGIN,
     seed: int,
 ) -> pd.DataFrame:
-    """Ratios of CVs to a reference rule's in forms 1 and 2, and whether the paper's order holds on measured variances.
+    """CVs in forms 1 and 2, ratios to a reference rule's, and whether the paper's order holds on measured variances.
 
     All N responses of a prompt are one scope, their lengths given, so ||grad J|| cancels in a ratio. Quantities:
+        "cv_form_1"         CV of a group of `group_size` with the prompt's mix of lengths, V L_i fitted
+        "cv_form_2"         the same with V_i; `verdict`, `n_needed`, NaN where unresolved, pooling over prompts, and
+                            one row without rule for a prompt that is silent, without gradient or too small, as the
+                            "cv" of `cv_table`
         "cv_ratio_form_1"   exact, no interval
         "cv_ratio_form_2"   the within-length variances V_i in place of V L_i, jackknifed over responses on the log;
                             `verdict` "higher", "lower", "equal" (1 up to rounding) or "undetermined"
@@ -107,8 +121,8 @@ def form_table(
     "at most 1", "nothing") and `holds` whether it does: "holds", "violated", "undetermined", "by algebra" (equal
     weights for given lengths) or "not claimed"; `holds_needs`, responses a prompt that would
     decide an undetermined one.
-    Pooled rows (no prompt_id) average the logs over prompts, form 2 for both estimands (`estimand`). Prompts that are
-    silent or without gradient are left out.
+    Pooled ratios (no prompt_id) average the logs over prompts, form 2 for both estimands (`estimand`). Prompts that are
+    silent or without gradient are left out of them.
 
     Args:
         groups: Prompts by targets; several targets get their sum as well.
@@ -116,6 +130,7 @@ def form_table(
         alphas: Exponents of vl_norm.
         reference: The rule they are compared with; one that takes no alpha.
         further_references: Further rules likewise.
+        group_size: n of "cv_form_1" and "cv_form_2", responses of one update.
         advantage: Kind of `advantages`, over all verified responses of a prompt.
         neighbours: k of the within-length variance.
         level: Nominal coverage.
@@ -128,45 +143,88 @@ def form_table(
     check_level(level)
     check_advantage(advantage)
     references = expand_rules((reference, *further_references), ())
-    pairs = [(variant, one) for one in references for variant in expand_rules(rules, alphas) if variant != one]
+    variants = expand_rules(rules, alphas)
+    pairs = [(variant, one) for one in references for variant in variants if variant != one]
+    options: dict[str, Any] = {"group_size": group_size, "level": level, "seed": seed}
     rows: list[TableRow] = []
     for target, prompts in arrange(groups).items():
         logs: dict[tuple[Variant, Variant], list[tuple[float, Array]]] = {}
         firsts: dict[tuple[Variant, Variant], list[float]] = {}
+        moments: dict[str, dict[tuple[Variant, str], GivenLengths]] = {}
+        sizes: dict[str, int] = {}
         for name, raw in prompts.items():
             scores = raw if advantage == "score" else raw.verified()
-            if why_nothing(raw, advantage) is not None or len(scores.lengths) < 3:
+            labels = {"target": target, "prompt_id": name, "advantage": advantage}
+            why, sizes[name] = why_nothing(raw, advantage), len(scores.lengths)
+            if why is not None or sizes[name] < LEAST:
+                rows += no_form_cv_rows(why, sizes[name], labels, **options)
+            if why is not None or sizes[name] < 3:
                 continue
-            factors = advantages(scores.rewards, advantage, lengths=scores.lengths)
-            arguments: dict[str, Any] = {"advantages": factors, "neighbours": neighbours}
-            within = within_length_variance(
-                scores.gram, scores.lengths, **arguments, rng=generator(seed, name, "neighbours")
-            )
-            shared = within_dependence(
-                scores.gram, scores.lengths, **arguments, rng=generator(seed, name, "neighbours")
-            )
-            limit = float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max())
-            centre = _centre(scores.lengths, within)
-            for (rule, alpha), compared in pairs:
+            measured = _measured(scores, advantage, neighbours, seed)
+            if sizes[name] >= LEAST:
+                moments[name] = form_moments(measured, variants, group_size)
+                for (variant, form), own in moments[name].items():
+                    rows += form_cv_rows([own], variant, form, labels, **options)
+            for pair in pairs:
+                (rule, alpha), compared = pair
+                limit = measured.max_length
                 base = aggregation_weights(compared[0].name, scores.lengths, max_length=limit)
                 x = aggregation_weights(rule.name, scores.lengths, alpha=alpha, max_length=limit)
-                value, influence = _log_ratio(x, base, within, centre, shared)
+                value, influence = _log_ratio(x, base, measured.within, measured.centre, measured.shared)
                 first = math.log(
                     conditional_cv(rule.name, scores.lengths, scores.lengths, 1.0, alpha=alpha, max_length=limit)
                     / conditional_cv(compared[0].name, scores.lengths, scores.lengths, 1.0, max_length=limit)
                 )
-                pair = ((rule, alpha), compared)
                 logs.setdefault(pair, []).append((value, influence))
                 firsts.setdefault(pair, []).append(first)
-                labels = {"target": target, "prompt_id": name, "advantage": advantage}
                 rows += _form_rows(
                     *pair, [(value, influence)], [first], labels, level=level, margin=equality_margin, seed=seed
                 )
+        if len(prompts) < 2:
+            continue
+        labels = {"target": target, "advantage": advantage}
+        pool = _pooled_prompts(moments, sizes, group_size)
+        for key in next(iter(moments.values()), {}):
+            mine = [moments[name][key] if name in moments else no_update(sizes[name]) for name in pool]
+            rows += form_cv_rows(mine, *key, labels, **options, pooled=True)
         for pair, found in logs.items():
-            if len(prompts) > 1:
-                labels = {"target": target, "advantage": advantage}
-                rows += _form_rows(*pair, found, firsts[pair], labels, level=level, margin=equality_margin, seed=seed)
+            rows += _form_rows(*pair, found, firsts[pair], labels, level=level, margin=equality_margin, seed=seed)
     return estimate_table(rows)
+
+
+def _measured(scores: PromptScores, advantage: str, neighbours: int, seed: int) -> Measured:
+    """Within-length variances of one prompt, with what they depend on."""
+    factors = advantages(scores.rewards, advantage, lengths=scores.lengths)
+
+    def ties() -> np.random.Generator:
+        return generator(seed, scores.prompt_id, "neighbours")
+
+    def within(added: float) -> Array:
+        return within_length_variance(
+            scores.gram, scores.lengths, advantages=factors + added, neighbours=neighbours, rng=ties()
+        )
+
+    values = within(0.0)
+    step = float(np.abs(factors).max())  # V is quadratic in A: any step gives the derivative
+    return Measured(
+        gram=scores.gram,
+        rewards=scores.rewards,
+        lengths=scores.lengths,
+        advantage=advantage,
+        factors=factors,
+        within=values,
+        centre=_centre(scores.lengths, values),
+        shared=within_dependence(scores.gram, scores.lengths, advantages=factors, neighbours=neighbours, rng=ties()),
+        slope=(within(step) - within(-step)) / (2.0 * step) if step > 0.0 else np.zeros_like(values),
+        max_length=float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max()),
+    )
+
+
+def _pooled_prompts(moments: Mapping[str, Any], sizes: Mapping[str, int], group_size: int) -> list[str]:
+    """Prompts that count together, as in form 3: those with three groups where there are any, silent ones too."""
+    enough = [name for name, size in sizes.items() if size >= LEAST]
+    large = [name for name in enough if sizes[name] >= 3 * group_size]
+    return large if any(name in moments for name in large) else enough
 
 
 def _log_ratio(x: Array, reference: Array, v: Array, centre: Array, shared: Dependence) -> tuple[float, Array]:
@@ -281,6 +339,11 @@ def _across_prompts(second: Estimate, logs: Array, level: float) -> Estimate:
     half = t_quantile(level, len(logs) - 1) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
     low, high = math.exp(logs.mean() - half), math.exp(min(logs.mean() + half, 700.0))
     return replace(second, value=math.exp(logs.mean()), low=low, high=high, method=method)
+
+
+def total_cv_form(cv: pd.DataFrame) -> pd.DataFrame:
+    """Form 3 itself: the "cv" rows of `cv_table`, as "cv_form_3"."""
+    return cv[cv["quantity"] == "cv"].assign(quantity="cv_form_3")
 
 
 def total_form(cv: pd.DataFrame) -> pd.DataFrame:

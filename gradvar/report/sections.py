@@ -132,10 +132,15 @@ def _aggregators(material: Material) -> Section:
             caption = f"Noise, bias, efficiency: {target_label(material.target)}, groups of {material.group_size}"
             tables.append(aggregator_table(mine, of_alpha, caption))
     if forms is not None:
-        ratios = overall(forms[forms["rule"].notna()], target=material.target)
+        all_forms = overall(forms[forms["rule"].notna()], target=material.target)
+        own = all_forms["quantity"].isin(["cv_form_1", "cv_form_2", "cv_form_3"])
+        labels = [("rule", "aggregator"), ("quantity", "form")]
+        if own.any():
+            values = all_forms[own].sort_values(["rule", "alpha", "quantity"], kind="stable")
+            tables.append(estimates_table(values, "The CV itself, in the three forms", labels, what="CV"))
+        ratios = all_forms[~own]
         if len(ratios):
             caption = "CV over that of grpo and dapo, in the three forms, and what the paper's order says of it"
-            labels = [("rule", "aggregator"), ("quantity", "form")]
             more = _there(ratios, "against", "paper", "holds")
             tables.append(estimates_table(ratios, caption, labels, what="ratio", more=more))
     words = [

@@ -20,6 +20,7 @@ from gradvar.estimators import (
     planning_table,
     proxy_table,
     recommendation,
+    total_cv_form,
     total_form,
 )
 from gradvar.estimators.advice import EXPONENT
@@ -175,12 +176,12 @@ def alpha(run: Run, given: Mapping[str, Any], listener: Listener | None = None) 
 
 
 def _three_forms(groups: Sequence[PromptScores], config: EstimateConfig, common: dict[str, Any]) -> pd.DataFrame:
-    """Forms 1, 2 and 3 of every rule's CV against grpo's and dapo's: the two ends of the paper's order."""
+    """Forms 1, 2 and 3 of every rule's CV, and against grpo's and dapo's: the two ends of the paper's order."""
     options: dict[str, Any] = {"rules": config.rules, "alphas": config.alphas, **common}
-    options["equality_margin"] = config.equality_margin
+    options |= {"equality_margin": config.equality_margin, "group_size": config.group_size}
     parts = [form_table(groups, further_references=("dapo",), **options)]
-    total = cv_table(groups, further_references=("dapo",), group_size=config.group_size, **options)
-    parts.append(total_form(total))
+    total = cv_table(groups, further_references=("dapo",), **options)
+    parts += [total_cv_form(total), total_form(total)]
     return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
 
 

@@ -1,0 +1,228 @@
+"""The CV itself in forms 1 and 2: literal definitions, a simulated truth, pooling, degenerate data."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from gradvar.estimators import (
+    RULES,
+    advantages,
+    cv_table,
+    fit_variance_law,
+    form_table,
+    total_cv_form,
+    within_length_variance,
+)
+from gradvar.estimators.form_cvs import _baseline_moves
+from gradvar.estimators.forms import _measured
+from gradvar.estimators.inputs import generator
+from gradvar.estimators.noise_scale import noise_moments
+from tests.estimators import references, simulator
+from tests.estimators.test_tables import only, pick, prompts
+
+FORMS = ("cv_form_1", "cv_form_2")
+LAW = {"beta": 1.0, "signal": 3.0, "p": 0.5}
+
+
+def literal_squared_gradient(gram, rewards):
+    """Mean over all different responses, term by term."""
+    n = range(len(rewards))
+    terms = [(rewards[i] - rewards[k]) * (rewards[j] - rewards[m]) * gram[i, j] for i, j, k, m in itertools.permutations(n, 4)]  # fmt: skip # noqa: E501
+    return math.fsum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "mean", "rloo", "raw", "opo"])
+@pytest.mark.parametrize(("rule", "alpha"), [("grpo", None), ("dapo", None), ("vl_norm", 0.5), ("token_sum", None)])
+def test_both_forms_are_the_definition(rule, alpha, advantage):
+    n, size = 10, 4
+    one = simulator.prompt("p", n, rng=np.random.default_rng(2), **LAW)
+    one = replace(one, rewards=np.arange(n) % 3.0)
+    factors = advantages(one.rewards, advantage, lengths=one.lengths)
+    v = within_length_variance(one.gram, one.lengths, advantages=factors, rng=generator(7, "p", "neighbours"))
+    gradient = literal_squared_gradient(one.gram, one.rewards)
+    if advantage in ("grpo", "mean", "rloo"):
+        # In the scale of r - mean, whose square has the expectation (1 - 1/n) Var r.
+        scale = factors[0] / (one.rewards[0] - one.rewards.mean())
+        v = v / scale**2 / (1 - 1 / n)
+    x = references.weights(rule, one.lengths, alpha=alpha, max_length=3000)
+    table = form_table([one], rules=(rule,), alphas=(alpha or 1.0,), advantage=advantage, group_size=size, seed=7)
+    law = fit_variance_law(one.lengths, v).families["proportional"]
+    per_token = float(np.mean(v / one.lengths))
+    assert list(law.parameters.values()) == pytest.approx([per_token])
+    for form, variances in (("cv_form_1", per_token * one.lengths), ("cv_form_2", v)):
+        noise = n / size * math.fsum(x**2 * variances) / math.fsum(x) ** 2
+        row = only(table, quantity=form, rule=rule)
+        assert (row["group_size"], row["n"], row["level"], row["seed"], row["estimand"]) == (
+            size, n, 0.95, 7, "these prompts",
+        )  # fmt: skip
+        # The image of rho's ends: an upper end stands for rho's lower.
+        expected = math.sqrt(noise / gradient) if gradient > 0 and row["verdict"] == "resolved" else math.nan
+        assert row["value"] == pytest.approx(expected, rel=1e-9, nan_ok=True)
+        assert not row["low"] > row["high"]
+
+
+def test_the_score_has_no_gradient_to_compare_with():
+    one = prompts(1, n=48, targets=("a",), signal=3.0)[0]
+    for row in form_table([one], rules=("grpo",), advantage="score", seed=0).to_dict("records")[:2]:
+        assert row["quantity"] in FORMS
+        assert (row["verdict"], row["high"]) == ("unresolved", math.inf)
+        assert math.isnan(row["value"])
+        assert row["low"] > 0
+
+
+def truth(one, rule, n, p=0.5, signal=1.5):
+    """At p = 1/2 the simulator's g = (r - p) s has v = p (1 - p) L / 150 and E g = p (1 - p) signal, whatever L."""
+    variance = p * (1 - p) * one.lengths / simulator.TYPICAL_LENGTH
+    x = references.weights(rule, one.lengths)
+    return math.sqrt(len(x) / n * float(x**2 @ variance)) / (float(x.sum()) * p * (1 - p) * signal)
+
+
+@pytest.mark.parametrize("n", [64, 128])
+def test_intervals_cover_and_values_are_centred(n):
+    """200 prompts of CV 0.5; binomial bound at 93%, medians within four standard errors."""
+    draws, hits, errors = 200, {}, {}
+    for t in range(draws):
+        one = simulator.prompt("p", n, rng=np.random.default_rng([8, n, t]), beta=1.0, signal=1.5, p=0.5)
+        table = form_table([one], rules=("grpo", "dapo"), seed=t)
+        for form, rule in itertools.product(FORMS, ("grpo", "dapo")):
+            row, true = only(table, quantity=form, rule=rule), truth(one, rule, 8)
+            hits[form, rule] = hits.get((form, rule), 0) + (row["low"] <= true <= row["high"])
+            errors.setdefault((form, rule), []).append(math.log(row["value"] / true))
+    assert min(hits.values()) >= stats.binom.ppf(1e-4, draws, 0.93), hits
+    for key, logs in errors.items():
+        # The standard error of a median is 1.25 of a mean's; 1% is the bias of a ratio at these sizes.
+        assert abs(np.median(logs)) < 4 * 1.25 * np.std(logs) / math.sqrt(draws) + 0.01, key
+
+
+def test_hard_signals_are_covered_resolved_or_not():
+    hits, resolved, draws = 0, 0, 60
+    for t in range(draws):
+        one = simulator.prompt("p", 64, rng=np.random.default_rng([9, t]), beta=1.0, signal=0.15, p=0.5)
+        row = only(form_table([one], rules=("dapo",), seed=t), quantity="cv_form_2")
+        true = truth(one, "dapo", 8, signal=0.15)
+        hits += row["low"] <= true <= row["high"]
+        resolved += row["verdict"] == "resolved"
+        assert row["verdict"] == "resolved" or (math.isnan(row["value"]) and row["high"] == math.inf)
+    assert hits >= stats.binom.ppf(1e-4, draws, 0.93), hits
+    assert resolved < draws / 2
+
+
+def test_replicates_follow_the_baseline():
+    """The derivative of sum w V to the baseline is that of V taken with other baselines, and what it is scaled by."""
+    one = simulator.prompt("p", 30, rng=np.random.default_rng(4), beta=1.0, signal=1.0, p=0.2)
+    measured = _measured(one, "mean", 5, 0)
+    rng = generator(0, "p", "neighbours")
+    other = within_length_variance(one.gram, one.lengths, advantages=measured.factors + 1e-6, rng=rng)
+    assert (other - measured.within) / 1e-6 == pytest.approx(measured.slope, rel=1e-3, abs=1e-4)
+    moved = _baseline_moves(measured)
+    without = [np.delete(one.rewards, i).mean() for i in range(30)]
+    assert moved == pytest.approx(one.rewards.mean() - np.array(without))
+
+
+def test_the_papers_order_is_exact_in_form_1():
+    groups = prompts(3, n=40, targets=("a", "b"), **LAW)
+    table = form_table(groups, alphas=(0.0, 0.25, 0.75, 1.0), seed=0)
+    first = table[(table["quantity"] == "cv_form_1") & table["prompt_id"].notna()]
+    for _, own in first.groupby(["prompt_id", "target"]):
+        value = {(r, None if math.isnan(a) else a): v for r, a, v in zip(own["rule"], own["alpha"], own["value"], strict=True)}  # fmt: skip # noqa: E501
+        assert value["vl_norm", 1.0] == pytest.approx(value["grpo", None])
+        assert value["vl_norm", 0.0] == pytest.approx(value["dapo", None])
+        assert value["dr_grpo", None] == pytest.approx(value["dapo", None])
+        assert value["grpo", None] < value["vl_norm", 0.75] < value["vl_norm", 0.25] < value["dapo", None]
+    # The ratios of the same table are those of the values.
+    for form in (1, 2):
+        of = {r: only(table, quantity=f"cv_form_{form}", prompt_id="p1", target="a", rule=r) for r in ("grpo", "dapo")}
+        row = only(table, quantity=f"cv_ratio_form_{form}", prompt_id="p1", target="a", rule="dapo")
+        assert of["dapo"]["value"] / of["grpo"]["value"] == pytest.approx(row["value"])
+
+
+def test_group_sizes_and_constants_change_what_they_should():
+    one = prompts(1, n=40, targets=("a",), **LAW)[0]
+    plain, larger, scaled = (
+        form_table([p], group_size=size, seed=0)
+        for p, size in ((one, 8), (one, 32), (replace(one, rewards=7 + 3 * one.rewards), 8))
+    )
+    for rule, form in itertools.product(("grpo", "dapo", "dr_grpo"), FORMS):
+        value = only(plain, quantity=form, rule=rule)["value"]
+        assert only(larger, quantity=form, rule=rule)["value"] == pytest.approx(value / 2)
+        for end in ("value", "low", "high"):
+            assert only(scaled, quantity=form, rule=rule)[end] == pytest.approx(
+                only(plain, quantity=form, rule=rule)[end], rel=1e-4
+            )
+
+
+def squared_gradient(g):
+    """||grad J||^2 over the variance of the rewards: in the scale of grpo's advantage."""
+    return noise_moments(g.gram, g.rewards).cross / (np.std(g.rewards, ddof=1) + 1e-6) ** 2
+
+
+def test_pooled_is_the_sum_over_prompts_in_the_rules_own_scale():
+    groups = prompts(5, n=48, targets=("a",), **LAW)
+    groups[0] = replace(groups[0], rewards=np.ones(48))
+    groups[1] = groups[1].select(np.arange(4))
+    table = form_table(groups, rules=("grpo", "dapo", "token_sum"), seed=0)
+    silent, small = (pick(table, quantity="cv_form_1", prompt_id=name) for name in ("p0", "p1"))
+    assert list(silent["verdict"]) == ["silent: all rewards equal"]
+    assert "fewer than 5" in small["method"].iloc[0]
+    for rule, form in itertools.product(("grpo", "dapo", "token_sum"), FORMS):
+        noise, signal = 0.0, 0.0
+        for g in groups[2:]:
+            x = references.weights(rule, g.lengths)
+            own = squared_gradient(g) * float(x.sum()) ** 2
+            signal += own
+            noise += own * only(table, quantity=form, rule=rule, prompt_id=g.prompt_id)["value"] ** 2
+        here, like = (
+            only(table, quantity=form, rule=rule, prompt_id=None, estimand=e)
+            for e in ("these prompts", "prompts like these")
+        )
+        assert here["value"] == pytest.approx(math.sqrt(noise / signal))
+        assert here["clusters"] == 4  # the silent one counts with its zeros, as in form 3
+        assert here["low"] < here["value"] < here["high"]
+        assert not like["high"] < here["high"]
+
+
+def test_the_three_forms_agree_where_lengths_are_all_alike():
+    """One length: V L and v(L) are one; form 3 has the group's own mean reward, 8/7 of the noise."""
+    groups = [replace(g, lengths=np.full_like(g.lengths, 150.0)) for g in prompts(4, n=128, targets=("a",), **LAW)]
+    table = form_table(groups, seed=0)
+    total = total_cv_form(cv_table(groups, permutations=64, seed=0))
+    for rule in ("grpo", "dapo"):
+        first, second = (only(table, quantity=q, prompt_id="p0", rule=rule)["value"] for q in FORMS)
+        assert first == pytest.approx(second)
+        where = {"prompt_id": None, "rule": rule, "estimand": "these prompts"}
+        third, pooled = only(total, **where), only(table, quantity="cv_form_2", **where)
+        assert third["quantity"] == "cv_form_3"
+        assert third["low"] / math.sqrt(8 / 7) < pooled["high"]
+        assert pooled["low"] < third["high"]
+
+
+def test_degenerate_prompts_are_defined():
+    one = prompts(1, n=40, targets=("a",), **LAW)[0]
+    # One response, repeated: the rewards differ, and no product tells a gradient.
+    repeated = replace(one, gram=np.ones((40, 40)), lengths=np.full(40, 90.0))
+    table = form_table([repeated], rules=("grpo",), seed=0)
+    for form in FORMS:
+        row = only(table, quantity=form)
+        assert row["verdict"] == "unresolved"
+        assert math.isnan(row["value"])
+        assert row["high"] == math.inf or math.isnan(row["high"])
+    # Every response twice.
+    twice = one.select(np.repeat(np.arange(20), 2))
+    for row in pick(form_table([twice], rules=("grpo",), seed=0), quantity="cv_form_2").to_dict("records"):
+        assert not row["low"] > row["high"]
+    alone = form_table([one.select(np.arange(1))], rules=("grpo",), seed=0)
+    assert set(alone["quantity"]) == set(FORMS)
+    assert alone["value"].isna().all()
+    dead = form_table([replace(one, gram=np.zeros((40, 40)))], rules=("grpo",), seed=0)
+    assert set(dead["verdict"]) == {"no gradient: all are 0"}
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+def test_every_rule_has_both_forms(rule):
+    one = prompts(1, n=40, targets=("a",), **LAW)[0]
+    table = form_table([one], rules=(rule,), alphas=(1.0,), seed=0)
+    assert (table[table["quantity"].isin(FORMS)]["value"] > 0).sum() == 2
