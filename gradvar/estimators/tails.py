@@ -12,9 +12,9 @@ The influence on the log of one rule's noise grows like x^2 ||g||^2: L^(growth -
 L^-falls. Beside another rule's, whose seen influences are what is left of both, the powers were fitted to the simulated
 laws: 4 + falls/2 - growth below and 2 (growth - falls) above, falls the smaller of the two (coverage 92 to 99%; with
 the power one less 83 to 97%). Away from grad J an update's square grows like its noise. Of two rules that are both
-bounded, or both not, a short response makes that noisier whose weights fall more, by the power 2 falls - growth; one
-more is taken: eta over that of VL Norm at another alpha was covered 87 to 90% without where E[g | L] moves or the law
-is flat, 92 to 100% with.
+bounded, or both not, a short response makes that noisier whose weights fall more, taken by the power 3 - growth, fitted
+likewise: eta over that of VL Norm at another alpha was covered 87 to 90% without where E[g | L] moves or the law is
+flat, 89 to 100% with.
 
     below   grpo's alone (half a power more), whose weights fall and whose sum nothing bounds: vl_norm's is kept
     above   all rules'; no longer than the run's maximum
@@ -165,7 +165,7 @@ class PromptTails:
         short = Tail(side=int(unbounded) - int(reference_unbounded), power=4.0 + common / 2.0 - self.growth)
         if unbounded == reference_unbounded and own != other:
             # The rule whose weights fall more is the one that a short response makes noisier.
-            short = Tail(side=1 if own > other else -1, power=2.0 * max(own, other) + 1.0 - self.growth)
+            short = Tail(side=1 if own > other else -1, power=3.0 - self.growth)
         # The rule whose weights fall less is the one that a long response makes noisier.
         side = int(own < other) - int(own > other)
         return self._tails(short, Tail(side=side, power=2.0 * self.growth - 2.0 * common))

@@ -41,7 +41,7 @@ def test_growth_and_sides():
     # Of two whose sums are bounded a short response makes the one noisier whose weights fall more.
     steep, flat = tails(variant("vl_norm", 2.0), variant("dapo")), tails(variant("dapo"), variant("vl_norm", 2.0))
     assert (steep.short.side, flat.short.side) == (1, -1)
-    assert steep.short.power == flat.short.power == pytest.approx(5 - growth)
+    assert steep.short.power == flat.short.power == pytest.approx(3 - growth)
     assert tails(variant("dapo"), variant("dr_grpo")).short.side == 0
     # Alone: a longer response can only make the noise larger, a shorter one grpo's.
     alone = tails(variant("dr_grpo"))
