@@ -79,6 +79,7 @@ def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool) -> list[tupl
     with job.autocast.on(), torch.no_grad():
         forward = (lambda batch: last_hidden(job.head.base, batch)) if alone else choose_forward(
             job.model, job.head.base, job.prompt, job.responses, _lowest_layer(job, blocks),
+            measured=[job.model.get_submodule(block.target.module) for block in blocks],
             tokens=max(batch.input_ids.numel() for batch in batches), spare_bytes=job.plan.spare_bytes,
         )  # fmt: skip
     modules = {path: job.model.get_submodule(path) for path in job.tapped_paths(blocks)}
@@ -100,7 +101,7 @@ def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool) -> list[tupl
                     # rows of a mask without a single key have made NaN (Gemma 2, eager, float64)
                     hidden = last_hidden(job.head.base, batch)
             job.resident.make_room(needed)
-            witness.compare_states(batch, hidden)
+            witness.compare_states(batch, hidden, plain=not isinstance(forward, Trunk))
             seen = predictions(job, batch, hidden)
             job.resident.make_room(needed)
             if first_pass:

@@ -91,18 +91,23 @@ class Witness:
 
         return watch
 
-    def compare_states(self, batch: Batch, hidden: Tensor) -> None:
+    def compare_states(self, batch: Batch, hidden: Tensor, *, plain: bool) -> None:
         """Compare the last hidden states (B, T, D) of the batch.
 
+        Args:
+            batch: The batch.
+            hidden: Its states.
+            plain: Whether the model's own run made them; a single response's are then what they are.
+
         Raises:
-            UnalignedTokensError: The response has others in the batch than alone.
+            UnalignedTokensError: The response has others in the batch, or behind a shared prompt, than alone.
         """
-        if batch.members != self.batch or len(batch.members) == 1:
+        if batch.members != self.batch or (plain and len(batch.members) == 1):
             return
         row = batch.members.index(self.response)
         own = batch.split(hidden.detach(), "the last hidden states")[row]
         if not _same_in_batch(own[self.start : self.start + len(self.hidden)], self.hidden, self.narrowest):
-            raise UnalignedTokensError("a batch changes the hidden states of its members")
+            raise UnalignedTokensError("a batch, or a prompt run apart, changes the hidden states of a response")
 
 
 def make_witness(job: Job, blocks: Sequence[Block], batches: Sequence[Batch]) -> Witness:
@@ -111,7 +116,7 @@ def make_witness(job: Job, blocks: Sequence[Block], batches: Sequence[Batch]) ->
     Raises:
         GradvarError: They differ.
     """
-    members = next((batch.members for batch in batches if len(batch.members) > 1), batches[-1].members)
+    members = _fullest(job, batches)
     long = [i for i in members if len(job.responses[i]) >= _SHORTEST]
     chosen = long[-1] if long else max(members, key=lambda i: len(job.responses[i]))
     width = job.head.shape()[0] * 8
@@ -164,6 +169,15 @@ def make_witness(job: Job, blocks: Sequence[Block], batches: Sequence[Batch]) ->
     _compare_head(alone, logprobs.detach(), gradient, seen)
     held.refuse()
     return witness
+
+
+def _fullest(job: Job, batches: Sequence[Batch]) -> tuple[int, ...]:
+    """Return the members of the batch of most tokens, one with a response of several tokens where there is one."""
+
+    def rank(batch: Batch) -> tuple[bool, int]:
+        return any(len(job.responses[i]) >= _SHORTEST for i in batch.members), batch.input_ids.numel()
+
+    return max((batch for batch in batches if len(batch.members) > 1), key=rank, default=batches[-1]).members
 
 
 def _own_logprobs(job: Job, batch: Batch, count: int) -> tuple[Tensor, Tensor]:

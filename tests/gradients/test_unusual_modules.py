@@ -201,6 +201,19 @@ def test_an_input_changed_in_place_is_refused():
         measure_scores(model, *make_prompt_and_responses(), "*.1.*v_proj.linear")
 
 
+def test_an_input_buffer_used_again_for_the_next_batch_is_refused():
+    model = make_model("llama", hidden_size=32, head_dim=8)
+    buffer = torch.zeros(64, 64, 32, dtype=torch.float64)
+
+    def into_buffer(module, args):
+        place = buffer[: args[0].shape[0], : args[0].shape[1]]
+        return (place.copy_(args[0].detach()),)
+
+    model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(into_buffer)
+    with pytest.raises(GradvarError, match="input again for other responses"):
+        measure_scores(model, [3, 4], [[5, 6, 7], [8, 9, 5], [6, 9, 7]], "0:q", token_budget=1)
+
+
 def test_q_k_and_v_keep_their_common_input_once(qwen, monkeypatch):
     kept = []
     own = FactorStore._keep

@@ -68,6 +68,21 @@ def test_a_batch_that_changes_its_members_beyond_a_probe_is_measured_one_by_one(
     assert measured.plan.token_budget == 1
 
 
+def test_the_fullest_batch_is_looked_at():
+    """The longest responses make a smaller batch than many short ones."""
+
+    def capacity(mlp, x):
+        kept = torch.arange(x.shape[0] * x.shape[1]) < 52
+        return mlp(x) * kept.view(*x.shape[:2], 1)
+
+    model = around("qwen2", 0, capacity)
+    prompt, responses = make_prompt_and_responses((21, 21, 8, 8, 8, 8, 8))
+    (target,) = resolve_targets(model, "0:q")
+    found = measure_scores(model, prompt, responses, "0:q", token_budget=60).grams[target.key].gram()
+    flat = references.flat_scores(model, [target], prompt, responses)[target.key]
+    assert references.error(found, references.gram_of(flat)) < 1e-10
+
+
 class Mixture(nn.Module):
     """Two experts under a name of their own, every token in both: as many vectors as tokens, in another order."""
 
