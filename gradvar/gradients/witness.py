@@ -6,7 +6,7 @@ engine's own path (a weight used outside its module's call, a module that is not
 reads more than the last hidden states differ here). In the pass, the same response in its batch must show the same
 hidden states and inputs of the targets (a batch whose members change each other, or whose tokens a module puts in
 another order, differs here); the model is causal, so a beginning is enough for that. What a module does differently
-further on alone (another weight from some position on) is not seen: `capture` looks at single rows of every call.
+further on alone (another weight from some position on) is not seen: `capture` looks at two rows of its first call.
 
 The tokens predicted are others than those fed: where the model is sure of what it sampled, all gradients are rounding.
 
