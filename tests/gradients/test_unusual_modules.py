@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import BartConfig, BartForCausalLM
 
 from gradvar.errors import GradvarError
 from gradvar.gradients import list_targets, measure_scores, resolve_targets
@@ -105,6 +106,19 @@ def test_a_module_that_takes_no_part_is_an_error_not_a_zero():
     model.model.layers[1].unused = nn.Linear(16, 16).double()
     with pytest.raises(GradvarError, match=r"no gradient reached model\.layers\.1\.unused"):
         measure_scores(model, *make_prompt_and_responses(), "model.layers.1.unused")
+
+
+def test_a_decoder_without_an_encoder_names_the_kinds_that_do():
+    """BART's decoder alone: its attention to an encoder takes no part."""
+    config = BartConfig(
+        vocab_size=37, d_model=16, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=24,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = BartForCausalLM(config).double()
+    request = make_prompt_and_responses()
+    with pytest.raises(GradvarError, match=r"no gradient reached .*encoder_attn\.k_proj.*`all` takes every .*attn,mlp"):
+        measure_scores(model, *request, "last:all")
+    assert len(measure_scores(model, *request, "last:attn,mlp").grams) == 4 + 2
 
 
 def test_a_module_that_changes_its_projection_in_place():
