@@ -283,8 +283,8 @@ def _naming_experts(model: nn.Module) -> Iterator[None]:
         if way in (None, "eager") or re.search("Double|float64", str(error)) is None:
             raise
         raise GradvarError(
-            f"{type(model).__name__} runs its experts by {way}, whose operator takes no float64 ({error}): load it with "
-            'experts_implementation="eager", or in float32'
+            f"{type(model).__name__} runs its experts by {way}, whose operator takes no float64 ({error}): load it "
+            'with experts_implementation="eager", or in float32'
         ) from error
 
 
