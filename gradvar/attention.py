@@ -1,7 +1,7 @@
 """Which attention a model runs with, and one of our own that takes sequences of several lengths in one row.
 
 `gradvar_varlen` needs no flash-attn wheel: on CUDA in half precision it is torch's own kernel
-(torch.nn.attention.varlen, torch 2.10 and later; tried on small numbers, gradients too, before it is trusted),
+(torch.nn.attention.varlen, torch 2.12 and later; tried on small numbers, gradients too, before it is trusted),
 elsewhere each sequence alone in torch's scaled_dot_product_attention. transformers hands on `cu_seq_lens_q` and
 `max_length_q` as it does for flash attention, so nothing is read back from the device at each layer.
 
@@ -11,6 +11,7 @@ Shape letters: B rows, H heads, T tokens of a row, D head width.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import itertools
 from functools import lru_cache
 from typing import Any
@@ -175,12 +176,12 @@ def _one_by_one(
 
 
 def _kernel() -> Any:
-    """Return torch's variable-length attention, None in an older torch."""
+    """Return torch's variable-length attention, None in an older torch (2.10 and 2.11 take no shared heads)."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn
+    return varlen_attn if {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys() else None
 
 
 def _by_kernel(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float | None) -> Tensor:

@@ -74,7 +74,8 @@ class Taps:
         if silent:
             raise GradvarError(
                 f"no gradient reached {', '.join(silent)}: the model did not use it for these responses, or its hooks "
-                "cannot fire (a compiled model?); leave it out of the targets or pass the uncompiled model"
+                "cannot fire (a compiled model?); leave it out of the targets (`all` takes every matrix of a layer, "
+                "attn,mlp those of its own attention and MLP) or pass the uncompiled model"
             )
 
     def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor | None]:

@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from gradvar.errors import GradvarError
 from gradvar.gradients.curve import Curve
 
 _STRETCH = 1 << 16
@@ -127,20 +128,28 @@ class FactorStore(GradientStore):
     def __init__(self, responses: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(responses, rows, columns, dtype, device)
         self._factors: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(responses)]
+        self._versions: list[list[int]] = [[] for _ in range(responses)]
 
     def forget(self, response: int) -> None:
         """Let go of the factors of a response's weight."""
         self._factors[response].clear()
+        self._versions[response].clear()
 
     def _keep(self, response: int, a: Tensor, delta: Tensor) -> None:
         # rows of a fused matrix are copied: a view would hold the other rows in memory
         self._factors[response].append((a, delta.contiguous()))
+        self._versions[response].append(a._version)
 
     def fill(self, response: int, start: int, stop: int, out: Tensor) -> None:
         """Write rows [start, stop) of a response's gradient to `out`."""
         if not self._factors[response]:
             out.zero_()
         for i, (a, delta) in enumerate(self._factors[response]):
+            if a._version != self._versions[response][i]:
+                raise GradvarError(
+                    "the model used a measured module's input again for other responses (a buffer of its own?), so its "
+                    "gradient is lost: choose other targets"
+                )
             if i == 0:
                 multiply(delta[:, start:stop].T, a, out)
             else:

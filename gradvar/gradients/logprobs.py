@@ -11,6 +11,7 @@ Shape letters: C tokens of a chunk, D hidden width, V vocabulary, T all tokens a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,7 +77,8 @@ class Head:
         self.module = output_embeddings(model)
         ids = torch.tensor([probe_ids], device=input_device(model))
         with torch.no_grad():
-            expected = model(input_ids=ids, use_cache=False).logits
+            with _naming_experts(model):
+                expected = model(input_ids=ids, use_cache=False).logits
             self.base, self._template = self._find_base(ids, expected)
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
@@ -269,6 +271,21 @@ def _weighted_rows(probability: Tensor, weight: Tensor) -> Tensor:
     ):
         total.addmm_(columns, rows.to(probability.dtype))
     return total
+
+
+@contextmanager
+def _naming_experts(model: nn.Module) -> Iterator[None]:
+    """Say which of transformers' ways to run experts lacks float64; torch's own error names a matrix alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        way = getattr(getattr(model, "config", None), "_experts_implementation", None)
+        if way in (None, "eager") or re.search("Double|float64", str(error)) is None:
+            raise
+        raise GradvarError(
+            f"{type(model).__name__} runs its experts by {way}, whose operator takes no float64 ({error}): load it "
+            'with experts_implementation="eager", or in float32'
+        ) from error
 
 
 def _base_candidates(model: nn.Module) -> Iterator[nn.Module]:

@@ -26,7 +26,7 @@ from gradvar.gradients.job import Job, TokenValues
 from gradvar.gradients.plan import Block
 from gradvar.gradients.spill import HostMemory
 from gradvar.gradients.trunk import Trunk, choose_forward
-from gradvar.gradients.witness import make_witness
+from gradvar.gradients.witness import STRETCH_SHARE, check_stretch, make_witness
 
 
 def run_pass(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientStore]]:
@@ -72,6 +72,8 @@ def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool) -> list[tupl
     needed = job.plan.work_bytes + job.plan.trunk_bytes
     job.resident.make_room(needed)
     witness = make_witness(job, blocks, batches)
+    check_stretch(job, blocks, max(job.lengths) if alone else int(STRETCH_SHARE * sum(job.lengths)))
+    job.resident.make_room(needed)
     host = HostMemory(pinned=job.device.type == "cuda", budget=job.plan.host_memory_budget or None)
     stores = [(block, new_store(job, block, len(job.responses), host)) for block in blocks]
     norms = job.extra.empty(block.target.key for block in blocks)
@@ -79,6 +81,7 @@ def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool) -> list[tupl
     with job.autocast.on(), torch.no_grad():
         forward = (lambda batch: last_hidden(job.head.base, batch)) if alone else choose_forward(
             job.model, job.head.base, job.prompt, job.responses, _lowest_layer(job, blocks),
+            measured=[job.model.get_submodule(block.target.module) for block in blocks],
             tokens=max(batch.input_ids.numel() for batch in batches), spare_bytes=job.plan.spare_bytes,
         )  # fmt: skip
     modules = {path: job.model.get_submodule(path) for path in job.tapped_paths(blocks)}
@@ -100,7 +103,8 @@ def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool) -> list[tupl
                     # rows of a mask without a single key have made NaN (Gemma 2, eager, float64)
                     hidden = last_hidden(job.head.base, batch)
             job.resident.make_room(needed)
-            witness.compare_states(batch, hidden)
+            if not alone:  # then they are what they are
+                witness.compare_states(batch, hidden)
             seen = predictions(job, batch, hidden)
             job.resident.make_room(needed)
             if first_pass:

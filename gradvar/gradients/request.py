@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -236,7 +237,7 @@ def packs(model: nn.Module, base: nn.Module, probe: list[int], wish: bool | None
     see each other without a word.
 
     Raises:
-        GradvarError: Asked for, and the model mixes packed sequences.
+        GradvarError: Asked for, and the model mixes packed sequences or cuts the row into blocks.
     """
     attention = str(getattr(getattr(model, "config", None), "_attn_implementation", "unknown"))
     if wish is False or (wish is None and not (takes_packed(attention) and input_device(base).type == "cuda")):
@@ -251,14 +252,29 @@ def packs(model: nn.Module, base: nn.Module, probe: list[int], wish: bool | None
         moved = last_hidden(base, other_start(both))[0].double()
     # what the first sequence holds moves itself, and nothing behind it
     reach = (moved - states)[1:stop]
-    if same_states(states, apart, reach, base) and same_states(moved[stop:], states[stop:], reach, base):
+    same = same_states(states, apart, reach, base) and same_states(moved[stop:], states[stop:], reach, base)
+    counted = _counted_blocks(base)
+    if same and not counted:
         return True
-    if wish:
+    if wish and not same:
         raise GradvarError(
             f"{type(base).__name__} with {attention} attention mixes packed sequences: measure it padded "
             "(--no-packing), or with another --attention"
         )
+    if wish:
+        raise GradvarError(
+            f"{type(base).__name__} counts blocks of tokens from the row's beginning ({counted}), which packed "
+            "sequences would shift: measure it padded (--no-packing)"
+        )
     return False
+
+
+def _counted_blocks(base: nn.Module) -> str:
+    """Return the setting of attention in chunks or blocks of tokens; longer than a probe, they would not be seen."""
+    config: Any = getattr(base, "config", None)
+    settings = vars(config.get_text_config()) if config is not None else {}
+    names = ("attention_chunk_size", "block_size", "index_block_size")
+    return ", ".join(f"{name}={settings[name]}" for name in names if (settings.get(name) or 0) > 1)
 
 
 def other_start(batch: Batch) -> Batch:

@@ -47,7 +47,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _cut(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
-    return output if any(parameter.requires_grad for parameter in module.parameters()) else output.detach()
+    """Cut what begins at the output itself: a graph that a measured module began before is to be kept."""
+    trained = any(parameter.requires_grad for parameter in module.parameters())
+    return output if trained or not output.is_leaf else output.detach()
 
 
 def _restore(training: list[tuple[nn.Module, bool]], trainable: list[tuple[nn.Module, str, bool]]) -> None:

@@ -11,7 +11,7 @@ Shape letters: B sequences of a batch, T their padded length, Q prompt tokens, D
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,6 +40,7 @@ def choose_forward(
     responses: Sequence[Sequence[int]],
     lowest: int | None,
     *,
+    measured: Iterable[nn.Module],
     tokens: int,
     spare_bytes: int,
 ) -> Forward:
@@ -51,13 +52,14 @@ def choose_forward(
         prompt: The prompt that all responses follow.
         responses: The responses.
         lowest: Index of the lowest decoder layer that is measured; None where something below the layers is.
+        measured: The modules that are measured: where one also runs below, its part there would be lost.
         tokens: Padded tokens of the largest batch.
         spare_bytes: What the trunk may take beside a whole sequence's run.
     """
     if lowest is None or not _saves(model, base, prompt, responses, lowest):
         return lambda batch: last_hidden(base, batch)
     layers = [layer for _, layer in decoder_layers(model)]
-    if not _same(base, layers, lowest, prompt, responses):
+    if not _same(base, layers, lowest, prompt, responses, measured):
         return lambda batch: last_hidden(base, batch)
     trunk = Trunk(base, layers, lowest, prompt)
     return trunk if trunk.extra_bytes(tokens) <= spare_bytes else lambda batch: last_hidden(base, batch)
@@ -101,17 +103,29 @@ def _same(
     lowest: int,
     prompt: Sequence[int],
     responses: Sequence[Sequence[int]],
+    measured: Iterable[nn.Module],
 ) -> bool:
-    """Return whether the prompt's end, run once, gives the last hidden states of a plain forward."""
+    """Return whether the prompt's end, run once, gives the last hidden states of a plain forward.
+
+    No measured module may run on the way to the lowest layer.
+    """
     short, other = list(prompt[-_PROBE_PROMPT:]), list(responses[0][:5])
     (batch,) = make_batches(short, [other[-1:] * 5, other[:1] * 2], 10_000, input_device(base))
+    below: list[nn.Module] = []
+    hooks = [module.register_forward_pre_hook(lambda module, args: below.append(module)) for module in measured]
     try:
-        shared, plain = Trunk(base, layers, lowest, short)(batch).double(), last_hidden(base, batch).double()
+        trunk = Trunk(base, layers, lowest, short)
+        if below:
+            return False
+        shared, plain = trunk(batch).double(), last_hidden(base, batch).double()
         moved = last_hidden(base, other_start(batch)).double() if is_half(base) else plain
         reach = (moved - plain)[0, 1:]
         return same_states(shared.flatten(0, 1)[batch.real], plain.flatten(0, 1)[batch.real], reach, base)
     except _APART:
         return False
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class Trunk:

@@ -140,6 +140,16 @@ def test_which_attention_a_setting_means():
         choose_attention("flex_attention", qwen, "cpu", "float32")
 
 
+def test_an_older_kernel_without_shared_heads_is_none(monkeypatch):
+    from torch.nn.attention import varlen
+
+    def of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        raise AssertionError("called")
+
+    monkeypatch.setattr(varlen, "varlen_attn", of_torch_2_10)
+    assert choose_attention("auto", make_model("qwen2").config, "cuda", "bfloat16") in (None, "flash_attention_2")
+
+
 def test_attention_that_only_a_mask_tells_is_not_exchanged():
     from transformers import Llama4TextConfig
 

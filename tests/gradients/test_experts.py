@@ -51,6 +51,15 @@ def test_any_implementation_of_the_experts(implementation, dtype, tolerance):
     assert max(gaps(model, "all:mlp,router").values()) < tolerance
 
 
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss"])
+def test_grouped_experts_in_float64_are_refused_by_name(name):
+    """The way that transformers chooses by itself."""
+    model = make_model(name)
+    model.set_experts_implementation("grouped_mm")
+    with pytest.raises(GradvarError, match=r"experts by grouped_mm, .*no float64.*experts_implementation=\"eager\""):
+        measure_scores(model, PROMPT, RESPONSES, "last:q")
+
+
 def test_presets_on_a_mixture(qwen):
     keys = [t.key.removeprefix(f"{MOE}.") for t in resolve_targets(qwen, "last:mlp")]
     shared = [f"shared_expert.{name}_proj" for name in ("gate", "up", "down")]

@@ -166,6 +166,14 @@ def test_packed_sequences_give_the_same_grams_or_are_refused(name):
     assert largest_gap(packed, padded) < (2e-5 if name in FLOAT32_INSIDE else 1e-10)
 
 
+def test_attention_in_chunks_longer_than_a_probe_is_not_packed():
+    """Chunks are counted from the row's beginning: the second sequence is cut where alone it is not."""
+    model = make_model("llama4", attention_chunk_size=64, max_position_embeddings=512)
+    prompt, responses = make_prompt_and_responses((91, 80), prompt=2)
+    with pytest.raises(GradvarError, match=r"counts blocks of tokens .*attention_chunk_size=64.*--no-packing"):
+        measure_scores(model, prompt, responses, "last:q", token_budget=1000, packing=True)
+
+
 @pytest.mark.parametrize("name", ["opt", "falcon_interleaved", "lfm2", "gpt_oss", "minimax", "bloom", "qwen2", "gpt2"])
 def test_mixing_is_seen_in_half_precision(name):
     model = make_model(name, torch.bfloat16)

@@ -74,7 +74,8 @@ def test_what_is_spilled_gives_the_same_grams(models, name, lengths, times, keep
         with LiveBytes() as live:
             found = measure_scores(*asked, **options)
     assert live.peak <= options["memory_budget"] + plan.cost.host_bytes
-    assert 0 < sum(spilled) <= len(plan.passes) * plan.cost.host_bytes
+    one = max(map(len, responses)) / sum(map(len, responses))  # before each pass, and let go of: the stretch's
+    assert 0 < sum(spilled) <= (1 + one) * len(plan.passes) * plan.cost.host_bytes
     for key, gram in expected.grams.items():
         assert references.error(found.grams[key].gram(), gram.gram()) < 1e-12
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from gradvar.errors import GradvarError
 from gradvar.gradients import measure_scores, plan_measurement, resolve_targets, trunk
@@ -140,3 +141,41 @@ def test_an_error_inside_leaves_the_layers_as_they_were():
     with pytest.raises(GradvarError, match="not finite"):
         measure_scores(model, prompt, responses, "last:qkv")
     assert state(model) == before
+
+
+def test_prompts_with_padding_tokens_where_positions_skip_them(calls):
+    """RoBERTa's way: behind kept keys it counts what it skips; the prompt's end alone does not show it."""
+    config = transformers.RobertaConfig(
+        vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=128, is_decoder=True, pad_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.RobertaForCausalLM(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, dtype=torch.float64)
+    prompt, responses = make_prompt_and_responses((6, 9, 12), prompt=26)
+    prompt = [1] * 4 + prompt
+    targets = resolve_targets(model, "last:q")
+    flat = references.flat_scores(model, targets, prompt, responses)
+    for budget in (1, 10_000):
+        found = measure_scores(model, prompt, responses, "last:q", token_budget=budget).grams
+        for key, expected in flat.items():
+            assert references.error(found[key].gram(), references.gram_of(expected)) < 1e-10
+    assert calls, "the trunk was not tried"
+
+
+def test_a_measured_module_that_runs_below_too_is_not_lost(calls):
+    """In a layer below, and on what the input embedding gives."""
+    prompt, responses = make_prompt_and_responses((5, 9, 9), prompt=20)
+    for place in ("layers.0.mlp", "embed_tokens"):
+        model = make_model("llama", num_hidden_layers=3)
+        shared = model.model.layers[1].self_attn.q_proj
+        model.model.get_submodule(place).register_forward_hook(
+            lambda module, args, output, shared=shared: output + torch.tanh(shared(output))
+        )
+        (target,) = resolve_targets(model, "1:q")
+        flat = references.flat_scores(model, [target], prompt, responses)[target.key]
+        found = measure_scores(model, prompt, responses, "1:q").grams[target.key].gram()
+        assert references.error(found, references.gram_of(flat)) < 1e-10
+    assert not calls

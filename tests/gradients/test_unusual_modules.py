@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import BartConfig, BartForCausalLM
 
 from gradvar.errors import GradvarError
 from gradvar.gradients import list_targets, measure_scores, resolve_targets
@@ -107,6 +108,19 @@ def test_a_module_that_takes_no_part_is_an_error_not_a_zero():
         measure_scores(model, *make_prompt_and_responses(), "model.layers.1.unused")
 
 
+def test_a_decoder_without_an_encoder_names_the_kinds_that_do():
+    """BART's decoder alone: its attention to an encoder takes no part."""
+    config = BartConfig(
+        vocab_size=37, d_model=16, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=24,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = BartForCausalLM(config).double()
+    request = make_prompt_and_responses()
+    with pytest.raises(GradvarError, match=r"no gradient reached .*encoder_attn\.k_proj.*`all` takes every .*attn,mlp"):
+        measure_scores(model, *request, "last:all")
+    assert len(measure_scores(model, *request, "last:attn,mlp").grams) == 4 + 2
+
+
 def test_a_module_that_changes_its_projection_in_place():
     model = make_model("llama")
     model.model.layers[1].mlp.act_fn = nn.ReLU(inplace=True)
@@ -199,6 +213,19 @@ def test_an_input_changed_in_place_is_refused():
     model.model.layers[1].self_attn.v_proj = Spoiler(model.model.layers[1].self_attn.v_proj)
     with pytest.raises(GradvarError, match="input in place"):
         measure_scores(model, *make_prompt_and_responses(), "*.1.*v_proj.linear")
+
+
+def test_an_input_buffer_used_again_for_the_next_batch_is_refused():
+    model = make_model("llama", hidden_size=32, head_dim=8)
+    buffer = torch.zeros(64, 64, 32, dtype=torch.float64)
+
+    def into_buffer(module, args):
+        place = buffer[: args[0].shape[0], : args[0].shape[1]]
+        return (place.copy_(args[0].detach()),)
+
+    model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(into_buffer)
+    with pytest.raises(GradvarError, match="input again for other responses"):
+        measure_scores(model, [3, 4], [[5, 6, 7], [8, 9, 5], [6, 9, 7]], "0:q", token_budget=1)
 
 
 def test_q_k_and_v_keep_their_common_input_once(qwen, monkeypatch):

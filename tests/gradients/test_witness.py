@@ -9,7 +9,8 @@ from torch import nn
 from gradvar.errors import GradvarError
 from gradvar.gradients import measure_scores, resolve_targets
 from gradvar.gradients.passes import whole
-from gradvar.gradients.witness import _same_in_batch
+from gradvar.gradients.usage import LiveBytes
+from gradvar.gradients.witness import _same_in_batch, check_stretch
 from tests.gradients import references
 from tests.gradients.models import CONFIGS, make_model, make_prompt_and_responses
 
@@ -66,6 +67,21 @@ def capacity_of_48_tokens(mlp, x):
 def test_a_batch_that_changes_its_members_beyond_a_probe_is_measured_one_by_one(act):
     measured = checked(around("qwen2", 0, act), ["last:q"], token_budget=200)
     assert measured.plan.token_budget == 1
+
+
+def test_the_fullest_batch_is_looked_at():
+    """The longest responses make a smaller batch than many short ones."""
+
+    def capacity(mlp, x):
+        kept = torch.arange(x.shape[0] * x.shape[1]) < 52
+        return mlp(x) * kept.view(*x.shape[:2], 1)
+
+    model = around("qwen2", 0, capacity)
+    prompt, responses = make_prompt_and_responses((21, 21, 8, 8, 8, 8, 8))
+    (target,) = resolve_targets(model, "0:q")
+    found = measure_scores(model, prompt, responses, "0:q", token_budget=60).grams[target.key].gram()
+    flat = references.flat_scores(model, [target], prompt, responses)[target.key]
+    assert references.error(found, references.gram_of(flat)) < 1e-10
 
 
 class Mixture(nn.Module):
@@ -165,6 +181,68 @@ def head_in_a_layer():
 def test_a_gradient_that_is_not_captured_whole_is_refused_by_name(make, spec, key):
     with pytest.raises(GradvarError, match=rf"{key} .*from autograd's.*used outside its module's call"):
         measure_scores(make(), PROMPT, RESPONSES, spec)
+
+
+def used_again_in_long_ones(mlp, x):
+    return mlp(x) + used_again(mlp, x) if x.shape[1] > 40 else mlp(x)
+
+
+def used_again_further_on(mlp, x):
+    later = (torch.arange(x.shape[1]) > 42).to(x.dtype)[:, None]
+    return mlp(x) + later * used_again(mlp, x)
+
+
+@pytest.mark.parametrize("lengths", [(50,), (50, 44, 41, 10)])
+@pytest.mark.parametrize("budget", [1, 10_000])
+def test_a_weight_used_elsewhere_in_long_sequences_alone_is_refused(budget, lengths):
+    with pytest.raises(GradvarError, match=r"up_proj .*from autograd's.*used outside its module's call"):
+        measure_scores(
+            around("llama", 1, used_again_in_long_ones),
+            *make_prompt_and_responses(lengths),
+            "*.1.mlp.inner.up_proj",
+            token_budget=budget,
+        )
+
+
+def test_a_weight_used_elsewhere_far_on_is_refused_where_looking_there_is_cheap():
+    """The states of a beginning are the same: only a longer stretch shows it, one of 100 responses whole."""
+    with pytest.raises(GradvarError, match=r"up_proj .*from autograd's.*used outside its module's call"):
+        measure_scores(
+            around("llama", 1, used_again_further_on),
+            *make_prompt_and_responses((50,) * 100),
+            "*.1.mlp.inner.up_proj",
+        )
+
+
+@pytest.mark.parametrize("spec", ["*.1.mlp.inner.up_proj", "last:qkv", "lm_head"])
+def test_states_that_change_with_the_length_alone_are_measured(spec):
+    model = around("llama", 1, lambda mlp, x: mlp(x) * (1.5 if x.shape[1] > 40 else 1.0))
+    prompt, responses = make_prompt_and_responses((50, 44, 30, 10))
+    measured = measure_scores(model, prompt, responses, spec, token_budget=10_000)
+    assert measured.plan.token_budget == 1
+    expected = references.flat_scores(model, resolve_targets(model, spec), prompt, responses)
+    for key, gram in measured.grams.items():
+        assert references.error(gram.gram(), references.gram_of(expected[key])) < 1e-10
+
+
+@pytest.mark.parametrize("targets", ["0:attn,mlp", "lm_head"])
+def test_a_long_stretch_takes_no_more_than_a_batch_and_what_is_kept_of_it(targets, monkeypatch):
+    model = around("llama", 1, lambda mlp, x: mlp(x) * (1.5 if x.shape[1] > 40 else 1.0))
+    model.config.max_position_embeddings = 5000
+    seen = []
+
+    def watched(job, blocks, tokens):
+        with LiveBytes() as live:
+            check_stretch(job, blocks, tokens)
+        kept = sum(block.bytes for block in blocks)
+        seen.append((tokens, live.peak, job.plan.work_bytes + kept))
+
+    monkeypatch.setattr("gradvar.gradients.passes.check_stretch", watched)
+    prompt, responses = make_prompt_and_responses((2000, 300))
+    measure_scores(model, prompt, responses, targets, token_budget=1)
+    assert [tokens for tokens, _, _ in seen] == [28, 2004]
+    _, peak, planned = seen[-1]
+    assert 1 << 20 < peak <= planned
 
 
 def test_a_bias_of_two_modules_is_refused_where_biases_count():
