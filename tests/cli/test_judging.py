@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
 import gradvar
 from benchmarks.synthetic import simulated_prompt, write_run
@@ -208,7 +209,7 @@ def test_extras_of_dapo_beside_the_plain_update(call, tmp_path):
 def test_many_columns_stand_in_parts_and_no_heading_is_broken(capsys, monkeypatch):
     from cli.console import wide_table
 
-    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("cli.console.result", Console(width=40, highlight=False))
     names = ["grpo", "dr_grpo", *(f"vl_norm α={alpha}" for alpha in (0.5, 0.75, 1, 1.5, 2))]
     wide_table("CVs", ["prompt", *names], [["p0", *([">0.967"] * 7)], ["p1", *(["1.5"] * 7)]], caption="end")
     out = capsys.readouterr().out
