@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from gradvar.estimators.aggregation import aggregation_weights
 from gradvar.estimators.cv import UNRESOLVED, Needed, cv_from_rho, n_to_resolve, pooled_rho, resolution
 from gradvar.estimators.groups import GroupMoments
-from gradvar.estimators.intervals import PROMPTS_LIKE_THESE, THESE_PROMPTS
+from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, THESE_PROMPTS
 from gradvar.estimators.noise_scale import LEAST, noise_moments
 from gradvar.estimators.pairs import centred, covariance_of_centred
 from gradvar.estimators.paper_order import Variant
@@ -184,15 +184,19 @@ def form_cv_rows(
     pooled: bool = False,
 ) -> list[TableRow]:
     """Rows of one rule in one form: of one prompt, or pooled for both estimands."""
-    both = pooled_rho(moments, group_size=1, level=level)
+    both = pooled_rho(moments, group_size=group_size, level=level)
     noise = sum(m.same - m.cross for m in moments)
-    if noise > 0.0 >= sum(m.same for m in moments):
-        # ||grad J||^2 came out below -noise: nothing but a CV of at least 0 can be told.
-        both = (_nothing_told(both[0]), _nothing_told(both[1]))
+    below = noise > 0.0 >= sum(m.same for m in moments)
     rows = []
     for rho, estimand in list(zip(both, (THESE_PROMPTS, PROMPTS_LIKE_THESE), strict=True))[: 2 if pooled else 1]:
+        if rho.high <= 0.0 or (below and (estimand == THESE_PROMPTS or len(moments) >= MINIMUM_PROMPTS)):
+            # ||grad J||^2 came out near -noise or below: nothing but a CV of at least 0 can be told.
+            rho = _nothing_told(rho)
         method = rho.method.replace("permutation groups", f"{CV_FORMS[form]}, ||grad J||^2 of different responses")
-        needed = n_to_resolve(rho, 1) if estimand == THESE_PROMPTS else Needed(n=math.nan, at_least=False)
+        needed = Needed(n=math.nan, at_least=False)
+        if estimand == THESE_PROMPTS:
+            more = math.floor(rho.n / rho.clusters) + 1.0
+            needed = Needed(n=more, at_least=True) if rho.low == -math.inf else n_to_resolve(rho, group_size)
         estimate = replace(cv_from_rho(rho), method=method, seed=seed)
         rows.append(_row(estimate, form, variant, labels, group_size, resolution(rho), estimand, needed))
     return rows
@@ -220,7 +224,7 @@ def no_form_cv_rows(
 
 
 def _nothing_told(rho: Estimate) -> Estimate:
-    method = rho.method.split("; no gradient")[0] + "; ||grad J||^2 estimated below minus the noise"
+    method = rho.method.split("; no gradient")[0] + "; ||grad J||^2 estimated near minus the noise or below"
     return replace(rho, value=math.nan, low=-math.inf, high=1.0, method=method)
 
 

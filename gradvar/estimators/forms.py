@@ -347,6 +347,6 @@ def total_cv_form(cv: pd.DataFrame) -> pd.DataFrame:
 
 
 def total_form(cv: pd.DataFrame) -> pd.DataFrame:
-    """Form 3's rows of the same table: the "cv_ratio" rows of `cv_table`, lengths random, as "cv_ratio_form_3"."""
+    """Ratios of form 3 for the same table: the "cv_ratio" rows of `cv_table`, lengths random, as "cv_ratio_form_3"."""
     rows = cv[cv["quantity"] == "cv_ratio"]
     return rows.assign(quantity="cv_ratio_form_3")

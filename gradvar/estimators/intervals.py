@@ -115,6 +115,7 @@ def bent_quantiles(bend: float, quantile: float) -> tuple[float, float]:
     size = abs(bend) if math.isfinite(bend) else 0.0
     curve = (quantile**2 + 1.0) / 2.0
     near, far = (curve * min(max(size - least, 0.0), most) for least, most in (NEAR_BEND, FAR_BEND))
+    near = min(near, quantile)  # an interval holds its estimate
     return (-quantile - far, quantile - near) if bend > 0.0 else (near - quantile, quantile + far)
 
 

@@ -8,6 +8,7 @@ Shape letters: M tokens predicted, T tokens fed, D hidden width, K vectors.
 from __future__ import annotations
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -137,11 +138,13 @@ def _compare_head(job: Job, logprobs: Tensor, gradient: Tensor, seen: Prediction
     """Refuse a model whose logits are not what is made of its last hidden states."""
     own = seen.scores.logprobs.to(logprobs.device, logprobs.dtype)
     size = narrowest_bytes(job, gradient)
-    gap = float((own - logprobs).abs().max())
+    # a token that the vocabulary's padding or a mask rules out is -inf for both
+    gap = float((own - logprobs).abs().nan_to_num(nan=0.0, posinf=float("inf")).max())
+    largest = float(logprobs.masked_fill(logprobs.isinf(), 0.0).abs().max())
     wide = seen.scores.hidden_gradient.to(gradient.device).double()
     off = float((gradient.double() - wide).norm() / wide.norm())
     limit = _HEAD_ROUNDINGS[size]
-    if gap > limit * (1 + float(logprobs.abs().max())) or off > limit:
+    if gap > limit * (1 + largest) or off > limit:
         hooks = hooked(job.model, job.head.base)
         raise GradvarError(
             f"response {job.ids[0]}: log-probabilities from the last hidden states are up to {gap:.3g} nats from those "
@@ -202,9 +205,11 @@ class _Autograd:
                     own -= (flat.T if isinstance(module, Conv1D) and kind == "weight" else flat)[rows].to(own.device)
                 gap += float(torch.linalg.vector_norm(own)) ** 2
             width = narrowest_bytes(self._job, self.parameters[name])
+            if width == 2 and gradient is not None and not gradient.isfinite().all():
+                gap = 0.0  # float16 of autograd's own overflowed; ours is kept in float32
             terms = self._terms.get(name, 0.0)
             if gap > _ROUNDINGS[width] ** 2 * size + _TERM_ROUNDINGS[width] ** 2 * terms:
-                self._wrong[block.target.key] = (gap / size) ** 0.5 if size else float("inf")
+                self._wrong[block.target.key] = (gap / size) ** 0.5 if size else math.inf
             if kind == "weight":
                 store.forget(0)
 
@@ -223,7 +228,7 @@ class _Autograd:
             key, gap = next(iter(self._wrong.items()))
             path = key.partition(":")[0]
             module = self._job.model.get_submodule(path)
-            said = f"{gap:.2g} of its size from" if gap < float("inf") else "nothing beside"
+            said = f"{gap:.2g} of its size from" if gap < math.inf else "nothing beside"
             raise GradvarError(
                 f"{key} ({type(module).__name__}): the gradient captured at its calls is {said} "
                 "autograd's, so it cannot be measured: its weight is used outside its module's call too, or the "

@@ -274,7 +274,9 @@ def _counted_blocks(base: nn.Module) -> str:
     config: Any = getattr(base, "config", None)
     settings = vars(config.get_text_config()) if config is not None else {}
     names = ("attention_chunk_size", "block_size", "index_block_size")
-    return ", ".join(f"{name}={settings[name]}" for name in names if (settings.get(name) or 0) > 1)
+    return ", ".join(
+        f"{name}={settings[name]}" for name in names if isinstance(settings.get(name), int) and settings[name] > 1
+    )
 
 
 def other_start(batch: Batch) -> Batch:

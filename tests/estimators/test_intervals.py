@@ -90,6 +90,8 @@ def test_bent_quantiles():
     assert bent_quantiles(5.0, 1.96) == bent_quantiles(0.85, 1.96)
     assert bent_quantiles(0.6, 1.96)[1] == bent_quantiles(0.4, 1.96)[1]
     assert bent_quantiles(math.nan, 1.96) == (-1.96, 1.96)
+    # Few degrees of freedom at a high level: the nearer end does not pass the estimate.
+    assert bent_quantiles(5.0, 9.9)[1] == 0.0
 
 
 def test_quantiles_of_a_studentised_mean_over_pairs():
