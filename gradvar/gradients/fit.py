@@ -25,7 +25,7 @@ from gradvar.gradients.plan import (
 from gradvar.gradients.sketch import SketchPlan
 from gradvar.gradients.spill import FILLED
 from gradvar.gradients.trunk import trunk_bytes
-from gradvar.gradients.usage import peak_bytes
+from gradvar.gradients.usage import OverLimitError, peak_bytes
 
 _FREE_SHARE = 0.8
 """Part of what is free that is used without a budget: the rest is for the allocator and for other processes."""
@@ -46,6 +46,8 @@ _SHRINK = 0.7
 _A_BATCH = {"cpu": 16, "cuda": 1000}
 """What a batch costs beside its tokens, in tokens: on the CPU as measured (27 M parameters, one thread: 0.02 s); on
 CUDA a guess at the time it takes to launch some thousand kernels."""
+_TOO_MUCH = 1 << 62
+"""More bytes than any budget."""
 _CHUNK_SHARE = 1 / 32
 """A chunk of logits is at most this part of the budget."""
 
@@ -116,19 +118,17 @@ def choose_plan(
     host = int(FILLED * host) if job.device.type == "cuda" else host - host // _SLACK
     search = _Search(job=job, given=given, total=total, host=host, trunk=_trunk(job))
     plans: list[Plan] = []
-    least = []
-    for kind in [checkpointing, *(["non_reentrant"] if may_checkpoint and checkpointing == "off" else [])]:
+    kinds = [checkpointing, *(["non_reentrant"] if may_checkpoint and checkpointing == "off" else [])]
+    for kind in kinds:
         tokens, chunk, work = search.batching(token_budget, kind)
         plan = search.split(tokens, chunk, work, kind)
-        if plan is None:
-            least.append(_least(job, kind))
-        else:
+        if plan is not None:
             plans += [plan, *search.smaller(plan)]
             if 2 * work <= total:
                 break
     if plans:
         return min(plans, key=lambda plan: _work(job, plan))
-    needed = min(least) + sketches
+    needed = min(_least(job, kind) for kind in kinds) + sketches  # probed beyond the budget, to say what would do
     would_do = enough(needed, job.device)
     raise GradvarError(
         f"memory budget of {given} bytes is too small: expected at least {would_do} bytes ({would_do / 2**30:.2g} "
@@ -241,8 +241,12 @@ class _Search:
         return (shared, True) if len(shared) < len(own) else (own, False)
 
     def _work(self, tokens: int, chunk: int, kind: str) -> int:
-        """Return the bytes of the largest batch."""
-        return sum(work_bytes(self.job, peak_bytes(self.job, None, kind, tokens), tokens, chunk))
+        """Return the bytes of the largest batch; more than any budget where a probe takes all that there is."""
+        try:
+            peak = peak_bytes(self.job, None, kind, tokens, limit=self.total)
+        except OverLimitError:
+            return _TOO_MUCH
+        return sum(work_bytes(self.job, peak, tokens, chunk))
 
 
 def _trunk(job: Job) -> tuple[int, int]:

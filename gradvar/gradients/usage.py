@@ -12,6 +12,7 @@ so each moment has a growth of its own.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from gradvar.gradients.capture import ParameterTaps, Taps
 from gradvar.gradients.checkpointing import checkpointed
 from gradvar.gradients.job import Job
 from gradvar.gradients.plan import Block
+from gradvar.gradients.resident import blocks_apart
 
 _PROBE_LENGTH = {"cpu": 32, "cuda": 256}
 """Tokens of the longest probe, at most: kernels of a GPU fill up blocks of many tokens."""
@@ -81,11 +83,20 @@ class Flop:
     backward: Growth
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors that are made inside and still alive; those from outside are not counted."""
+class OverLimitError(Exception):
+    """A run holds more bytes than it may."""
 
-    def __init__(self) -> None:
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all tensors that are made inside and still alive; those from outside are not counted.
+
+    Args:
+        limit: The operator behind which more than that is alive raises `OverLimitError`.
+    """
+
+    def __init__(self, limit: float = math.inf) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._limit = limit
         self.now = 0
         self.peak = 0
         self.after: list[int] = []
@@ -101,6 +112,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for value in tree_leaves(output):
             self._see(value, 1)
         self.after.append(self.now)
+        if self.now > self._limit:
+            raise OverLimitError
         return output
 
     def _see(self, value: object, count: int) -> None:
@@ -120,7 +133,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = max(self.peak, self.now)
 
 
-def peak_bytes(job: Job, blocks: Sequence[Block] | None, kind: str, token_budget: int) -> Growth:
+def peak_bytes(
+    job: Job, blocks: Sequence[Block] | None, kind: str, token_budget: int, limit: float = math.inf
+) -> Growth:
     """Return the most bytes alive at one time in a batch's forward and backward, the model's own weights left out.
 
     What was found is kept for the model's next request.
@@ -130,14 +145,18 @@ def peak_bytes(job: Job, blocks: Sequence[Block] | None, kind: str, token_budget
         blocks: What is tapped, None for all targets: backward ends at the lowest.
         kind: Checkpointing: "off", "reentrant" or "non_reentrant".
         token_budget: Padded tokens of a batch: where batches are padded, attention keeps more.
+        limit: Bytes that a probe may take. None is longer than the longest response.
+
+    Raises:
+        OverLimitError: One takes more.
     """
 
     def watch(run: _Run) -> tuple[ArrayLike, ...]:
-        with LiveBytes() as live:
+        with LiveBytes(limit) as live:
             run.back(run.forth())
         return (live.after,)
 
-    found: Growth = _probe(job, blocks, kind, token_budget, watch)[0]
+    found: Growth = _probe(job, blocks, kind, token_budget, watch, limit)[0]
     return found
 
 
@@ -177,8 +196,9 @@ def _probe(
     kind: str,
     token_budget: int,
     watch: Callable[[_Run], tuple[ArrayLike, ...]],
+    limit: float = math.inf,
 ) -> list[Growth]:
-    """Return how each number that `watch` reads off a run grows with the tokens."""
+    """Return how each number that `watch` reads off a run grows with the tokens; what passes the limit is kept too."""
     long = max(6, min(_PROBE_LENGTH.get(job.device.type, _PROBE_LENGTH["cpu"]), max(job.lengths)))
     further = _further(job, long)
     batches = job.batches(token_budget)
@@ -192,26 +212,34 @@ def _probe(
     if key in known:
         found: list[Growth] = known[key]
         return found
+    if (key, limit) in known:
+        raise OverLimitError
     word = job.prompt[-1:]
     modules = {path: job.model.get_submodule(path) for path in paths}
-    with job.autocast.off(), checkpointed(job.model, kind), Taps(modules) as taps, ParameterTaps(parameters):
 
-        def values(length: int) -> tuple[ArrayLike, ...]:
-            sequences = [word * length, word * (length - 1)][:rows]
-            if packed:  # two that make up the length together
-                sequences = [word * (length - length // 2), word * (length // 2)]
-            (batch,) = make_batches(word, sequences, rows * length, job.device, job.padding_side, packed)
-            taps.listen(lambda path, value, gradient: None)
-            return watch(_Run(job=job, batch=batch))
+    def values(length: int, taps: Taps) -> tuple[ArrayLike, ...]:
+        sequences = [word * length, word * (length - 1)][:rows]
+        if packed:  # two that make up the length together
+            sequences = [word * (length - length // 2), word * (length // 2)]
+        (batch,) = make_batches(word, sequences, rows * length, job.device, job.padding_side, packed)
+        taps.listen(lambda path, value, gradient: None)
+        return watch(_Run(job=job, batch=batch))
 
-        values(3)  # the first holds the checks of each module
-        seen = [(length, values(length)) for length in (max(3, long // 4), max(4, long // 2), long)]
-        growths = _fitted(seen, rows)
-        if further:
-            seen.append((further[0], values(further[0])))
-            if any(np.max(value) > _TOLERANCE * one.at(further[0], rows) for value, one in _pairs(seen[-1], growths)):
-                seen += [(length, values(length)) for length in further[1:]]
-                growths = _fitted(seen[-3:], rows)
+    try:
+        with blocks_apart(job.device.type == "cpu"), job.autocast.off(), checkpointed(job.model, kind), \
+                Taps(modules) as taps, ParameterTaps(parameters):  # fmt: skip
+            values(3, taps)  # the first holds the checks of each module
+            seen = [(length, values(length, taps)) for length in (max(3, long // 4), max(4, long // 2), long)]
+            growths = _fitted(seen, rows)
+            if further:
+                seen.append((further[0], values(further[0], taps)))
+                foretold = ((value, one.at(further[0], rows)) for value, one in _pairs(seen[-1], growths))
+                if any(np.max(value) > _TOLERANCE * told for value, told in foretold):
+                    seen += [(length, values(length, taps)) for length in further[1:]]
+                    growths = _fitted(seen[-3:], rows)
+    except OverLimitError:
+        known[key, limit] = None
+        raise
     known[key] = growths
     return growths
 

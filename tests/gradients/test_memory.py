@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 from tests.gradients.models import make_model, make_prompt_and_responses
 
 MEASURE = """
-import sys, torch
+import ctypes, sys, torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 from gradvar.gradients import measure_scores
 
@@ -31,6 +31,7 @@ model = AutoModelForCausalLM.from_config(config)
 words = torch.Generator().manual_seed(0)
 responses = [torch.randint(5000, (60 + 5 * (i % 20),), generator=words).tolist() for i in range(max(counts))]
 measure_scores(model, [5, 6, 7], [[8, 9], [10]], "last:q")  # what loads late is loaded
+ctypes.CDLL(None).malloc_trim(0)  # blocks freed before would hide as much growth
 before = status("VmRSS:")
 for count in counts:
     open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts anew
@@ -66,7 +67,7 @@ def test_resident_memory_stays_within_the_budget_and_does_not_grow():
 
 
 SHAPES = """
-import sys, torch, transformers
+import ctypes, sys, torch, transformers
 from transformers import AutoModelForCausalLM
 from gradvar.errors import GradvarError
 from gradvar.gradients import measure_scores
@@ -98,6 +99,7 @@ model = AutoModelForCausalLM.from_config(config)
 words = torch.Generator().manual_seed(0)
 responses = [torch.randint(3, 2000, (length - 7 * i,), generator=words).tolist() for i in range(3)]
 measure_scores(model, [5, 6, 7], [[8, 9], [10]], targets, memory_budget=1 << 30)
+ctypes.CDLL(None).malloc_trim(0)  # blocks freed before would hide as much growth
 before = status("VmRSS:")
 open("/proc/self/clear_refs", "w").write("5")
 try:
@@ -141,6 +143,34 @@ def test_chunks_windows_and_holes_are_counted(kind, length, mebibytes):
         word, number = run(budget)
     assert word == "measured"
     assert number <= budget, f"{number / 2**20:.0f} MiB of {budget / 2**20:.0f}"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_large_blocks_get_pages_of_their_own_even_where_holes_are_left():
+    """Of 64 freed holes that 300 KiB would fit, none is used again: once such blocks are freed, their pages are."""
+    script = """
+import ctypes, sys, torch
+from gradvar.gradients.resident import blocks_apart, resident_bytes, settled_bytes
+
+torch.ones(1_000_000)  # once freed, glibc puts blocks of up to its size into the heap
+blocks = [torch.ones(size) for _ in range(64) for size in (80_000, 1000)]
+del blocks[::2]
+with blocks_apart(sys.argv[1] == "apart"):
+    before = settled_bytes()
+    large = [torch.ones(80_000) for _ in range(64)]
+    grown = resident_bytes() - before
+    del large
+    print(grown, resident_bytes() - before)
+"""
+    found = {}
+    for word in ("apart", "usual"):
+        done = subprocess.run(
+            [sys.executable, "-c", script, word], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        found[word] = [int(number) for number in done.stdout.split()]
+    assert all(grown > 60 * 320_000 for grown, _ in found.values())
+    assert found["apart"][1] < 1 << 20
+    assert found["usual"][1] > 10 << 20
 
 
 def test_freed_blocks_are_given_back_only_where_room_is_short(monkeypatch):
