@@ -11,7 +11,7 @@ LOW, HIGH = 0.93, 0.97
 """Claimed coverage, at N of 64 and more; below only LOW."""
 WRONG = 0.05
 """Most wrong verdicts."""
-CLAIMED = ("deviation exponent", "within exponent", "rho ", "cv ratio ", "eta ")
+CLAIMED = ("deviation exponent", "within exponent", "rho ", "cv ratio ", "cv form ", "eta ")
 """Beginnings of the quantities for which the claim is made; the others are tabled."""
 UNRESOLVED = 0.02
 """Beyond this share of draws without a bounded interval, all of which cover, a row cannot but lie above."""

@@ -262,6 +262,25 @@ def _reward_mean(law: dict[str, Any]) -> tuple[float, float]:
     return p, math.sqrt(p * (1 - p))
 
 
+def conditional_moments(law: dict[str, Any], lengths: Array) -> tuple[Array, Array]:
+    """E[||g - E[g | L]||^2 | L] at these lengths, and (2,) grad J, for g = (r - E r) s."""
+    z = np.log(lengths / simulator.TYPICAL_LENGTH) / law.get("spread", 0.6)
+    chance = 1.0 / (1.0 + (1.0 / law.get("p", 0.4) - 1.0) * np.exp(-law.get("reward_slope", 0.0) * z))
+    everywhere, _, usual = _grid(law)
+    p_all = _reward_mean(law)[0]
+    v = (lengths / simulator.TYPICAL_LENGTH) ** law["beta"]
+    drift = law.get("drift", 0.0)
+    whole = np.zeros_like(z)
+    mean = np.zeros((2, len(z)))
+    for reward, weight in ((1.0, chance), (0.0, 1.0 - chance)):
+        a = reward - p_all
+        axes = a * np.stack([law["signal"] * (reward - chance), drift * z])
+        whole += weight * (a**2 * v + (axes**2).sum(axis=0))
+        mean += weight * axes
+    gradient = [law["signal"] * float((usual * (1.0 - usual)).mean()), drift * float((usual * everywhere).mean())]
+    return whole - (mean**2).sum(axis=0), np.array(gradient)
+
+
 def _conditional(law: dict[str, Any], advantage: str) -> tuple[Array, Array, Array]:
     """Lengths, E[||g - E g||^2 | L] and E[||g - E[g | L]||^2 | L]."""
     z, lengths, chance = _grid(law)

@@ -92,7 +92,7 @@ def form_moments(
     n = len(measured.lengths)
     value, without, kernel = squared_gradient(measured)
     pairs = covariance_of_centred(kernel)
-    moved = _baseline_moves(measured)
+    moved = baseline_moves(measured)
     zeros = np.zeros(n)
     found = {}
     for variant in variants:
@@ -153,7 +153,7 @@ def _variance_weights(measured: Measured, x: Array, form: str) -> Array:
     return np.asarray(known * float(x**2 @ measured.lengths) / (len(x) * measured.lengths))
 
 
-def _baseline_moves(measured: Measured) -> Array:
+def baseline_moves(measured: Measured) -> Array:
     """What is added (N,) to every A when a response is taken away and the baseline moves."""
     n = len(measured.lengths)
     if measured.advantage in _CENTRED:

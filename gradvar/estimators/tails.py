@@ -176,7 +176,7 @@ class PromptTails:
         Where E[g | L] moves with L, cosines of 0.99 were covered 82 to 87% without (N = 512).
         """
         falls, _ = self._described(rule)
-        short = Tail(side=-1 if falls > 0.0 else 0, power=2.0 * falls - self.growth)
+        short = Tail(side=-1 if falls > 0.0 else 0, power=min(2.0 * falls, 3.0) - self.growth)
         return self._tails(short, Tail(side=-1, power=self.growth - 2.0 * falls))
 
     def _tails(self, short: Tail, long: Tail) -> LengthTails:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks.calibration_truths import conditional_moments
 from gradvar.estimators import (
     RULES,
     advantages,
@@ -17,7 +18,7 @@ from gradvar.estimators import (
     total_cv_form,
     within_length_variance,
 )
-from gradvar.estimators.form_cvs import _baseline_moves
+from gradvar.estimators.form_cvs import baseline_moves
 from gradvar.estimators.forms import _measured
 from gradvar.estimators.inputs import generator
 from gradvar.estimators.noise_scale import noise_moments
@@ -96,6 +97,22 @@ def test_intervals_cover_and_values_are_centred(n):
         assert abs(np.median(logs)) < 4 * 1.25 * np.std(logs) / math.sqrt(draws) + 0.01, key
 
 
+def test_ratios_are_covered_where_all_share_the_baseline():
+    """300 prompts of 16 with a law of L^2 and a mean that moves with L: 80% without what the baseline adds."""
+    law = {"beta": 2.0, "signal": 1.5, "drift": 0.3, "reward_slope": -0.7, "p": 0.4}
+    hits = draws = 0
+    while draws < 300:
+        one = simulator.prompt("p", 16, rng=np.random.default_rng([10, draws, hits]), **law)
+        if len(set(one.rewards)) == 1:
+            one = simulator.prompt("p", 16, rng=np.random.default_rng([11, draws, hits]), **law)
+        row = only(form_table([one], rules=("dapo",), seed=draws), quantity="cv_ratio_form_2", rule="dapo")
+        v = conditional_moments(law, one.lengths)[0]
+        x, y = (references.weights(rule, one.lengths) for rule in ("dapo", "grpo"))
+        hits += row["low"] <= np.sqrt((x**2 @ v) / (y**2 @ v)) / x.sum() * y.sum() <= row["high"]
+        draws += 1
+    assert hits >= stats.binom.ppf(1e-4, draws, 0.93), hits
+
+
 def test_hard_signals_are_covered_resolved_or_not():
     hits, resolved, draws = 0, 0, 60
     for t in range(draws):
@@ -116,7 +133,7 @@ def test_replicates_follow_the_baseline():
     rng = generator(0, "p", "neighbours")
     other = within_length_variance(one.gram, one.lengths, advantages=measured.factors + 1e-6, rng=rng)
     assert (other - measured.within) / 1e-6 == pytest.approx(measured.slope, rel=1e-3, abs=1e-4)
-    moved = _baseline_moves(measured)
+    moved = baseline_moves(measured)
     without = [np.delete(one.rewards, i).mean() for i in range(30)]
     assert moved == pytest.approx(one.rewards.mean() - np.array(without))
 
