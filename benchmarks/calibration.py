@@ -50,7 +50,7 @@ from gradvar.estimators.comparison import estimate_difference
 from gradvar.estimators.intervals import decide_from_margin
 from gradvar.runs.records import Estimate
 
-KINDS = {"law", "groups", "audit", "proxies", "forms"}
+KINDS = {"law", "groups", "audit", "proxies", "forms", "lines"}
 BATCHES = "batches"
 SKETCHED = ", sketched"
 HIGH: dict[str, Any] = {"dimensions": 60, "decay": 0.97}

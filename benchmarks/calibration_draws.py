@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.calibration_forms import form_intervals
+from benchmarks.calibration_lines import line_intervals
 from benchmarks.calibration_truths import ALPHAS, GRID, GROUP, LAW, LONGEST, RULES, Truths, eta_ratio_truth, label
 from gradvar.estimators import find_rule
 from gradvar.estimators.additive import of_prompts_like_these, of_these_prompts, ratio_of_signals
@@ -111,7 +112,7 @@ def simulate(laws: list[dict[str, Any]], n: int, rng: np.random.Generator) -> li
 def every_interval(
     laws: list[dict[str, Any]], n: int, seed: list[int], here: Truths, like: Truths | None, kinds: set[str]
 ) -> list[Found]:
-    """Draw once and estimate everything in `kinds` ("law", "groups", "audit", "proxies", "forms")."""
+    """Draw once and estimate everything in `kinds` ("law", "groups", "audit", "proxies", "forms", "lines")."""
     rng = np.random.default_rng(seed)
     prompts = simulate(laws, n, rng)
     makers: dict[str, Callable[[list[Simulated], np.random.Generator], Iterator[tuple[str, Estimate, Estimate | None]]]]
@@ -130,9 +131,12 @@ def every_interval(
                 found.append(_found(name, HERE, here[name], one))
             if across is not None and like is not None and name in like:
                 found.append(_found(name, LIKE, like[name], across))
+    loud = [k for k, p in enumerate(prompts) if not is_silent(p.scores)]
+    state = int(rng.integers(2**31))
+    if "lines" in kinds and len(prompts) == 1 and loud:
+        bare = {name: value for name, value in laws[0].items() if name in LAW}
+        found += [_found(name, HERE, truth, one) for name, truth, one in line_intervals(prompts[0].scores, bare, state)]
     if "forms" in kinds:
-        loud = [k for k, p in enumerate(prompts) if not is_silent(p.scores)]
-        state = int(rng.integers(2**31))
         made = form_intervals([prompts[k].scores for k in loud], [laws[k] for k in loud], state) if loud else ()
         found += [_found(name, HERE, truth, one) for name, truth, one in made]
     return found

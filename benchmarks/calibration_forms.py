@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.calibration_truths import GROUP, LONGEST, conditional_moments, label
+from benchmarks.calibration_truths import GROUP, LONGEST, conditional_variances, gradient_of, label
 from gradvar.estimators import form_table
 from gradvar.estimators.aggregation import find_rule, scope_weights
 from gradvar.estimators.intervals import THESE_PROMPTS
@@ -53,7 +53,7 @@ def form_intervals(
 
 def _parts(lengths: Array, law: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Noise in both forms and signal of every rule for these lengths: of N responses, at groups of `GROUP`."""
-    v, gradient = conditional_moments(law, lengths)
+    v, gradient = conditional_variances(law, "grpo", lengths)[1], gradient_of(law)
     found = {}
     for rule, alpha in VARIANTS:
         x = scope_weights(find_rule(rule), lengths, lambda y: y.sum(), alpha=alpha, max_length=LONGEST)

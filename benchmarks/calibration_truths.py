@@ -157,11 +157,11 @@ def law_truths(prompts: list[dict[str, Any]]) -> Truths:
     """Exponents that the fits converge to: the quasi-score vanishes at the exact means given the length."""
     found: Truths = {}
     for advantage in ("score", "grpo"):
-        parts = [_conditional(law, advantage) for law in prompts]
-        sizes = np.concatenate([p[0] for p in parts])
-        codes = np.repeat(np.arange(len(parts)), [len(p[0]) for p in parts])
-        for what, k in (("deviation", 1), ("within", 2)):
-            fit = fit_exponent(sizes, np.concatenate([p[k] for p in parts]), clusters=codes)
+        sizes = [_grid(law)[1] for law in prompts]
+        parts = [conditional_variances(law, advantage, x) for law, x in zip(prompts, sizes, strict=True)]
+        codes = np.repeat(np.arange(len(parts)), [len(x) for x in sizes])
+        for k, what in enumerate(("deviation", "within")):
+            fit = fit_exponent(np.concatenate(sizes), np.concatenate([p[k] for p in parts]), clusters=codes)
             found[f"{what} exponent, {advantage}"] = fit.exponent.value
     return found
 
@@ -262,36 +262,37 @@ def _reward_mean(law: dict[str, Any]) -> tuple[float, float]:
     return p, math.sqrt(p * (1 - p))
 
 
-def conditional_moments(law: dict[str, Any], lengths: Array) -> tuple[Array, Array]:
-    """E[||g - E[g | L]||^2 | L] at these lengths, and (2,) grad J, for g = (r - E r) s."""
+def gradient_of(law: dict[str, Any]) -> Array:
+    """(2,) grad J for g = A s with the population's grpo advantage."""
+    z, _, chance = _grid(law)
+    sd = _reward_mean(law)[1]
+    return (
+        np.array(
+            [law["signal"] * float((chance * (1 - chance)).mean()), law.get("drift", 0.0) * float((chance * z).mean())]
+        )
+        / sd
+    )
+
+
+def conditional_variances(law: dict[str, Any], advantage: str, lengths: Array) -> tuple[Array, Array]:
+    """E[||g - E g||^2 | L] and E[||g - E[g | L]||^2 | L] at these lengths."""
+    everywhere, _, usual = _grid(law)
     z = np.log(lengths / simulator.TYPICAL_LENGTH) / law.get("spread", 0.6)
     chance = 1.0 / (1.0 + (1.0 / law.get("p", 0.4) - 1.0) * np.exp(-law.get("reward_slope", 0.0) * z))
-    everywhere, _, usual = _grid(law)
-    p_all = _reward_mean(law)[0]
+    middle = _by_reward(law, advantage, everywhere, usual)[0].mean(axis=1)
+    inside, parts = _by_reward(law, advantage, z, chance)
     v = (lengths / simulator.TYPICAL_LENGTH) ** law["beta"]
-    drift = law.get("drift", 0.0)
-    whole = np.zeros_like(z)
-    mean = np.zeros((2, len(z)))
-    for reward, weight in ((1.0, chance), (0.0, 1.0 - chance)):
-        a = reward - p_all
-        axes = a * np.stack([law["signal"] * (reward - chance), drift * z])
-        whole += weight * (a**2 * v + (axes**2).sum(axis=0))
-        mean += weight * axes
-    gradient = [law["signal"] * float((usual * (1.0 - usual)).mean()), drift * float((usual * everywhere).mean())]
-    return whole - (mean**2).sum(axis=0), np.array(gradient)
+    within = sum(weight * (a**2 * v + ((axes - inside) ** 2).sum(axis=0)) for weight, a, axes in parts)
+    return np.asarray(within + ((inside - middle[:, None]) ** 2).sum(axis=0)), np.asarray(within)
 
 
-def _conditional(law: dict[str, Any], advantage: str) -> tuple[Array, Array, Array]:
-    """Lengths, E[||g - E g||^2 | L] and E[||g - E[g | L]||^2 | L]."""
-    z, lengths, chance = _grid(law)
+def _by_reward(
+    law: dict[str, Any], advantage: str, z: Array, chance: Array
+) -> tuple[Array, list[tuple[Array, Array, Array]]]:
+    """(2, .) E[g | L], and of either reward its chance, A and mean g."""
     p_all, sd = _reward_mean(law)
-    v = (lengths / simulator.TYPICAL_LENGTH) ** law["beta"]
-    values = []
+    parts = []
     for reward, weight in ((1.0, chance), (0.0, 1.0 - chance)):
         a = np.full_like(z, 1.0 if advantage == "score" else (reward - p_all) / sd)
-        axes = np.stack([a * law["signal"] * (reward - chance), a * law.get("drift", 0.0) * z], axis=1)
-        values.append((weight, a**2 * v, axes))
-    inside = sum(w[:, None] * axes for w, _, axes in values)
-    middle = np.asarray(inside).mean(axis=0)
-    within = sum(w * (noise + ((axes - inside) ** 2).sum(axis=1)) for w, noise, axes in values)
-    return lengths, np.asarray(within + ((inside - middle) ** 2).sum(axis=1)), np.asarray(within)
+        parts.append((weight, a, a * np.stack([law["signal"] * (reward - chance), law.get("drift", 0.0) * z])))
+    return np.asarray(sum(weight * axes for weight, _, axes in parts)), parts

@@ -56,11 +56,12 @@ def of_these_prompts(
     method: str,
     back: Callable[[float], float] = lambda x: x,
     curved: bool = False,
+    most_degrees: float = CURVED_DEGREES,
 ) -> Estimate:
     """Statistic of the total, responses drawn again inside prompts; `back` takes value and ends to another scale.
 
     With `curved` the jackknife's estimate of the bias joins the error in squares, at most as large as it, and t has at
-    most CURVED_DEGREES: right where a statistic bends within its own error. Where less than one response in RARE
+    most `most_degrees`: right where a statistic bends within its own error. Where less than one response in RARE
     carries the error, rarer ones than any seen would move the statistic, and it is widened.
     Without interval where a replicate is undefined; NaN where the statistic is.
     """
@@ -80,7 +81,7 @@ def of_these_prompts(
         if curved:
             bias = sum((len(r) - 1) * (float(r.mean()) - value) for r in replicates)
             rare = max(1.0, n / (RARE * degrees)) ** (1 / 3)
-            error, degrees = rare * math.hypot(error, min(abs(bias), error)), min(degrees, CURVED_DEGREES)
+            error, degrees = rare * math.hypot(error, min(abs(bias), error)), min(degrees, most_degrees)
         half = t_quantile(level, degrees) * error
         if any(p.halves is not None for p in prompts):
             variance, degrees = _without_permutations(prompts, total, statistic, replicates)

@@ -51,7 +51,7 @@ from gradvar.estimators.law_estimates import (
     resting_on,
     scales_of,
 )
-from gradvar.estimators.least_squares import least_squares, rank_correlation
+from gradvar.estimators.least_squares import least_squares, owed, rank_correlation
 from gradvar.estimators.quasi import Dependence, QuasiFit
 from gradvar.runs.records import Estimate
 
@@ -183,8 +183,9 @@ def fit_variance_law(
     curved = data.fit(curved_shape(centred), power.shape[0] if power.converged else 1.0, 0.0, dependence=dependence)
     exponents = _exponents(data, power, margin, level, dependence)
     scale, level_at, reference = scales_of(power, data.centre, level)
-    slope, slope_r2, _ = least_squares(data.log_length, np.log(np.where(y > 0, y, 1.0)), codes, y > 0, level, "log-log")
-    line, line_r2, intercept = least_squares(x, y, codes, np.ones_like(y, dtype=bool), level, "line")
+    shared = owed(codes, dependence)
+    slope, slope_r2, _ = least_squares(x, y, codes, shared, level, logs=True)
+    line, line_r2, intercept = least_squares(x, y, codes, shared, level, spread=_spread(data, power))
     return VarianceLaw(
         **exponents,
         scale=following(scale, exponents["exponent"]),
@@ -197,7 +198,7 @@ def fit_variance_law(
         line_slope=line,
         line_intercept=intercept,
         line_r2=line_r2,
-        rank_correlation=rank_correlation(x, y, codes, level),
+        rank_correlation=rank_correlation(x, y, codes, shared, level),
     )
 
 
@@ -219,6 +220,15 @@ def fit_exponent(
 
 def _fit_power(data: LawData, dependence: Dependence | None) -> QuasiFit:
     return data.fit(power_shape(data.log_length - data.centre), 1.0, dependence=dependence)
+
+
+def _spread(data: LawData, power: QuasiFit) -> Array | None:
+    """Standard deviations (n,) of the observations, proportional to the power law's means; None without one."""
+    if not power.converged:
+        return None
+    law = power_shape(data.log_length - data.centre)(power.shape)[0]
+    mean = data.a * np.exp(power.constants[data.codes] + law) + data.b
+    return np.asarray(mean * math.sqrt(float(((data.y / mean - 1.0) ** 2).sum()) / max(power.degrees, 1)))
 
 
 def _exponents(

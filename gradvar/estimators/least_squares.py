@@ -1,32 +1,78 @@
 """What readers expect beside the law: the ordinary line, its R^2 and the rank correlation, inside prompts.
 
-Shape letters: n responses, K prompts (clusters), each with a constant of its own.
+Observations share a mean gradient, neighbours and a baseline: `Owed` says what they owe to each other. Without it the
+log-log slope and the rank correlation of within-length variances were covered 87 to 91% (N = 64). A line is that
+through the means at the lengths given; without the law's own spread (`least_squares`) it was covered 62 to 93%.
+Shape letters: n responses, N of one prompt, K prompts (clusters), each with a constant of its own.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
 
-from gradvar.estimators.intervals import (
-    symmetric,
-    t_quantile,
-)
+from gradvar.estimators.additive import RARE, Sums, of_these_prompts
+from gradvar.estimators.intervals import effective_degrees, symmetric, t_quantile
+from gradvar.estimators.quasi import Dependence
 from gradvar.runs.records import Estimate
 
 Array = NDArray[np.float64]
+Owed = Sequence[Array]
+"""One (N, N) a prompt: y_j - y_j without response i at [i, j], 0 where i = j."""
+CLOSE = 1.0 - 1e-12
+"""Beyond this a correlation is 1."""
+
+
+def owed(codes: NDArray[np.intp], dependence: Dependence | None) -> Owed:
+    """What every observation owes to every other of its cluster, from what weighted sums owe; nothing without that."""
+    members = [np.flatnonzero(codes == k) for k in range(int(codes.max()) + 1)]
+    if dependence is None:
+        return [np.zeros((len(own), len(own))) for own in members]
+    place = np.zeros((len(codes), max(len(own) for own in members)))
+    for own in members:
+        place[own, np.arange(len(own))] = 1.0
+    found = dependence(place)
+    return [found[own, : len(own)] for own in members]
 
 
 def least_squares(
-    x: Array, y: Array, codes: NDArray[np.intp], keep: NDArray[np.bool_], level: float, what: str
+    x: Array,
+    y: Array,
+    codes: NDArray[np.intp],
+    shared: Owed,
+    level: float,
+    *,
+    spread: Array | None = None,
+    logs: bool = False,
 ) -> tuple[Estimate, Estimate, Estimate]:
-    """Ordinary least squares with a constant per cluster: slope (HC3, t), R^2 inside clusters, mean intercept."""
+    """Ordinary least squares with a constant per cluster: slope (HC3, t), R^2 inside clusters, mean intercept.
+
+    Args:
+        x: (n,) regressor, positive.
+        y: (n,) observations.
+        codes: (n,) cluster of each.
+        shared: What observations owe to each other.
+        level: Nominal coverage.
+        spread: (n,) standard deviations of y by a fitted law: the error is at least what they make. A line rests on the
+            longest responses, and where their y happen to be small both slope and residuals are.
+        logs: Of the logs of both, where y is positive.
+    """
+    members = [np.flatnonzero(codes == k) for k in range(len(shared))]
+    keep = y > 0 if logs else np.ones_like(y, dtype=bool)
+    changes = [part[np.ix_(keep[own], keep[own])] for part, own in zip(shared, members, strict=True)]
     x, y, codes = x[keep], y[keep], codes[keep]
+    if logs:
+        # An observation near 0 has no first order: its log moves by 1 at most.
+        inside = [y[codes == k] for k in range(len(members))]
+        changes = [np.clip(part / own, -1.0, 1.0) for part, own in zip(changes, inside, strict=True)]
+        x, y = np.log(x), np.log(y)
+    changes = [part for part in changes if len(part)]
     present, codes = np.unique(codes, return_inverse=True)
     n, clusters = len(x), len(present)
+    what = "log-log" if logs else "line"
     method = f"least squares ({what}), HC3, t"
     sizes = np.bincount(codes)
     x_mean, y_mean = np.bincount(codes, weights=x) / sizes, np.bincount(codes, weights=y) / sizes
@@ -39,51 +85,86 @@ def least_squares(
     slope = float(dx @ dy) / total
     residual = dy - slope * dx
     freed = residual / np.maximum(1.0 - 1.0 / sizes[codes] - dx**2 / total, 1e-12)
-    quantile = t_quantile(level, degrees)
-    slope_influence = dx / total * freed
-    shares = freed / sizes[codes] / clusters
-    intercept_influence = shares - float(x_mean.mean()) * slope_influence
+    gains = np.stack([dx / total, 1.0 / sizes[codes] / clusters - float(x_mean.mean()) * dx / total])
+    halves = [_half(gain, freed, codes, changes, spread, degrees, level) for gain in gains]
     all_y = float(dy @ dy)
     r2 = 1.0 - float(residual @ residual) / all_y if all_y > 0 else math.nan
     intercept = float(y_mean.mean()) - slope * float(x_mean.mean())
     return (
-        symmetric(slope, quantile * float(np.linalg.norm(slope_influence)), level, method, n, clusters),
+        symmetric(slope, halves[0], level, method, n, clusters),
         symmetric(r2, math.nan, level, f"least squares ({what}), no interval", n, clusters),
-        symmetric(intercept, quantile * float(np.linalg.norm(intercept_influence)), level, method, n, clusters),
+        symmetric(intercept, halves[1], level, method, n, clusters),
     )
 
 
-def rank_correlation(x: Array, y: Array, codes: NDArray[np.intp], level: float) -> Estimate:
-    """Spearman's correlation inside clusters, ranks scaled to the cluster; interval by Bonett and Wright (2000)."""
-    clusters = int(codes.max()) + 1
-    ranks = []
-    for values in (x, y):
-        scaled = np.empty_like(values)
-        for k in range(clusters):
-            inside = codes == k
-            ordered = ranks_of(values[inside])
-            scaled[inside] = (ordered - ordered.mean()) / len(ordered)
-        ranks.append(scaled)
-    length = float(np.linalg.norm(ranks[0]) * np.linalg.norm(ranks[1]))
-    n = len(x)
-    method = "Spearman inside prompts, Fisher z with the Bonett-Wright error"
-    if length == 0.0 or n - clusters < 3:
+def _half(
+    gain: Array,
+    freed: Array,
+    codes: NDArray[np.intp],
+    changes: Sequence[Array],
+    spread: Array | None,
+    degrees: float,
+    level: float,
+) -> float:
+    """Half-width of sum gain y; what the others owe may only widen it, as for the exponent (`quasi`).
+
+    Where few responses carry it, rarer ones than any seen would move it (`additive.RARE`): lines under a law of L^2.
+    """
+    alone = gain * freed
+    whole = alone.copy()
+    for k, change in enumerate(changes):
+        whole[codes == k] += change @ gain[codes == k]
+    influence = max(alone, whole, key=lambda x: float(x @ x))
+    error = float(np.linalg.norm(influence))
+    if spread is not None:
+        error = max(error, float(np.linalg.norm(gain * spread)))
+    own = effective_degrees(influence, degrees)
+    rare: float = max(1.0, len(gain) / (RARE * own)) ** (1.0 / 3.0)
+    return t_quantile(level, own) * error * rare
+
+
+def rank_correlation(x: Array, y: Array, codes: NDArray[np.intp], shared: Owed, level: float) -> Estimate:
+    """Spearman's correlation inside clusters, ranks scaled to the cluster; delete-one jackknife of Fisher's z.
+
+    The bias is in the error: where rewards follow the length, 88% were covered without. The 8 degrees that proxies get
+    (`prediction`) would cover all.
+    """
+    parts = [_rank_sums(x[codes == k], y[codes == k], own) for k, own in enumerate(shared)]
+    n, clusters = len(x), len(parts)
+    method = "Spearman inside prompts, delete-one jackknife of Fisher's z, t"
+    total = np.sum([part.value for part in parts], axis=0)
+    if min(total[1], total[2]) <= 0.0 or n - clusters < 3:
         return symmetric(math.nan, math.nan, level, method + "; not determined", n, clusters)
-    value = float(np.clip(ranks[0] @ ranks[1] / length, -1.0, 1.0))
-    if abs(value) > 1 - 1e-12:
+    value = float(np.clip(_correlation(total), -1.0, 1.0))
+    if abs(value) > CLOSE:
         return symmetric(value, math.nan, level, method + "; no interval at 1", n, clusters)
-    half = float(special.ndtri(0.5 + level / 2)) * math.sqrt((1 + value**2 / 2) / (n - clusters - 2))
-    z = math.atanh(value)
-    return Estimate(
-        value=value,
-        low=math.tanh(z - half),
-        high=math.tanh(z + half),
-        level=level,
-        method=method,
-        n=n,
-        clusters=clusters,
-        seed=None,
-    )
+    return of_these_prompts(
+        parts, lambda sums: np.arctanh(np.clip(_correlation(sums), -CLOSE, CLOSE)),
+        level=level, method=method, back=math.tanh, curved=True, most_degrees=math.inf,
+    )  # fmt: skip
+
+
+def _correlation(sums: Array) -> Array:
+    return np.asarray(sums[..., 0] / np.sqrt(sums[..., 1] * sums[..., 2]))
+
+
+def _rank_sums(x: Array, y: Array, changes: Array) -> Sums:
+    """Centred sums of xy, xx, yy of the ranks over their number, whole and without each response."""
+    n = len(x)
+    whole = _centred_sums(*(ranks_of(values) / n for values in (x, y)))
+    if n < 3:
+        return Sums(value=whole, without=np.tile(whole, (n, 1)))
+    others = np.nonzero(~np.eye(n, dtype=bool))[1].reshape(n, n - 1)
+    own = ranks_of(x)
+    fewer = (own - (x[:, None] < x) - 0.5 * (x[:, None] == x)) / (n - 1)
+    moved = np.take_along_axis(y - changes, others, axis=1)
+    ranks = (np.argsort(np.argsort(moved, axis=1, kind="stable"), axis=1) + 1.0) / (n - 1)
+    return Sums(value=whole, without=_centred_sums(np.take_along_axis(fewer, others, axis=1), ranks))
+
+
+def _centred_sums(x: Array, y: Array) -> Array:
+    dx, dy = x - x.mean(axis=-1, keepdims=True), y - y.mean(axis=-1, keepdims=True)
+    return np.stack([(dx * dy).sum(axis=-1), (dx**2).sum(axis=-1), (dy**2).sum(axis=-1)], axis=-1)
 
 
 def ranks_of(values: Array) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.calibration_truths import conditional_moments
+from benchmarks.calibration_truths import conditional_variances
 from gradvar.estimators import (
     RULES,
     advantages,
@@ -106,7 +106,7 @@ def test_ratios_are_covered_where_all_share_the_baseline():
         if len(set(one.rewards)) == 1:
             one = simulator.prompt("p", 16, rng=np.random.default_rng([11, draws, hits]), **law)
         row = only(form_table([one], rules=("dapo",), seed=draws), quantity="cv_ratio_form_2", rule="dapo")
-        v = conditional_moments(law, one.lengths)[0]
+        v = conditional_variances(law, "grpo", one.lengths)[1]
         x, y = (references.weights(rule, one.lengths) for rule in ("dapo", "grpo"))
         hits += row["low"] <= np.sqrt((x**2 @ v) / (y**2 @ v)) / x.sum() * y.sum() <= row["high"]
         draws += 1

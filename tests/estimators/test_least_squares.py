@@ -1,0 +1,78 @@
+"""Lines and rank correlations where observations owe something to each other, by leaving responses out one by one."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from gradvar.estimators.least_squares import least_squares, owed, rank_correlation
+from gradvar.estimators.spread import within_dependence, within_length_variance
+from tests.estimators import simulator
+
+
+def data(sizes, seed=3):
+    """Within-length variances of prompts, their codes and what they owe to each other."""
+    made = [simulator.prompt("p", n, rng=np.random.default_rng([seed, n]), beta=1.0, signal=1.0) for n in sizes]
+    rngs = [np.random.default_rng([seed, n, 1]) for n in sizes]
+    y = [within_length_variance(p.gram, p.lengths, rng=rng) for p, rng in zip(made, rngs, strict=True)]
+    rngs = [np.random.default_rng([seed, n, 1]) for n in sizes]
+    parts = [within_dependence(p.gram, p.lengths, rng=rng) for p, rng in zip(made, rngs, strict=True)]
+    cuts = np.cumsum(sizes)[:-1]
+
+    def dependence(q):
+        return np.concatenate([part(piece) for part, piece in zip(parts, np.split(q, cuts), strict=True)])
+
+    lengths = np.concatenate([p.lengths for p in made]).astype(float)
+    return lengths, np.concatenate(y), np.repeat(np.arange(len(sizes)), sizes), dependence
+
+
+def test_what_is_owed_is_what_each_sum_owes():
+    _, _, codes, dependence = data((12, 9))
+    found = owed(codes, dependence)
+    assert [part.shape for part in found] == [(12, 12), (9, 9)]
+    for j in range(21):
+        only = np.zeros((21, 1))
+        only[j] = 1.0
+        expected = dependence(only)[:, 0]
+        k, place = codes[j], j - 12 * codes[j]
+        assert found[k][:, place] == pytest.approx(expected[codes == k])
+        assert np.diagonal(found[k]) == pytest.approx(np.zeros(len(found[k])))
+        assert not expected[codes != k].any()
+    assert [part.any() for part in owed(codes, None)] == [False, False]
+
+
+def test_rank_correlation_by_leaving_out_one_by_one():
+    x, y, codes, dependence = data((40,))
+    shared = owed(codes, dependence)
+    found = rank_correlation(x, y, codes, shared, 0.95)
+    z = []
+    for i in range(40):
+        others = np.arange(40) != i
+        moved = (y - dependence(np.eye(40))[i])[others]
+        z.append(math.atanh(stats.spearmanr(x[others], moved).statistic))
+    value = math.atanh(stats.spearmanr(x, y).statistic)
+    error = math.sqrt(39 / 40 * np.sum((z - np.mean(z)) ** 2))
+    influence = np.square(np.mean(z) - np.array(z))
+    degrees = 2 * influence.sum() ** 2 / (np.sum(influence**2) - influence.sum() ** 2 / 40)
+    error = max(1, 40 / (8 * degrees)) ** (1 / 3) * math.hypot(error, min(abs(39 * (np.mean(z) - value)), error))
+    half = stats.t.ppf(0.975, min(degrees, 39)) * error
+    assert (found.value, found.low, found.high) == pytest.approx(tuple(np.tanh([value, value - half, value + half])))
+
+
+def test_lines_of_two_prompts_by_their_influences():
+    """A line's slope is sum gain y: what leaving a response out does to it, by hand."""
+    x, y, codes, dependence = data((30, 24))
+    slope, _, _ = least_squares(x, y, codes, owed(codes, dependence), 0.95)
+    inside = x - np.array([x[codes == k].mean() for k in (0, 1)])[codes]
+    gain = inside / (inside @ inside)
+    assert slope.value == pytest.approx(gain @ y)
+    residual = y - np.array([y[codes == k].mean() for k in (0, 1)])[codes] - slope.value * inside
+    leverage = 1 / np.bincount(codes)[codes] + inside**2 / (inside @ inside)
+    influence = gain * residual / (1 - leverage) + dependence(gain[:, None])[:, 0]
+    alone = least_squares(x, y, codes, owed(codes, None), 0.95)[0]
+    squares = influence**2
+    degrees = min(2 * squares.sum() ** 2 / (np.sum(squares**2) - squares.sum() ** 2 / 54), 51)
+    half = stats.t.ppf(0.975, degrees) * np.linalg.norm(influence) * max(1, 54 / (8 * degrees)) ** (1 / 3)
+    assert slope.high - slope.value == pytest.approx(half)
+    assert slope.high > alone.high
