@@ -78,7 +78,7 @@ class Witness:
                 own = batch.split(a.detach(), path)[row]
                 vectors = len(alone) // len(self.hidden)
                 seen = own[self.start * vectors : self.start * vectors + len(alone)]
-                if not _same_in_batch(seen, alone, self.narrowest):
+                if not same_in_batch(seen, alone, self.narrowest):
                     raise UnalignedTokensError(f"{path} sees other inputs for a response in a batch than alone")
 
         return watch
@@ -94,7 +94,7 @@ class Witness:
             return
         row = batch.members.index(self.response)
         own = batch.split(hidden.detach(), "the last hidden states")[row]
-        if not _same_in_batch(own[self.start : self.start + len(self.hidden)], self.hidden, self.narrowest):
+        if not same_in_batch(own[self.start : self.start + len(self.hidden)], self.hidden, self.narrowest):
             raise UnalignedTokensError("a batch, a prompt run apart or what follows changes a response's hidden states")
 
 
@@ -171,7 +171,7 @@ def _fullest(job: Job, batches: Sequence[Batch]) -> tuple[int, ...]:
     return max((batch for batch in batches if len(batch.members) > 1), key=rank, default=batches[0]).members
 
 
-def _same_in_batch(own: Tensor, alone: Tensor, narrowest: int = 8) -> bool:
+def same_in_batch(own: Tensor, alone: Tensor, narrowest: int = 8) -> bool:
     """Return whether a batch changed no more than roundings; what is not finite alone is found elsewhere."""
     if own.shape != alone.shape:
         return False

@@ -10,7 +10,7 @@ from gradvar.errors import GradvarError
 from gradvar.gradients import measure_scores, resolve_targets
 from gradvar.gradients.passes import whole
 from gradvar.gradients.usage import LiveBytes
-from gradvar.gradients.witness import _same_in_batch, check_stretch
+from gradvar.gradients.witness import same_in_batch, check_stretch
 from tests.gradients import references
 from tests.gradients.models import CONFIGS, make_model, make_prompt_and_responses
 
@@ -128,13 +128,13 @@ def test_ordinary_models_are_neither_refused_nor_measured_one_by_one(name, dtype
 
 def test_what_a_batch_may_move():
     alone = torch.randn(20, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert _same_in_batch(alone + 1e-7, alone)
-    assert not _same_in_batch(alone + 1e-3, alone)
-    assert not _same_in_batch(alone[:-1], alone)
+    assert same_in_batch(alone + 1e-7, alone)
+    assert not same_in_batch(alone + 1e-3, alone)
+    assert not same_in_batch(alone[:-1], alone)
     half = alone.bfloat16()
-    assert _same_in_batch((alone * (1 + 0.02 * alone.cos())).bfloat16(), half)
-    assert not _same_in_batch(half.flip(0), half)
-    assert not _same_in_batch((alone + 0.3 * alone.mean(0) + 0.3 * alone.flip(0)).bfloat16(), half)
+    assert same_in_batch((alone * (1 + 0.02 * alone.cos())).bfloat16(), half)
+    assert not same_in_batch(half.flip(0), half)
+    assert not same_in_batch((alone + 0.3 * alone.mean(0) + 0.3 * alone.flip(0)).bfloat16(), half)
 
 
 # -- weights and heads
