@@ -110,7 +110,7 @@ def _attention(model: nn.Module) -> str:
 
 
 def _windows(own: Tensor, alone: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(own.split(_WINDOW), alone.split(_WINDOW), strict=True))
+    return list(zip(torch.split(own, _WINDOW), torch.split(alone, _WINDOW), strict=True))
 
 
 def _counted_blocks(base: nn.Module, longest: int) -> str:

@@ -94,22 +94,23 @@ def test_the_host_waits_where_too_many_copies_are_on_their_way(recorder):
 
 def test_a_source_written_to_while_its_copy_is_on_its_way_is_refused_by_name(recorder):
     """The copy is in no order with the write: it is refused once the copy is seen done, at the latest before a Gram."""
-    for later in (False, True):
+    for then in (send_more, lambda lane: lane.fetch("x", [torch.ones(2)])):
         lane, buffer = Lane(CPU, recorder.side, recorder), torch.ones(3, 2)
         lane.send(buffer[:2], torch.empty(2, 2), "layers.3.mlp.up_proj")  # a view: its base is written to
         buffer.zero_()
         with pytest.raises(GradvarError, match=r"^layers\.3\.mlp\.up_proj: .*input again for other responses"):
-            if later:
-                lane.fetch("x", [torch.ones(2)])
-            for _ in range(IN_FLIGHT):
-                lane.send(torch.ones(2), torch.empty(2))
+            then(lane)
+
+
+def send_more(lane):
+    for _ in range(IN_FLIGHT):
+        lane.send(torch.ones(2), torch.empty(2))
 
 
 def test_a_source_may_be_written_to_once_its_copy_was_seen_done(recorder):
     lane, buffer = Lane(CPU, recorder.side, recorder), torch.ones(3)
     copy = lane.send(buffer, torch.empty(3))
-    for _ in range(IN_FLIGHT):
-        lane.send(torch.ones(2), torch.empty(2))
+    send_more(lane)
     buffer.zero_()
     lane.fetch("x", [copy])
     assert torch.equal(lane.take("x", [copy])[0], torch.ones(3))
@@ -138,7 +139,6 @@ def test_a_spilled_input_that_the_model_writes_again_is_refused(recorder):
     host.forget()
     buffer.fill_(2)
     with pytest.raises(GradvarError, match=r"layers\.3\.mlp\.up_proj: .*choose other targets"):
-        store.add(1, buffer[:], torch.ones(5, 4, dtype=torch.float64))
         store.gram(False, 1 << 20)
 
 

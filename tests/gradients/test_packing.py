@@ -18,7 +18,7 @@ def test_blocks_longer_than_every_row_do_not_keep_from_packing():
     request = (model, *make_prompt_and_responses(), ["last:q"])
     padded = grams(*request, token_budget=64)
     assert largest_gap(grams(*request, token_budget=64, packing=True), padded) < 1e-10
-    with pytest.raises(GradvarError, match="counts blocks of tokens .*block_size=64"):
+    with pytest.raises(GradvarError, match=r"counts blocks of tokens .*block_size=64"):
         grams(*request, token_budget=65, packing=True)
 
 

@@ -235,7 +235,7 @@ def test_an_input_buffer_used_again_for_the_next_batch_is_refused():
 
 @pytest.mark.parametrize("home", ["device", "host"])
 def test_one_input_buffer_of_two_layers_that_are_made_again_at_backward(home, monkeypatch):
-    """The same tensor with other values at each layer: what was packed or copied of the upper one is not the lower's."""
+    """One tensor with other values at each layer: what was packed or copied of the upper one is not the lower's."""
     model = make_model("qwen2", num_hidden_layers=3)
     buffers = {}
 
