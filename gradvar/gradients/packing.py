@@ -1,9 +1,11 @@
 """Whether responses may go packed, one after another in one row: each must be as it is alone.
 
 Short probes show models that let packed sequences see each other. What counts blocks of tokens from the row's beginning
-(attention in chunks, blocks of keys that are chosen) shows in long rows only: by its setting, where that is known by
-name, else by the longest row of the run itself, held against its responses alone. That row is run once for a model, and
-again where rows or responses have become longer.
+(attention in chunks, blocks of keys that are chosen) shows in long rows only. Where its setting is known by name such
+rows are refused. Code from elsewhere than transformers and torch, and configurations that speak of blocks under another
+name, are tried on the longest row of the run itself, held against its responses alone: once for a model, and again
+where rows or responses have become longer. What that row does not show (blocks that end where its responses do) stays
+unseen.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradvar.attention import VARLEN
 from gradvar.errors import GradvarError
 from gradvar.gradients.alone import narrowest_bytes
 from gradvar.gradients.batches import last_hidden, make_batches, takes_packed
@@ -24,6 +27,11 @@ from gradvar.gradients.witness import same_in_batch
 
 _COUNTED = ("attention_chunk_size", "block_size", "index_block_size")
 """Settings of attention in chunks or blocks."""
+_HINTS = ("block", "chunk", "compress", "pool", "stride", "bucket", "segment")
+"""Parts of names of settings that may be such."""
+_TRUSTED = ("torch", "transformers", "peft")
+"""Packages whose modules keep to the sequences of a row that they are told of."""
+_ATTENTIONS = ("eager", "sdpa", VARLEN, "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 _WINDOW = 128
 """Tokens that are compared together: what differs behind a block's end would be lost among all of a long response."""
 _LONGER = 1.125
@@ -75,11 +83,16 @@ def packs(model: nn.Module, base: nn.Module, probe: list[int], wish: bool | None
 
 
 def long_rows_hold(job: Job) -> bool:
-    """Return whether the responses of the job's longest packed row have the states there that they have alone."""
+    """Return whether the responses of the job's longest packed row have the states there that they have alone.
+
+    Looked at where something about the model may count from the row's beginning.
+    """
     rows = [batch for batch in job.batches(job.plan.token_budget) if batch.packed]
     if not rows:
         return True
     row = max(rows, key=lambda batch: batch.input_ids.numel())
+    if _is_known(job.model):
+        return True
     sizes = row.input_ids.numel(), max(job.lengths[i] for i in row.members)
     known = _held.setdefault(job.model, {})
     name = (_attention(job.model), job.autocast, job.dtype, job.device)
@@ -109,14 +122,29 @@ def _attention(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "_attn_implementation", "unknown"))
 
 
+def _is_known(model: nn.Module) -> bool:
+    """Return whether all of the model's code is trusted and no setting of it may be one of blocks."""
+    known = all(type(module).__module__.partition(".")[0] in _TRUSTED for module in model.modules())
+    hints = [
+        name
+        for name, value in _settings(model).items()
+        if isinstance(value, int) and value > 1 and any(hint in name for hint in _HINTS)
+    ]
+    return known and not hints and _attention(model) in _ATTENTIONS
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    config: Any = getattr(model, "config", None)
+    return dict(vars(config.get_text_config())) if config is not None else {}
+
+
 def _windows(own: Tensor, alone: Tensor) -> list[tuple[Tensor, Tensor]]:
     return list(zip(torch.split(own, _WINDOW), torch.split(alone, _WINDOW), strict=True))
 
 
 def _counted_blocks(base: nn.Module, longest: int) -> str:
     """Return the setting of attention in chunks or blocks of tokens that a row of `longest` tokens holds several of."""
-    config: Any = getattr(base, "config", None)
-    settings = vars(config.get_text_config()) if config is not None else {}
+    settings = _settings(base)
     return ", ".join(
         f"{name}={settings[name]}"
         for name in _COUNTED

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import AttentionInterface
 
 from gradvar import attention
@@ -36,11 +37,10 @@ def blocks_of_40():
         singles = zip(*(x.split(1) for x in (query, key, value)), strict=True)
         return torch.cat([own(module, *one, mask, **others)[0] for one in singles]), None
 
-    AttentionInterface.register(attention.VARLEN, blocked)
+    AttentionInterface.register("blocked_varlen", blocked)
     model = make_model("qwen2", max_position_embeddings=512)
-    model.set_attn_implementation(attention.VARLEN)
-    yield model
-    attention.register()
+    model.set_attn_implementation("blocked_varlen")
+    return model
 
 
 def test_blocks_counted_under_no_known_name_show_in_the_run_s_longest_row(blocks_of_40, monkeypatch):
@@ -48,7 +48,7 @@ def test_blocks_counted_under_no_known_name_show_in_the_run_s_longest_row(blocks
     model = blocks_of_40
     prompt, responses = make_prompt_and_responses((61, 57, 30), prompt=2)
     options = {"targets": "last:q", "token_budget": 151}
-    with pytest.raises(GradvarError, match=r"Qwen2ForCausalLM with gradvar_varlen .*other states in a long packed row"):
+    with pytest.raises(GradvarError, match=r"Qwen2ForCausalLM with blocked_varlen .*other states in a long packed row"):
         measure_scores(model, prompt, responses, packing=True, **options)
     expected = measure_scores(model, prompt, responses, packing=False, **options).grams
     # where packing was not asked for (on CUDA), it is measured padded
@@ -61,12 +61,24 @@ def test_blocks_counted_under_no_known_name_show_in_the_run_s_longest_row(blocks
     assert measure_scores(model, prompt, [r[:10] for r in responses], packing=True, **options).plan.token_budget == 151
 
 
-def test_a_model_s_longest_row_is_looked_at_once(monkeypatch):
+class Own(nn.Linear):
+    """A module of somebody else's."""
+
+
+@pytest.mark.parametrize("change", ["none", "module", "setting"])
+def test_a_model_s_longest_row_is_looked_at_once_where_it_may_hide_something(change, monkeypatch):
     model, seen = make_model("qwen2", max_position_embeddings=512), []
+    if change == "module":
+        model.model.layers[0].mlp.up_proj.__class__ = Own
+    elif change == "setting":
+        model.config.key_compress_ratio = 4
     own = packing.same_in_batch
     monkeypatch.setattr(packing, "same_in_batch", lambda *args: seen.append(len(args[0])) or own(*args))
     prompt, responses = make_prompt_and_responses((160, 50, 30), prompt=2)
     for times in (1, 1, 2):
         measure_scores(model, prompt, responses * times, "last:q", token_budget=300 * times, packing=True)
+    if change == "none":
+        assert not seen
+        return
     assert sorted(seen[:4]) == [31, 33, 51, 128]
     assert len(seen) == 4 + 8, "again for a longer row alone"
