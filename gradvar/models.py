@@ -178,6 +178,8 @@ def load_model(
             f"model {folder.name}: {len(problems)} weights are missing from its files or have another shape "
             f"(first: {problems[0]}); they would be random"
         )
+    if dtype == "float64" and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped product that transformers chooses takes no float64
     return (model if device == BALANCED else model.to(device)).eval()
 
 

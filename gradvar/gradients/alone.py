@@ -165,17 +165,23 @@ class _Autograd:
         places = Counter(map(id, (module for _, module in job.model.named_modules(remove_duplicate=False))))
         for block, store in stores:
             module = job.model.get_submodule(block.target.module)
-            if is_offloaded(module):  # each call has other tensors in their place
+            if is_offloaded(module):
+                job.unheld[block.target.key] = "offloaded: each call has another tensor in its weight's place"
                 continue
-            if job.plan.checkpointing == "reentrant" and places[id(module)] > 1:  # autograd hands its parts over apart
+            if job.plan.checkpointing == "reentrant" and places[id(module)] > 1:
+                job.unheld[block.target.key] = "in several places under reentrant checkpointing: its parts come apart"
                 continue
             for name in ("weight", "bias"):
                 parameter = module._parameters.get(name)
                 if parameter is None or (name == "bias" and not (job.extra.include_bias and block.target.has_bias)):
                     continue
                 if has_gradient_hooks(parameter):
-                    continue  # the user's own (an optimizer in backward) would run
-                if parameter.nbytes <= room:
+                    job.unheld[block.target.key] = "hooks on its gradient (an optimizer in backward?), which would run"
+                elif parameter.nbytes > room:
+                    job.unheld[block.target.key] = (
+                        f"no room for its gradient of {parameter.nbytes} bytes beside a batch"
+                    )
+                else:
                     self.parameters[f"{block.target.module}.{name}"] = parameter
                     self._stores.setdefault(f"{block.target.module}.{name}", []).append((block, store))
 

@@ -22,6 +22,10 @@ class UnalignedTokensError(GradvarError):
     """A module's tokens cannot be told apart by response in a batch; one response at a time they can."""
 
 
+class ChangedInBatchError(UnalignedTokensError):
+    """A batch changes what a response gives."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
     """Some responses behind their common prompt, padded on one side or one after another in one row (packed).

@@ -62,6 +62,12 @@ class Predictions:
 
 def new_store(job: Job, block: Block, count: int, host: HostMemory | None) -> GradientStore:
     """Return a store for so many responses: as the plan has it, or (without `host`) of a batch's factors alone."""
+    store = _new_store(job, block, count, host)
+    store.key = block.target.key
+    return store
+
+
+def _new_store(job: Job, block: Block, count: int, host: HostMemory | None) -> GradientStore:
     rows = block.stop - block.start
     kind = compute_dtype(job.dtype)
     if block.target.kind == "head":
@@ -84,7 +90,8 @@ def collector(
     job: Job, batch: Batch, rows: Sequence[int], stores: Sequence[tuple[Block, GradientStore]]
 ) -> Callable[[str, Tensor, Tensor], None]:
     """Return the sink that sorts a batch's factors into the stores' `rows`, response by response."""
-    shared: dict[int, tuple[Tensor, list[Tensor]]] = {}  # q, k and v get the same tensor: it is packed and kept once
+    # q, k and v get the same tensor: it is packed and kept once, unless something was written to it in between
+    shared: dict[tuple[int, int], tuple[Tensor, list[Tensor]]] = {}
 
     def sink(path: str, a: Tensor, delta: Tensor) -> None:
         outputs = batch.split(delta, path)
@@ -95,11 +102,12 @@ def collector(
                     for i, ids_i, delta_i in zip(rows, ids, outputs, strict=True):
                         store.add_input(i, ids_i[:, 0], _embedding_gradient(job, ids_i[:, 0], delta_i))
             return
-        if id(a) not in shared:
-            shared[id(a)] = (a, batch.split(a.detach().to(delta.device), path))  # a hook may bring it after ours saw it
+        name = (id(a), a._version)
+        if name not in shared:
+            shared[name] = (a, batch.split(a.detach().to(delta.device), path))  # a hook may bring it after ours saw it
         for block, store in stores:
             if block.target.module == path:
-                for i, a_i, delta_i in zip(rows, shared[id(a)][1], outputs, strict=True):
+                for i, a_i, delta_i in zip(rows, shared[name][1], outputs, strict=True):
                     store.add(i, a_i, delta_i[:, block.start : block.stop])
 
     return sink

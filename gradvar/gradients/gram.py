@@ -33,6 +33,9 @@ def piece(device: torch.device) -> int:
 class GradientStore(ABC):
     """What is kept of N responses' gradients over one block of O rows and I columns."""
 
+    key = "a measured module"
+    """The target's, for errors."""
+
     def __init__(self, responses: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
         self.responses = responses
         self.rows = rows
@@ -145,11 +148,7 @@ class FactorStore(GradientStore):
         if not self._factors[response]:
             out.zero_()
         for i, (a, delta) in enumerate(self._factors[response]):
-            if a._version != self._versions[response][i]:
-                raise GradvarError(
-                    "the model used a measured module's input again for other responses (a buffer of its own?), so its "
-                    "gradient is lost: choose other targets"
-                )
+            check_unchanged(self.key, a, self._versions[response][i])
             if i == 0:
                 multiply(delta[:, start:stop].T, a, out)
             else:
@@ -258,6 +257,21 @@ class HeadStore(GradientStore):
         for ids, gradient in self._inputs.get(response, []):
             here = (ids >= start) & (ids < stop)
             out.index_add_(0, ids[here] - start, gradient[here])
+
+
+def check_unchanged(key: str, a: Tensor, version: int) -> None:
+    """Refuse a target whose input was written again since it was kept: its gradient is lost.
+
+    Args:
+        key: The target's.
+        a: The input.
+        version: Torch's count of what was written to it, as it was kept.
+    """
+    if a._version != version:
+        raise GradvarError(
+            f"{key}: the model used this module's input again for other responses (a buffer of its own?), so its "
+            "gradient is lost: choose other targets"
+        )
 
 
 def _stretches(tile: Tensor) -> Iterator[Tensor]:

@@ -64,6 +64,10 @@ class Job:
     resident: Resident = field(default_factory=lambda: Resident(None, 0))
     """Gives freed host memory back where the budget asks for it."""
     done: int = field(default=0)
+    changed_in_batches: bool = False
+    """Whether a batch was seen to change what a response of this model gives, so that each goes alone."""
+    unheld: dict[str, str] = field(default_factory=dict)
+    """By target key, why its gradient was not held against autograd's own."""
 
     def dtype_of(self, target: Target) -> torch.dtype:
         """Return the dtype of a target's weights; those of one model may differ."""

@@ -2,7 +2,9 @@
 
 A stream of its own for both directions: what comes back was sent on it before, so the two are in order. A copy out
 waits for what makes its source, and the source's memory is not used again before it is done (`record_stream`); the host
-waits where more than a few are on their way, or sources would pile up. What comes back lands in one of two buffers: one
+waits where more than a few are on their way, or sources would pile up. What writes to a source meanwhile (a model with
+a buffer of its own, autograd adding to a gradient that nobody else holds) is in no order with its copy: the source is
+held until the host has seen the copy done, and must then be as it was. What comes back lands in one of two buffers: one
 is filled while the other is used. On the CPU, where there is nothing to be beside, copies are made at once.
 """
 
@@ -16,9 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradvar.gradients.gram import check_unchanged
+
 IN_FLIGHT = 2
 """Copies to the host on their way at one time, and buffers of what comes back."""
 _ALIGNED = 256
+
+
+@dataclass(frozen=True, eq=False)
+class _Sent:
+    """A copy to the host on its way."""
+
+    key: str
+    """The target's, for errors."""
+    source: Tensor
+    version: int
+    """The source's as the copy was begun."""
+    done: Any
+    """Event behind it."""
 
 
 @dataclass(eq=False)
@@ -48,7 +65,7 @@ class Lane:
         self._device = device
         self._side = side
         self._cuda = cuda
-        self._sent: deque[Any] = deque()
+        self._sent: deque[_Sent] = deque()
         self._buffers = deque(_Buffer() for _ in range(IN_FLIGHT))
 
     @classmethod
@@ -56,23 +73,44 @@ class Lane:
         """Return the lane of a device: with a stream of its own on CUDA."""
         return cls(device, torch.cuda.Stream(device) if device.type == "cuda" else None)  # type: ignore[no-untyped-call]
 
-    def send(self, source: Tensor, target: Tensor) -> Tensor:
-        """Copy to the host's `target` and return it: whole once the stream has come to it (`wait`)."""
+    def send(self, source: Tensor, target: Tensor, key: str = "a measured module") -> Tensor:
+        """Copy to the host's `target` and return it: whole once the stream has come to it (`wait`).
+
+        Args:
+            source: What is copied.
+            target: Memory of the host.
+            key: Names the target in the error.
+
+        Raises:
+            GradvarError: An earlier source was written to before its copy was seen done.
+        """
         if self._side is None:
             return target.copy_(source)
-        while len(self._sent) >= IN_FLIGHT:
-            self._sent.popleft().synchronize()
+        self._see_done(IN_FLIGHT - 1)
+        version = source._version
         self._side.wait_stream(self._now())
         with self._cuda.stream(self._side):
             target.copy_(source, non_blocking=True)
         source.record_stream(self._side)
-        self._sent.append(self._side.record_event())
+        self._sent.append(_Sent(key, source, version, self._side.record_event()))
         return target
 
+    def _see_done(self, left: int) -> None:
+        """Wait until no more than `left` copies to the host are on their way; their sources must be as they were."""
+        while len(self._sent) > left:
+            sent = self._sent.popleft()
+            sent.done.synchronize()
+            check_unchanged(sent.key, sent.source, sent.version)
+
     def fetch(self, name: Hashable, values: Sequence[Tensor]) -> None:
-        """Begin to bring the host's values, for `take` by the same name; the oldest buffer is used again."""
+        """Begin to bring the host's values, for `take` by the same name; the oldest buffer is used again.
+
+        Raises:
+            GradvarError: As in `send`.
+        """
         if self._side is None or self._find(name) is not None:
             return
+        self._see_done(0)
         buffer = self._buffers[0]
         self._buffers.rotate(-1)
         size = sum(-(-value.nbytes // _ALIGNED) * _ALIGNED for value in values)

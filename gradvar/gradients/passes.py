@@ -7,6 +7,7 @@ Shape letters: N responses, L response tokens, T tokens of a batch row, D hidden
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,10 +15,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradvar.errors import GradvarError
-from gradvar.gradients.batches import Batch, UnalignedTokensError, last_hidden
+from gradvar.gradients.batches import Batch, ChangedInBatchError, UnalignedTokensError, last_hidden
 from gradvar.gradients.capture import ParameterTaps, Taps, has_gradient_hooks
 from gradvar.gradients.collect import Predictions, collector, direct_collector, new_store, predictions
 from gradvar.gradients.experts import is_one_expert
@@ -27,6 +28,9 @@ from gradvar.gradients.plan import Block
 from gradvar.gradients.spill import HostMemory
 from gradvar.gradients.trunk import Trunk, choose_forward
 from gradvar.gradients.witness import STRETCH_SHARE, check_stretch, make_witness
+
+_changed_in_batches: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models that were seen to: not every pass looks where it shows."""
 
 
 def run_pass(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientStore]]:
@@ -41,15 +45,21 @@ def run_pass(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientSto
     """
     done, tokens = job.done, job.tokens
     tried: set[type[Exception]] = set()
+    if job.model in _changed_in_batches:
+        tried.add(UnalignedTokensError)
+        job.plan, job.changed_in_batches = replace(job.plan, token_budget=1), True
     while True:
         job.done, job.tokens = done, tokens.copy()
         failed: type[Exception] = UnalignedTokensError
         try:
             with job.autocast.off():
                 return _run_batches(job, blocks, alone=UnalignedTokensError in tried)
-        except UnalignedTokensError:
+        except UnalignedTokensError as error:
             if failed in tried:
                 raise
+            if isinstance(error, ChangedInBatchError):
+                _changed_in_batches.add(job.model)
+                job.changed_in_batches = True
         except torch.OutOfMemoryError:
             failed = torch.OutOfMemoryError
         # out here the failed pass is let go of
@@ -72,7 +82,8 @@ def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool) -> list[tupl
     needed = job.plan.work_bytes + job.plan.trunk_bytes
     job.resident.make_room(needed)
     witness = make_witness(job, blocks, batches)
-    check_stretch(job, blocks, max(job.lengths) if alone else int(STRETCH_SHARE * sum(job.lengths)))
+    tokens = max(job.lengths) if alone else int(STRETCH_SHARE * sum(job.lengths))
+    stretch = check_stretch(job, blocks, batches, tokens)
     job.resident.make_room(needed)
     host = HostMemory(pinned=job.device.type == "cuda", budget=job.plan.host_memory_budget or None)
     stores = [(block, new_store(job, block, len(job.responses), host)) for block in blocks]
@@ -103,8 +114,9 @@ def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool) -> list[tupl
                     # rows of a mask without a single key have made NaN (Gemma 2, eager, float64)
                     hidden = last_hidden(job.head.base, batch)
             job.resident.make_room(needed)
-            if not alone:  # then they are what they are
-                witness.compare_states(batch, hidden)
+            for one in (witness, stretch):
+                if one is not None and not alone:  # then they are what they are
+                    one.compare_states(batch, hidden)
             seen = predictions(job, batch, hidden)
             job.resident.make_room(needed)
             if first_pass:

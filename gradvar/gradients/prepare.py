@@ -16,9 +16,10 @@ from gradvar.gradients.devices import input_device
 from gradvar.gradients.fit import choose_plan, usable
 from gradvar.gradients.job import Job, TokenColumns
 from gradvar.gradients.logprobs import Head
-from gradvar.gradients.plan import Plan
+from gradvar.gradients.packing import long_rows_hold, packs, refuse_long_rows
+from gradvar.gradients.plan import DEFAULT_TOKEN_BUDGET, Plan
 from gradvar.gradients.positions import must_go_alone
-from gradvar.gradients.request import check_causal, check_padding, check_request, check_sharing, packs, whole_numbers
+from gradvar.gradients.request import check_causal, check_padding, check_request, check_sharing, whole_numbers
 from gradvar.gradients.resident import Resident, blocks_apart, settled_bytes
 from gradvar.gradients.reweighted import check_counts, reweightings
 from gradvar.gradients.sketch import SketchPlan
@@ -32,11 +33,17 @@ _PROBE_TOKENS = 8
 @contextmanager
 def prepared(model: nn.Module, *request: Any, **options: Any) -> Iterator[Job]:
     """Hold the model ready for `run_pass` as the request's plan asks; arguments as in `planned`."""
-    with planned(model, *request, **options) as job, checkpointed(model, job.plan.checkpointing):
-        # holes may take half as much again as what is alive
-        tight = job.device.type == "cpu" and 3 * job.plan.spare_bytes < job.plan.memory_budget
-        with blocks_apart(tight):
-            yield job
+    with planned(model, *request, **options) as job:
+        if long_rows_hold(job):
+            # holes may take half as much again as what is alive
+            tight = job.device.type == "cpu" and 3 * job.plan.spare_bytes < job.plan.memory_budget
+            with checkpointed(model, job.plan.checkpointing), blocks_apart(tight):
+                yield job
+            return
+    if options.get("packing"):
+        raise refuse_long_rows(model)
+    with prepared(model, *request, **{**options, "packing": False}) as job:
+        yield job
 
 
 @contextmanager
@@ -95,7 +102,13 @@ def planned(
             autocast=Autocast.current(device),
             device=device,
             padding_side=padding_side,
-            packed=packs(model, head.base, list(prompt_ids)[-_PROBE_TOKENS:], packing),
+            packed=packs(
+                model, head.base, list(prompt_ids)[-_PROBE_TOKENS:], packing,
+                longest=min(
+                    token_budget or DEFAULT_TOKEN_BUDGET.get(device.type, DEFAULT_TOKEN_BUDGET["cpu"]),
+                    sum(len(prompt_ids) + len(response) - 1 for response in responses),
+                ),
+            ),
             dtype=_dtype(model, chosen),
             tied=tied,
             tied_scale=tied_scale,

@@ -6,14 +6,13 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gradvar.errors import GradvarError
-from gradvar.gradients.batches import Batch, last_hidden, make_batches, takes_packed
+from gradvar.gradients.batches import Batch, last_hidden, make_batches
 from gradvar.gradients.devices import input_device, is_offloaded, values
 from gradvar.gradients.logprobs import Head
 from gradvar.gradients.positions import position_limit
@@ -228,55 +227,6 @@ def check_padding(base: nn.Module, probe: list[int], side: str) -> bool:
     if side == "left":
         raise GradvarError("padding on the left changes this model's hidden states: pad on the right")
     return False
-
-
-def packs(model: nn.Module, base: nn.Module, probe: list[int], wish: bool | None) -> bool:
-    """Return whether responses go packed into one row: where asked for, or where variable-length attention gains by it.
-
-    Two sequences packed must have the states of each alone: other attention implementations and architectures let them
-    see each other without a word.
-
-    Raises:
-        GradvarError: Asked for, and the model mixes packed sequences or cuts the row into blocks.
-    """
-    attention = str(getattr(getattr(model, "config", None), "_attn_implementation", "unknown"))
-    if wish is False or (wish is None and not (takes_packed(attention) and input_device(base).type == "cuda")):
-        return False
-    first, second = (probe * 3)[:3], (probe[::-1] * 6)[:5]
-    with torch.no_grad():
-        (both,) = make_batches(first, [second, second[:3]], 10_000, input_device(base), packed=True)
-        states = last_hidden(base, both)[0].double()
-        alone = [make_batches(first, [one], 10_000, input_device(base))[0] for one in (second, second[:3])]
-        apart = torch.cat([last_hidden(base, one)[0].double() for one in alone])
-        stop = both.bounds[0][1]
-        moved = last_hidden(base, other_start(both))[0].double()
-    # what the first sequence holds moves itself, and nothing behind it
-    reach = (moved - states)[1:stop]
-    same = same_states(states, apart, reach, base) and same_states(moved[stop:], states[stop:], reach, base)
-    counted = _counted_blocks(base)
-    if same and not counted:
-        return True
-    if wish and not same:
-        raise GradvarError(
-            f"{type(base).__name__} with {attention} attention mixes packed sequences: measure it padded "
-            "(--no-packing), or with another --attention"
-        )
-    if wish:
-        raise GradvarError(
-            f"{type(base).__name__} counts blocks of tokens from the row's beginning ({counted}), which packed "
-            "sequences would shift: measure it padded (--no-packing)"
-        )
-    return False
-
-
-def _counted_blocks(base: nn.Module) -> str:
-    """Return the setting of attention in chunks or blocks of tokens; longer than a probe, they would not be seen."""
-    config: Any = getattr(base, "config", None)
-    settings = vars(config.get_text_config()) if config is not None else {}
-    names = ("attention_chunk_size", "block_size", "index_block_size")
-    return ", ".join(
-        f"{name}={settings[name]}" for name in names if isinstance(settings.get(name), int) and settings[name] > 1
-    )
 
 
 def other_start(batch: Batch) -> Batch:

@@ -53,6 +53,11 @@ class ScoreMeasurement:
     """By target key, ||s_i^(1..l)||^2 along each response; empty where not asked for."""
     sketches: dict[str, GradientSketch] = field(default_factory=dict)
     """By target key, for products with other prompts' responses; empty where not asked for."""
+    changed_in_batches: bool = False
+    """Whether a batch was seen to change what a response gives: each was then measured alone. What was measured of this
+    model in batches before may be off."""
+    unheld: dict[str, str] = field(default_factory=dict)
+    """By target key, why its gradient was not held against autograd's own on a response alone; mostly empty."""
 
 
 def measure_scores(
@@ -194,6 +199,8 @@ def measure_scores(
             )
             for key, one in sketches.items()
         },
+        changed_in_batches=job.changed_in_batches,
+        unheld=job.unheld,
     )
 
 

@@ -2,9 +2,8 @@
 
 Copies run beside what is computed (`Lane`), in order with what makes and what uses them, so nothing waits for them on
 the host: it must not read what was copied without waiting. They are asynchronous from and to page-locked memory alone.
-To lock
-pages is slow (of the order of a millisecond for 10 MB; to be measured on a GPU), so memory is locked in large slabs,
-which torch's host allocator keeps for the next pass and the next prompt.
+To lock pages is slow (of the order of a millisecond for 10 MB; to be measured on a GPU), so memory is locked in large
+slabs, which torch's host allocator keeps for the next pass and the next prompt.
 
 Shape letters: N responses, T tokens, I inputs, O outputs.
 """
@@ -46,7 +45,7 @@ class HostMemory:
         self._slab_bytes = (SLAB if self.pinned else 0) if slab_bytes is None else slab_bytes
         self._slab = torch.empty(0, dtype=torch.uint8)
         self._used = 0
-        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self._copies: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return a tensor of the host without values."""
@@ -82,15 +81,19 @@ class HostMemory:
             self._lanes[device] = Lane.of(device) if self.pinned else Lane(device)
         return self._lanes[device]
 
-    def copy(self, value: Tensor) -> Tensor:
-        """Return a copy on the host, whole once the device's lane has come to it."""
-        return self.lane(value.device).send(value, self.empty(value.shape, value.dtype))
+    def copy(self, value: Tensor, key: str = "a measured module") -> Tensor:
+        """Return a copy on the host, whole once the device's lane has come to it; `key` names the target in errors."""
+        return self.lane(value.device).send(value, self.empty(value.shape, value.dtype), key)
 
-    def copy_once(self, value: Tensor) -> Tensor:
-        """Return a copy as `copy` does, the same for one tensor until `forget`: q, k and v share their input."""
-        if id(value) not in self._copies:
-            self._copies[id(value)] = (value, self.copy(value))
-        return self._copies[id(value)][1]
+    def copy_once(self, value: Tensor, key: str = "a measured module") -> Tensor:
+        """Return a copy as `copy` does, the same for one tensor until `forget`: q, k and v share their input.
+
+        Another one where something was written to the tensor since.
+        """
+        name = (id(value), value._version)
+        if name not in self._copies:
+            self._copies[name] = (value, self.copy(value, key))
+        return self._copies[name][1]
 
     def forget(self) -> None:
         """End a batch: let its tensors go."""
@@ -108,7 +111,8 @@ class HostFactorStore(FactorStore):
 
     def _keep(self, response: int, a: Tensor, delta: Tensor) -> None:
         # transposed, so that the rows of a tile lie together
-        self._factors[response].append((self._host.copy_once(a), self._host.copy(delta.T.contiguous())))
+        a, delta = self._host.copy_once(a, self.key), self._host.copy(delta.T.contiguous(), self.key)
+        self._factors[response].append((a, delta))
 
     def _wanted(self, response: int, start: int, stop: int) -> list[Tensor]:
         return [part for a, rows in self._factors[response] for part in (rows[start:stop], a)]

@@ -8,28 +8,34 @@ hidden states and inputs of the targets (a batch whose members change each other
 another order, differs here); the model is causal, so a beginning is enough for that.
 
 A beginning does not show what a module does in long sequences alone, or from some position on. So the last tokens of a
-longer stretch, all of it fed, are held against autograd too: of the longest response whole where responses go alone
-because their states are not those of a beginning or of a batch, elsewhere as far as `STRETCH_SHARE` of the tokens goes.
+longer stretch, all of it fed, are held against autograd too, and against its states in its batch: of the longest
+response, whole where responses go alone because their states are not those of a beginning or of a batch, elsewhere as
+far as `STRETCH_SHARE` of the tokens goes. The model's later passes over the same targets, of other prompts mostly, look
+at whole responses one after another, spread over the lengths, as often as that share of their tokens pays for.
 
 Shape letters: M tokens predicted, T tokens fed, D hidden width, I inputs.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gradvar.errors import GradvarError
 from gradvar.gradients.alone import hold_against_autograd, make_alone, narrowest_bytes
-from gradvar.gradients.batches import Batch, UnalignedTokensError
+from gradvar.gradients.batches import Batch, ChangedInBatchError
 from gradvar.gradients.capture import Sink
 from gradvar.gradients.collect import new_store
 from gradvar.gradients.job import Job
 from gradvar.gradients.plan import Block, device_bytes
 from gradvar.gradients.spill import HostMemory
 
+_turns: weakref.WeakKeyDictionary[nn.Module, dict[object, tuple[int, int]]] = weakref.WeakKeyDictionary()
+"""By targets, and whether every response's length is paid for: stretches so far, and tokens saved up for the next."""
 _LONGEST = 32
 """Response tokens of the witness, at most."""
 STRETCH_SHARE = 1 / 80
@@ -64,7 +70,7 @@ class Witness:
     def watching(self, batch: Batch, sink: Sink) -> Sink:
         """Return the sink of a batch, with the inputs it takes compared on their way.
 
-        The sink raises UnalignedTokensError where they differ.
+        The sink raises ChangedInBatchError where they differ.
         """
         if batch.members != self.batch or len(batch.members) == 1:
             return sink
@@ -78,8 +84,8 @@ class Witness:
                 own = batch.split(a.detach(), path)[row]
                 vectors = len(alone) // len(self.hidden)
                 seen = own[self.start * vectors : self.start * vectors + len(alone)]
-                if not _same_in_batch(seen, alone, self.narrowest):
-                    raise UnalignedTokensError(f"{path} sees other inputs for a response in a batch than alone")
+                if not same_in_batch(seen, alone, self.narrowest):
+                    raise ChangedInBatchError(f"{path} sees other inputs for a response in a batch than alone")
 
         return watch
 
@@ -87,15 +93,15 @@ class Witness:
         """Compare the last hidden states (B, T, D) of the batch.
 
         Raises:
-            UnalignedTokensError: The response has others in the batch, behind a shared prompt or whole than its
+            ChangedInBatchError: The response has others in the batch, behind a shared prompt or whole than its
                 beginning has alone.
         """
         if batch.members != self.batch:
             return
         row = batch.members.index(self.response)
         own = batch.split(hidden.detach(), "the last hidden states")[row]
-        if not _same_in_batch(own[self.start : self.start + len(self.hidden)], self.hidden, self.narrowest):
-            raise UnalignedTokensError("a batch, a prompt run apart or what follows changes a response's hidden states")
+        if not same_in_batch(own[self.start : self.start + len(self.hidden)], self.hidden, self.narrowest):
+            raise ChangedInBatchError("a batch, a prompt run apart or what follows changes a response's hidden states")
 
 
 def make_witness(job: Job, blocks: Sequence[Block], batches: Sequence[Batch]) -> Witness:
@@ -133,25 +139,67 @@ def make_witness(job: Job, blocks: Sequence[Block], batches: Sequence[Batch]) ->
     return witness
 
 
-def check_stretch(job: Job, blocks: Sequence[Block], tokens: int) -> None:
-    """Feed so many tokens of the longest response and hold its last ones among them against the model and autograd.
+def check_stretch(job: Job, blocks: Sequence[Block], batches: Sequence[Batch], tokens: int) -> Witness | None:
+    """Feed a stretch of one response and hold its last tokens against the model and autograd; return its states.
 
-    Nothing where that is no more than its beginning. Kept is what the pass keeps of one response.
+    At a model's first pass over these targets it is so many tokens of the longest response, later a whole one, once the
+    tokens of the passes since come to as many. None where it is no more than a beginning. Kept is what the pass keeps
+    of one response.
 
     Raises:
         GradvarError: They differ.
     """
-    chosen = max(range(len(job.responses)), key=lambda i: len(job.responses[i]))
-    stop = min(tokens - len(job.prompt) + 1, len(job.responses[chosen]))
     blocks = [block for block in blocks if block.target.direct is None]
-    if stop <= _most(job) or not blocks:
-        return
+    if not blocks:
+        return None
+    chosen, fed = _next_stretch(job, blocks, tokens)
+    stop = min(fed - len(job.prompt) + 1, len(job.responses[chosen]))
+    if stop <= _most(job):
+        return None
     alone, batch = make_alone(job, chosen, stop - _most(job), stop)
     host = HostMemory(pinned=job.device.type == "cuda", budget=job.plan.host_memory_budget or None)
     stores = [(block, new_store(alone, block, 1, host)) for block in blocks]
     kept = device_bytes(blocks, len(job.responses)) * max(job.lengths) // sum(job.lengths)
     room = job.plan.memory_budget - job.plan.work_bytes - kept
-    hold_against_autograd(alone, batch, stores, room, lambda path, a, delta: None)
+    try:
+        hidden = hold_against_autograd(alone, batch, stores, room, lambda path, a, delta: None)
+    except GradvarError as error:
+        said = f"seen in {fed} tokens fed, so what was measured before of the same targets may be wrong too"
+        raise GradvarError(f"{error} ({said})") from error
+    start = len(alone.prompt) - 1
+    return Witness(
+        response=chosen,
+        batch=next(other.members for other in batches if chosen in other.members),
+        start=start,
+        fed=batch.input_ids.shape[1],
+        hidden=hidden[0, start:].clone(),
+        narrowest=narrowest_bytes(job, torch.empty(0, dtype=torch.float64)),
+    )
+
+
+def _next_stretch(job: Job, blocks: Sequence[Block], tokens: int) -> tuple[int, int]:
+    """Return a response and how many tokens of it and its prompt to feed, 0 while they are saved up."""
+    longest = max(job.lengths)
+    turns = _turns.setdefault(job.model, {})
+    name = frozenset(block.target.key for block in blocks), tokens >= longest
+    turn, saved = turns.get(name, (0, 0))
+    order = sorted(range(len(job.responses)), key=lambda i: (len(job.responses[i]), -i))
+    chosen = order[round(_spread(turn) * (len(order) - 1))]
+    saved = min(saved + tokens, longest)
+    if turn > 0 and saved < job.lengths[chosen]:
+        turns[name] = (turn, saved)
+        return chosen, 0
+    fed = min(saved, job.lengths[chosen])
+    turns[name] = (turn + 1, saved - fed)
+    return chosen, fed
+
+
+def _spread(turn: int) -> float:
+    """Return 1, then numbers between 0 and 1 of which every part is met soon: 1/2, 1/4, 3/4, 1/8 (van der Corput's)."""
+    if turn == 0:
+        return 1.0
+    digits = f"{turn:b}"[::-1]
+    return int(digits, 2) / (1 << len(digits))
 
 
 def _most(job: Job) -> int:
@@ -171,7 +219,7 @@ def _fullest(job: Job, batches: Sequence[Batch]) -> tuple[int, ...]:
     return max((batch for batch in batches if len(batch.members) > 1), key=rank, default=batches[0]).members
 
 
-def _same_in_batch(own: Tensor, alone: Tensor, narrowest: int = 8) -> bool:
+def same_in_batch(own: Tensor, alone: Tensor, narrowest: int = 8) -> bool:
     """Return whether a batch changed no more than roundings; what is not finite alone is found elsewhere."""
     if own.shape != alone.shape:
         return False

@@ -30,6 +30,7 @@ from gradvar.runs import (
     TauEstimate,
     rollouts_digest,
 )
+from gradvar.runs.records import counted
 from gradvar.stages.batch import sketch_error_line, sketch_errors
 from gradvar.stages.cross import measure_cross
 from gradvar.stages.groups import left_out_line
@@ -120,16 +121,26 @@ def measure(run: Run, given: Mapping[str, Any], listener: Listener | None = None
     run.begin("measure", config, device=made.device)
     total = sum(len(work.rollouts) for work in ready.work)
     done = sum(len(work.rollouts) for work in ready.work if not work.targets)
+    unheld: dict[str, str] = {}
+    in_batches: list[str] = []
+    changed = False
     if done < total:
         listener.say(f"measuring {total - done} responses on {', '.join(ready.targets)} ({made.dtype}, {made.device})")
     with listener.task("measure", total, done) as advance:
         for work in ready.work:
             if work.targets:
-                _measure_prompt(run, config, made, ready.model, work, advance)
+                measured = _measure_prompt(run, config, made, ready.model, work, advance)
+                unheld |= measured.unheld
+                if measured.changed_in_batches and not changed:
+                    changed = True
+                    _say_changed(run, listener, work.prompt.prompt_id, in_batches)
+                in_batches.append(work.prompt.prompt_id)
     if config.cross == "exact":
         measure_cross(run, config, made, ready.model, [work.prompt for work in ready.work], ready.targets, listener)
     if (line := left_out_line(run)) is not None:
         listener.warn(line)
+    if unheld:
+        _say_unheld(run, listener, unheld)
     if config.cross == "sketch":
         errors = sketch_errors(run)
         for target, error in errors.items():
@@ -205,7 +216,8 @@ def _missing(run: Run, config: MeasureConfig, prompt: Prompt, targets: Sequence[
 
 def _measure_prompt(
     run: Run, config: MeasureConfig, made: SampleConfig, model: Any, work: Work, advance: Advance
-) -> None:
+) -> ScoreMeasurement:
+    """Measure and write what is missing of one prompt."""
     name, kept = work.prompt.prompt_id, work.kept
     seen = 0
 
@@ -240,6 +252,31 @@ def _measure_prompt(
     for rollout_id, why in left_out.items():
         run.log("response left out", prompt_id=name, rollout_id=rollout_id, why=why)
     run.log("measured", prompt_id=name, grams=list(new), taus=work.taus, prefixes=work.prefixes)
+    return measured
+
+
+def _say_unheld(run: Run, listener: Listener, unheld: Mapping[str, str]) -> None:
+    """Say whose gradients could not be held against autograd, and why."""
+    run.log("not held against autograd", targets=unheld)
+    key, why = next(iter(unheld.items()))
+    listener.warn(
+        f"{counted(len(unheld), 'target')} not held against autograd's own gradient: {key} ({why})"
+        + (f" and {len(unheld) - 1} more, in log.jsonl" if len(unheld) > 1 else "")
+    )
+
+
+def _say_changed(run: Run, listener: Listener, prompt_id: str, before: Sequence[str]) -> None:
+    """Say that batches change responses, and which prompts were measured in batches until it showed."""
+    run.log("changed in batches", prompt_id=prompt_id, measured_before=list(before))
+    listener.warn(
+        f"prompt {prompt_id!r}: a batch changes what a response gives, so each is measured alone from here on"
+        + (
+            f"; {counted(len(before), 'prompt')} measured in batches before may be off (in log.jsonl): measure them "
+            "again in a new run folder with --token-budget 1"
+            if before
+            else ""
+        )
+    )
 
 
 def _bytes(gigabytes: float | None) -> int | None:

@@ -8,6 +8,7 @@ from torch import nn
 from gradvar.errors import GradvarError
 from gradvar.gradients import list_targets, measure_scores, plan_measurement, resolve_targets
 from gradvar.gradients.capture import ParameterTaps
+from gradvar.models import find_model, load_model
 from tests.gradients import references
 from tests.gradients.models import least_budget, make_model, make_prompt_and_responses, state
 
@@ -58,6 +59,14 @@ def test_grouped_experts_in_float64_are_refused_by_name(name):
     model.set_experts_implementation("grouped_mm")
     with pytest.raises(GradvarError, match=r"experts by grouped_mm, .*no float64.*experts_implementation=\"eager\""):
         measure_scores(model, PROMPT, RESPONSES, "last:q")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_loaded_mixture_runs_its_experts_in_a_way_that_its_dtype_has(dtype, tmp_path):
+    """So there is no option for it: every way gives the same."""
+    make_model("qwen2_moe", torch.float32).save_pretrained(tmp_path)
+    model = load_model(find_model(str(tmp_path)), dtype=dtype, device="cpu")
+    assert max(gaps(model, "last:qkv,mlp").values()) < (1e-10 if dtype == "float64" else 2e-5)
 
 
 def test_presets_on_a_mixture(qwen):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from gradvar import attention
+from gradvar.errors import GradvarError
 from gradvar.gradients import SketchPlan, check_precision, cross_grams, measure_scores
 from gradvar.gradients.curve import Curve
 from gradvar.gradients.gram import FactorStore, HeadStore, MatrixStore, add_product
@@ -89,6 +90,20 @@ def test_spilled_grams_under_load_are_those_kept():
         for tile in (12 * 160 * 4 * 7, 1 << 22):
             with full_precision():
                 assert references.error(there.gram(True, tile).numpy(), here.gram(True, tile).numpy()) < 1e-6
+
+
+def test_a_spilled_input_that_the_model_writes_again_is_refused():
+    """Behind a copy that takes its time, the next batch's write would be what the host gets."""
+    device = torch.device("cuda")
+    host = HostMemory(pinned=True)
+    store = HostFactorStore(2, 8, 4096, torch.float32, device, host)
+    store.key = "layers.3.mlp.up_proj"
+    buffer = torch.ones(20_000, 4096, device=device)
+    store.add(0, buffer, torch.ones(20_000, 8, device=device))
+    host.forget()
+    buffer.fill_(2)
+    with pytest.raises(GradvarError, match=r"layers\.3\.mlp\.up_proj: .*input again for other responses"):
+        store.gram(False, 1 << 22)
 
 
 def test_half_products_are_added_in_float32():

@@ -4,11 +4,13 @@ The recorder stands in for `torch.cuda`'s streams and notes what would happen in
 matter.
 """
 
+import weakref
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+from gradvar.errors import GradvarError
 from gradvar.gradients.gram import FactorStore
 from gradvar.gradients.lane import IN_FLIGHT, Lane
 from gradvar.gradients.spill import HostFactorStore, HostMemory
@@ -88,6 +90,56 @@ def test_the_host_waits_where_too_many_copies_are_on_their_way(recorder):
         lane.send(torch.ones(2), torch.empty(2))
     waits = [entry for entry in recorder.log if entry[0] == "host waits for"]
     assert waits == [("host waits for", "side 1"), ("host waits for", "side 2")]
+
+
+def test_a_source_written_to_while_its_copy_is_on_its_way_is_refused_by_name(recorder):
+    """The copy is in no order with the write: it is refused once the copy is seen done, at the latest before a Gram."""
+    for then in (send_more, lambda lane: lane.fetch("x", [torch.ones(2)])):
+        lane, buffer = Lane(CPU, recorder.side, recorder), torch.ones(3, 2)
+        lane.send(buffer[:2], torch.empty(2, 2), "layers.3.mlp.up_proj")  # a view: its base is written to
+        buffer.zero_()
+        with pytest.raises(GradvarError, match=r"^layers\.3\.mlp\.up_proj: .*input again for other responses"):
+            then(lane)
+
+
+def send_more(lane):
+    for _ in range(IN_FLIGHT):
+        lane.send(torch.ones(2), torch.empty(2))
+
+
+def test_a_source_may_be_written_to_once_its_copy_was_seen_done(recorder):
+    lane, buffer = Lane(CPU, recorder.side, recorder), torch.ones(3)
+    copy = lane.send(buffer, torch.empty(3))
+    send_more(lane)
+    buffer.zero_()
+    lane.fetch("x", [copy])
+    assert torch.equal(lane.take("x", [copy])[0], torch.ones(3))
+
+
+def test_a_source_is_held_until_its_copy_was_seen_done(recorder):
+    """Autograd adds in place to a gradient whose memory nobody else holds."""
+    lane = Lane(CPU, recorder.side, recorder)
+    source = torch.ones(3)
+    alive = weakref.ref(source)
+    lane.send(source, torch.empty(3))
+    del source
+    assert alive() is not None
+    lane.fetch("x", [torch.ones(2)])
+    assert alive() is None
+
+
+def test_a_spilled_input_that_the_model_writes_again_is_refused(recorder):
+    """As on CUDA: what the host holds of the first response may be the second's."""
+    host = HostMemory(pinned=False)
+    host._lanes[CPU] = Lane(CPU, recorder.side, recorder)
+    store = HostFactorStore(2, 4, 3, torch.float64, CPU, host)
+    store.key = "layers.3.mlp.up_proj"
+    buffer = torch.ones(5, 3, dtype=torch.float64)
+    store.add(0, buffer[:], torch.ones(5, 4, dtype=torch.float64))
+    host.forget()
+    buffer.fill_(2)
+    with pytest.raises(GradvarError, match=r"layers\.3\.mlp\.up_proj: .*choose other targets"):
+        store.gram(False, 1 << 20)
 
 
 def test_what_comes_back_is_waited_for_and_a_buffer_filled_again_only_once_it_was_used(recorder):

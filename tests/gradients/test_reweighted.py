@@ -1,5 +1,7 @@
 """Random-sign probes and prefixes from the same pass, against literal loops of backward passes."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +71,32 @@ def check_against_literal(model, specs, **options):
 def test_probes_equal_the_literal_loop_over_the_same_signs(qwen, options):
     measured = check_against_literal(qwen, SPECS, **options)
     assert (len(measured.plan.passes) > 1) == ("memory_budget" in options)
+
+
+def test_a_probe_costs_one_more_truncated_backward_pass_of_each_batch_and_no_forward():
+    prompt, responses = make_prompt_and_responses()  # two batches of at most 70 tokens
+
+    def runs(probes):
+        model = make_model("qwen2", num_hidden_layers=3)
+        forward, backward = [], [0, 0, 0]
+
+        def at_forward(module, args, output, layer):
+            def count(gradient):
+                backward[layer] += 1
+
+            forward.append(layer)
+            if output.requires_grad:
+                output.register_hook(count)
+
+        for layer, module in enumerate(model.model.layers):
+            module.mlp.register_forward_hook(partial(at_forward, layer=layer))
+        measure_scores(model, prompt, responses, "1:q", token_budget=70, probes=probes, seed=SEED)
+        return len(forward), *backward
+
+    forward, lowest, middle, highest = runs(0)
+    assert lowest == 0
+    for probes in (1, 4):
+        assert runs(probes) == (forward, 0, middle + 2 * probes, highest + 2 * probes)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "gemma", "qwen2_tied"])

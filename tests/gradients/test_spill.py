@@ -171,3 +171,5 @@ def test_slabs_hold_many_tensors_and_never_two_in_one_place():
     assert all(stop <= start for (_, stop), (start, _) in pairwise(spans))
     assert host.copy_once(values[0]) is host.copy_once(values[0])
     assert host.copy_once(values[1]) is not host.copy_once(values[0])
+    values[1].zero_()
+    assert torch.equal(host.copy_once(values[1]), values[1]), "written to since"

@@ -1,5 +1,7 @@
 """Modules called twice, shared, changed, in place, under autocast; heads that do more than multiply."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,12 @@ from transformers import BartConfig, BartForCausalLM
 from gradvar.errors import GradvarError
 from gradvar.gradients import list_targets, measure_scores, resolve_targets
 from gradvar.gradients.batches import make_batches
+from gradvar.gradients.collect import new_store
 from gradvar.gradients.gram import FactorStore
 from tests.gradients import references
 from tests.gradients.models import (
+    grams,
+    largest_gap,
     least_budget,
     make_model,
     make_prompt_and_responses,
@@ -224,8 +229,40 @@ def test_an_input_buffer_used_again_for_the_next_batch_is_refused():
         return (place.copy_(args[0].detach()),)
 
     model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(into_buffer)
-    with pytest.raises(GradvarError, match="input again for other responses"):
+    with pytest.raises(GradvarError, match=r"model\.layers\.0\.self_attn\.q_proj: .*input again for other responses"):
         measure_scores(model, [3, 4], [[5, 6, 7], [8, 9, 5], [6, 9, 7]], "0:q", token_budget=1)
+
+
+@pytest.mark.parametrize("home", ["device", "host"])
+def test_one_input_buffer_of_two_layers_that_are_made_again_at_backward(home, monkeypatch):
+    """One tensor with other values at each layer: what was packed or copied of the upper one is not the lower's."""
+    model = make_model("qwen2", num_hidden_layers=3)
+    buffers = {}
+
+    def into_buffer(module, args):
+        place = buffers.setdefault(args[0].shape, torch.zeros_like(args[0]))
+        return (place.copy_(args[0].detach()),)
+
+    def own(module, args):
+        return (args[0].detach(),)
+
+    request = make_prompt_and_responses((7, 4, 2))
+    queries = [model.model.layers[layer].self_attn.q_proj for layer in (1, 2)]
+    hooks = [query.register_forward_pre_hook(own) for query in queries]
+    expected = grams(model, *request, "all:q")
+    for hook in hooks:
+        hook.remove()
+    for query in queries:
+        query.register_forward_pre_hook(into_buffer)
+    if home == "host":
+        monkeypatch.setattr("gradvar.gradients.passes.new_store", spilled)
+    found = grams(model, *request, "all:q", checkpointing="reentrant", token_budget=100)
+    assert largest_gap(found, expected) < 1e-10
+
+
+def spilled(job, block, count, host):
+    """Keep factors on the host whatever the plan says."""
+    return new_store(job, replace(block, keep="factors", home="host"), count, host)
 
 
 def test_q_k_and_v_keep_their_common_input_once(qwen, monkeypatch):
