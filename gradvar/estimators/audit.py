@@ -65,6 +65,7 @@ def audit_table(
            units of sum_i ||c_i s_i||^2, beside "baseline_variance_ratio" and "baseline_norm_ratio", its two factors
         4  "between_length_share" (judged): sum_b p_b ||m_b - m||^2 / ||m||^2 with Fieller's set; "bin_square"
            ||m_b||^2, which may come out negative, and "bin_cosine" of every two bins, `scope` says which
+           (NaN, "unresolved" in `method`, where either square is not told apart from 0)
 
     Args:
         groups: Prompts by targets; several targets get their sum as well.
