@@ -82,7 +82,7 @@ def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool) -> list[tupl
         forward = (lambda batch: last_hidden(job.head.base, batch)) if alone else choose_forward(
             job.model, job.head.base, job.prompt, job.responses, _lowest_layer(job, blocks),
             measured=[job.model.get_submodule(block.target.module) for block in blocks],
-            tokens=max(batch.input_ids.numel() for batch in batches), spare_bytes=job.plan.spare_bytes,
+            batches=batches, spare_bytes=job.plan.spare_bytes, between_bytes=needed // 2, probe=job.probe,
         )  # fmt: skip
     modules = {path: job.model.get_submodule(path) for path in job.tapped_paths(blocks)}
     parameters = job.direct_parameters(blocks)

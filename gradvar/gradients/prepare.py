@@ -18,7 +18,15 @@ from gradvar.gradients.job import Job, TokenColumns
 from gradvar.gradients.logprobs import Head
 from gradvar.gradients.plan import Plan
 from gradvar.gradients.positions import must_go_alone
-from gradvar.gradients.request import check_causal, check_padding, check_request, check_sharing, packs, whole_numbers
+from gradvar.gradients.request import (
+    check_causal,
+    check_padding,
+    check_request,
+    check_sharing,
+    packs,
+    undisturbed,
+    whole_numbers,
+)
 from gradvar.gradients.resident import Resident, blocks_apart, settled_bytes
 from gradvar.gradients.reweighted import check_counts, reweightings
 from gradvar.gradients.sketch import SketchPlan
@@ -79,9 +87,12 @@ def planned(
     with torch.inference_mode(False), torch.enable_grad(), frozen(model), full_precision():
         head = Head(model, _different(prompt_ids, model))
         tied, tied_scale = check_sharing(model, chosen, head, include_bias)
-        check_causal(head.base, list(prompt_ids)[-_PROBE_TOKENS:])
-        if not check_padding(head.base, list(prompt_ids)[-_PROBE_TOKENS:], padding_side):
-            token_budget = min(1, token_budget or 1)
+        probe = list(prompt_ids)[-_PROBE_TOKENS:]
+        seen = undisturbed(head.base, probe, padding_side)
+        if seen is None:
+            check_causal(head.base, probe)
+            if not check_padding(head.base, probe, padding_side):
+                token_budget = min(1, token_budget or 1)
         n, device = len(responses), input_device(model)
         job = Job(
             model=model,
@@ -95,7 +106,8 @@ def planned(
             autocast=Autocast.current(device),
             device=device,
             padding_side=padding_side,
-            packed=packs(model, head.base, list(prompt_ids)[-_PROBE_TOKENS:], packing),
+            packed=packs(model, head.base, probe, packing),
+            probe=seen,
             dtype=_dtype(model, chosen),
             tied=tied,
             tied_scale=tied_scale,

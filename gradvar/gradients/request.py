@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gradvar.errors import GradvarError
-from gradvar.gradients.batches import Batch, last_hidden, make_batches, takes_packed
+from gradvar.gradients.batches import Batch, Probe, last_hidden, make_batches, takes_packed
 from gradvar.gradients.devices import input_device, is_offloaded, values
 from gradvar.gradients.logprobs import Head
 from gradvar.gradients.positions import position_limit
@@ -182,6 +182,31 @@ def _embedding_scale(module: nn.Module) -> float | None:
     return scale
 
 
+def undisturbed(base: nn.Module, probe: list[int], side: str) -> Probe | None:
+    """Return a padded batch where the padded row's states are those that it has alone before one token more.
+
+    Then the model is causal and takes padding. None says nothing: `check_causal` and `check_padding` tell which it is
+    not.
+    """
+    if side not in ("right", "left") or not probe:
+        return None
+    device = input_device(base)
+    word = probe[-1] or 1
+    short, long = [word] * 4, [int(probe[-1] == 0)] * 6  # what is fed: the probe and all of these but the last
+    with torch.no_grad():
+        (batch,) = make_batches(probe, [short, long], 10_000, device, side)
+        (longer,) = make_batches(probe, [[*short, word]], 10_000, device, side)
+        states = last_hidden(base, batch)
+        row = batch.members.index(0)
+        beside = states[row, batch.firsts[row] :][: len(probe) + 3].double()
+        behind = last_hidden(base, longer)[0, : len(beside)].double()
+        moved = last_hidden(base, other_start(longer))[0, : len(beside)].double() if is_half(base) else behind
+    finite = bool(behind.isfinite().all()) and bool(states.isfinite().all())
+    if not finite or not same_states(beside, behind, (moved - behind)[1:], base):
+        return None
+    return Probe(prompt=tuple(probe), batch=batch, hidden=states)
+
+
 def check_causal(base: nn.Module, probe: list[int]) -> None:
     """Refuse a model whose states at a token depend on later ones: an encoder, or a decoder not told that it is one.
 
@@ -194,7 +219,7 @@ def check_causal(base: nn.Module, probe: list[int]) -> None:
     with torch.no_grad():
         (batch,) = make_batches([first, second], endings, 10_000, device)
         states = last_hidden(base, batch)[:, :2].double()
-        moved = last_hidden(base, other_start(batch))[0, 1].double()
+        moved = last_hidden(base, other_start(batch))[0, 1].double() if is_half(base) else states[0, 1]
     if bool(states.isfinite().all()) and not same_states(states[0], states[1], moved - states[0, 1], base):
         raise GradvarError(
             f"{type(base).__name__} is not causal: its states at a token depend on later tokens, so it gives no "
