@@ -85,7 +85,7 @@ class Probe:
     """A short padded batch that was run: its rows have the states that they have alone."""
 
     prompt: tuple[int, ...]
-    """What all rows begin with: the prompt's end."""
+    """What all rows begin with."""
     batch: Batch
     hidden: Tensor
     """(B, T, D) its last hidden states."""

@@ -62,7 +62,7 @@ class Job:
     """Other weights on the same tokens: `run_pass` adds the squared norms of their scores. None unless set."""
     plan: Plan
     probe: Probe | None = None
-    """A short batch behind the prompt's end, where padding changes nothing."""
+    """A short batch, where padding changes nothing."""
     resident: Resident = field(default_factory=lambda: Resident(None, 0))
     """Gives freed host memory back where the budget asks for it."""
     done: int = field(default=0)

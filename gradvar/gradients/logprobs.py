@@ -89,6 +89,12 @@ class Head:
         self._read_linear(self._template["last_hidden_state"])
 
     @property
+    def probe_states(self) -> Tensor:
+        """(1, T, D) last hidden states of the probe ids."""
+        states: Tensor = self._template["last_hidden_state"]
+        return states
+
+    @property
     def is_linear(self) -> bool:
         """Whether logits are h W' + b with the weight and bias of one matrix, each perhaps scaled or soft-capped."""
         return self.weight is not None

@@ -85,10 +85,11 @@ def planned(
         token_budget = min(1, token_budget or 1)
     kind = choose_checkpointing(model, checkpointing)
     with torch.inference_mode(False), torch.enable_grad(), frozen(model), full_precision():
-        head = Head(model, _different(prompt_ids, model))
+        few = _different(prompt_ids, model)
+        head = Head(model, few)
         tied, tied_scale = check_sharing(model, chosen, head, include_bias)
         probe = list(prompt_ids)[-_PROBE_TOKENS:]
-        seen = undisturbed(head.base, probe, padding_side)
+        seen = undisturbed(head.base, few, head.probe_states, padding_side)
         if seen is None:
             check_causal(head.base, probe)
             if not check_padding(head.base, probe, padding_side):
@@ -145,10 +146,10 @@ def _dtype(model: nn.Module, targets: Sequence[Target]) -> torch.dtype:
 
 
 def _different(prompt: Sequence[int], model: nn.Module) -> list[int]:
-    """Return a few token ids, none twice: what is done to the logits may depend on the tokens."""
+    """Return a few token ids, none twice, 0 not last: what is done to the logits may depend on the tokens."""
     vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     found = dict.fromkeys([*reversed(prompt), *range(min(_PROBE_TOKENS, vocabulary))])
-    return list(found)[:_PROBE_TOKENS]
+    return sorted(list(found)[:_PROBE_TOKENS], key=bool)  # padding, if it is among them, first
 
 
 def plan_measurement(

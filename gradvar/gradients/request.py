@@ -182,29 +182,36 @@ def _embedding_scale(module: nn.Module) -> float | None:
     return scale
 
 
-def undisturbed(base: nn.Module, probe: list[int], side: str) -> Probe | None:
+def undisturbed(base: nn.Module, ids: list[int], states: Tensor, side: str) -> Probe | None:
     """Return a padded batch where the padded row's states are those that it has alone before one token more.
 
     Then the model is causal and takes padding. None says nothing: `check_causal` and `check_padding` tell which it is
     not.
+
+    Args:
+        base: The inner model.
+        ids: Some token ids, of which the last is no padding.
+        states: (1, T, D) their last hidden states.
+        side: Where padding goes.
     """
-    if side not in ("right", "left") or not probe:
+    half = len(ids) // 2
+    if side not in ("right", "left") or half < 2 or ids[-1] == 0:
         return None
-    device = input_device(base)
-    word = probe[-1] or 1
-    short, long = [word] * 4, [int(probe[-1] == 0)] * 6  # what is fed: the probe and all of these but the last
+    long = [*ids[:half], *ids[:2]]  # what is fed: the first half and all of these but the last
     with torch.no_grad():
-        (batch,) = make_batches(probe, [short, long], 10_000, device, side)
-        (longer,) = make_batches(probe, [[*short, word]], 10_000, device, side)
-        states = last_hidden(base, batch)
+        (batch,) = make_batches(ids[:half], [ids[half:], long], 10_000, input_device(base), side)
+        hidden = last_hidden(base, batch)
         row = batch.members.index(0)
-        beside = states[row, batch.firsts[row] :][: len(probe) + 3].double()
-        behind = last_hidden(base, longer)[0, : len(beside)].double()
-        moved = last_hidden(base, other_start(longer))[0, : len(beside)].double() if is_half(base) else behind
-    finite = bool(behind.isfinite().all()) and bool(states.isfinite().all())
-    if not finite or not same_states(beside, behind, (moved - behind)[1:], base):
+        beside = hidden[row, batch.firsts[row] :][: len(ids) - 1].double()
+        alone = states[0, :-1].double()
+        reach = alone[:0]
+        if is_half(base):
+            other = torch.tensor([[int(ids[0] == 0), *ids[1:]]], device=input_device(base))
+            reach = base(input_ids=other, use_cache=False).last_hidden_state[0, 1:-1].double() - alone[1:]
+    finite = bool(alone.isfinite().all()) and bool(hidden.isfinite().all())
+    if not finite or not same_states(beside, alone, reach, base):
         return None
-    return Probe(prompt=tuple(probe), batch=batch, hidden=states)
+    return Probe(prompt=tuple(ids[:half]), batch=batch, hidden=hidden)
 
 
 def check_causal(base: nn.Module, probe: list[int]) -> None:

@@ -62,7 +62,7 @@ def choose_forward(
         batches: What will be run, in that order.
         spare_bytes: What the trunk may take beside a whole sequence's run.
         between_bytes: What it may take while no batch's graph is alive.
-        probe: A short batch behind the prompt's end, where one was run.
+        probe: A short batch, where one was run.
     """
     if lowest is None or not _saves(model, base, prompt, responses, lowest):
         return lambda batch: last_hidden(base, batch)
