@@ -84,6 +84,17 @@ class Batch:
         return [packed[start:stop].flatten(0, 1) for start, stop in self.bounds]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Probe:
+    """A short padded batch that was run: its rows have the states that they have alone."""
+
+    prompt: tuple[int, ...]
+    """What all rows begin with."""
+    batch: Batch
+    hidden: Tensor
+    """(B, T, D) its last hidden states."""
+
+
 def last_hidden(base: nn.Module, batch: Batch) -> Tensor:
     """Return the (B, T, D) last hidden states of a batch."""
     positions = batch.positions

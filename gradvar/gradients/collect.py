@@ -145,21 +145,27 @@ def _embedding_gradient(job: Job, ids: Tensor, outputs: Tensor) -> Tensor:
     return gradient if skip is None else gradient * (ids != skip)[:, None]
 
 
-def predictions(job: Job, batch: Batch, hidden: Tensor) -> Predictions:
-    """Return where the batch's last hidden states predict response tokens, and what they say of them."""
+def predicting(job: Job, batch: Batch) -> list[int]:
+    """Return the flat positions of a batch that predict response tokens, row by row."""
     length = batch.input_ids.shape[1]
     where: list[int] = []
+    for row, i in enumerate(batch.members):
+        start = (0 if batch.packed else row * length) + batch.firsts[row] + len(job.prompt) - 1
+        where += range(start, start + len(job.responses[i]))
+    return where
+
+
+def predictions(job: Job, batch: Batch, hidden: Tensor) -> Predictions:
+    """Return where the batch's last hidden states predict response tokens, and what they say of them."""
     tokens: list[int] = []
     weights: list[int] = []
     spans = []
-    for row, i in enumerate(batch.members):
-        spans.append(slice(len(where), len(where) + len(job.responses[i])))
-        start = (0 if batch.packed else row * length) + batch.firsts[row] + len(job.prompt) - 1
-        where += range(start, start + len(job.responses[i]))
+    for i in batch.members:
+        spans.append(slice(len(tokens), len(tokens) + len(job.responses[i])))
         tokens += job.responses[i]
         weights += job.masks[i]
     device = batch.input_ids.device
-    at = placed(where, hidden.device)
+    at = placed(predicting(job, batch), hidden.device)
     flat = hidden.detach().reshape(-1, hidden.shape[-1]).index_select(0, at)
     chosen = placed(tokens, device)
     weight = placed(weights, device, compute_dtype(job.dtype))

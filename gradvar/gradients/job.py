@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from gradvar.gradients.batches import Batch, make_batches
+from gradvar.gradients.batches import Batch, Probe, make_batches
 from gradvar.gradients.logprobs import Head
 from gradvar.gradients.plan import Block, Plan
 from gradvar.gradients.resident import Resident
@@ -61,6 +61,8 @@ class Job:
     extra: Reweightings
     """Other weights on the same tokens: `run_pass` adds the squared norms of their scores. None unless set."""
     plan: Plan
+    probe: Probe | None = None
+    """A short batch, where padding changes nothing."""
     resident: Resident = field(default_factory=lambda: Resident(None, 0))
     """Gives freed host memory back where the budget asks for it."""
     done: int = field(default=0)

@@ -29,6 +29,8 @@ from gradvar.gradients.states import Autocast
 from gradvar.gradients.targets import output_embeddings
 
 _CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 29}  # from 32 MiB up, glibc gives every chunk fresh pages to fault in
+_IN_CACHE = 1 << 19
+"""Bytes of logits that are worked on at one time on a CPU: three times that stays in a core's cache between steps."""
 VOCABULARY_TILE = 8192
 _AMPLITUDES = (1.0, 8.0, 64.0)
 """Largest logits, before scaling, at which the head is probed, and at twice its own: caps show at large ones alone."""
@@ -85,6 +87,12 @@ class Head:
         self.curve = Curve()
         self._ids = ids[:, :1]
         self._read_linear(self._template["last_hidden_state"])
+
+    @property
+    def probe_states(self) -> Tensor:
+        """(1, T, D) last hidden states of the probe ids."""
+        states: Tensor = self._template["last_hidden_state"]
+        return states
 
     @property
     def is_linear(self) -> bool:
@@ -146,14 +154,20 @@ class Head:
             largest = float(natural.where(natural.isfinite(), 0.0).max()) if natural.numel() else 0.0
             if largest == 0:  # nothing that a scale or a cap would show in
                 return
-            pairs = []
-            for amplitude in (*_AMPLITUDES, *([2 * largest] if 2 * largest > _AMPLITUDES[-1] else [])):
-                probe = (flat * (amplitude / largest)).to(hidden.dtype).to(weight.dtype)
+            amplitudes = [*_AMPLITUDES, *([2 * largest] if 2 * largest > _AMPLITUDES[-1] else [])]
+            # several in one call: a few rows more cost little beside bringing the matrix once more
+            room = max(1, chunk_bytes(weight.device) // (natural.numel() * weight.element_size()))
+            pairs: list[tuple[Tensor, Tensor]] = []
+            for start in range(0, len(amplitudes), room):
+                probe = torch.cat([flat * (amplitude / largest) for amplitude in amplitudes[start : start + room]])
+                probe = probe.to(hidden.dtype).to(weight.dtype)
                 own = self.own_logits(probe.to(hidden.device, hidden.dtype)).to(weight.device)
                 z = functional.linear(probe, weight, bias)
-                if own.shape != z.shape or not bool((z.isfinite() & own.isfinite()).any()):
+                if own.shape != z.shape:
                     return
-                pairs.append((z, own))
+                pairs += zip(torch.split(z, len(flat)), torch.split(own, len(flat)), strict=True)
+            if not all(bool((z.isfinite() & own.isfinite()).any()) for z, own in pairs):
+                return
             for curve in fitted_curves(pairs):
                 bent = [(curve.apply_(z.to(compute_dtype(z.dtype), copy=True)).to(y.dtype), y) for z, y in pairs]
                 if all(_close(y, ours) and _same_together(y, ours) for ours, y in bent):
@@ -201,8 +215,31 @@ class Head:
             return self._own_chunk(hidden, tokens, weights, temperature)
         home = hidden.device
         hidden, tokens, weights = (x.to(self.weight.device) for x in (hidden, tokens, weights))
-        # few passes over (C, V): each costs more than its arithmetic
         logits = _product(hidden, self.weight)
+        height = max(1, _IN_CACHE // logits[:1].nbytes) if logits.device.type == "cpu" else len(logits)
+        columns = []
+        for start in range(0, len(logits), height):
+            part = logits[start : start + height]
+            exponentials, *read = self._exponentials(part, tokens[start : start + height], temperature)
+            columns.append(read)
+            if len(part) < len(logits):
+                part.copy_(exponentials)
+            else:
+                logits = exponentials
+        chosen, slope, total, entropy, collision, normaliser = map(torch.cat, zip(*columns, strict=True))
+        gradient = _weighted_rows(logits, self.weight).div_(-total[:, None])
+        rows = self.weight[tokens]
+        gradient += rows if self.curve.cap is None else rows * slope[:, None]
+        gradient *= (weights * (self.curve.scale if self.curve.cap is None else 1.0) / temperature)[:, None]
+        return tuple(x.to(home) for x in (gradient, chosen, entropy, collision, normaliser))
+
+    def _exponentials(self, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, ...]:
+        """Return exp(y / temperature - largest) times f'(z), and per row what is read off on the way.
+
+        That is (C,) log-probabilities, slopes f'(z) of the tokens, sums of the exponentials, entropies, collisions and
+        log normalisers. z, products of the matrix (C, V), are overwritten.
+        """
+        # few passes over (C, V): each costs more than its arithmetic
         if self.bias is not None:
             logits += self.bias
         self.curve.apply_(logits)
@@ -214,24 +251,19 @@ class Head:
         exponentials = logits.exp()
         total = exponentials.sum(-1)
         log_total = total.log()
-        below = None if hidden.is_cuda else torch.linalg.vecdot(exponentials, logits)
+        below = None if logits.is_cuda else torch.linalg.vecdot(exponentials, logits)
         # 0 times -inf, where a logit is -inf: on the CPU looked for, a GPU would have to be waited for
         if below is None or bool(below.isnan().any()):
             below = torch.linalg.vecdot(exponentials, logits.clamp_min(-1e30))
         entropy = log_total - below / total
         collision = (torch.linalg.vector_norm(exponentials, dim=-1) / total).square()
         normaliser = largest[:, 0] + log_total
-        rows = self.weight[tokens]
+        slope = total
         if self.curve.cap is not None:
-            slope = self.curve.slope_(logits.add_(largest).mul_(temperature))
-            exponentials *= slope
-            rows = rows * slope.gather(1, tokens[:, None])
-        else:
-            weights = weights * self.curve.scale
-        gradient = _weighted_rows(exponentials, self.weight).div_(-total[:, None])
-        gradient += rows
-        gradient *= (weights / temperature)[:, None]
-        return tuple(x.to(home) for x in (gradient, chosen - log_total, entropy, collision, normaliser))
+            slopes = self.curve.slope_(logits.add_(largest).mul_(temperature))
+            exponentials *= slopes
+            slope = slopes.gather(1, tokens[:, None])[:, 0]
+        return exponentials, chosen - log_total, slope, total, entropy, collision, normaliser
 
     def _own_chunk(self, hidden: Tensor, tokens: Tensor, weights: Tensor, temperature: float) -> tuple[Tensor, ...]:
         leaf = hidden.detach().requires_grad_()
@@ -324,9 +356,9 @@ def _close(a: Tensor, b: Tensor) -> bool:
     epsilon = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
     roundings = 32 if epsilon < torch.finfo(torch.float16).eps else 4  # 32 of bfloat16's are a quarter
     a, b = a.double(), b.to(a.device).double()
-    scale = float(b[b.isfinite()].abs().amax()) if bool(b.isfinite().any()) else 0.0
+    scale = float(b.abs().where(b.isfinite(), 0.0).amax())
     same = (a - b).abs() <= roundings * epsilon * scale
-    return bool((same | (a == b) | (a.isnan() & b.isnan())).all())
+    return bool(same.all()) or bool((same | (a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _same_together(a: Tensor, b: Tensor) -> bool:
@@ -337,7 +369,9 @@ def _same_together(a: Tensor, b: Tensor) -> bool:
     epsilon = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
     a, b = a.double(), b.to(a.device).double()
     finite = a.isfinite() & b.isfinite()
-    gap, b = (a - b)[finite], b[finite]
+    gap = a - b
+    if not bool(finite.all()):
+        gap, b = gap[finite], b[finite]
     roundings = 8.0 if epsilon < torch.finfo(torch.float16).eps else 0.5
     return bool((gap * b).sum().abs() <= roundings * epsilon * b.square().sum()) and bool(
         gap.norm() <= 2 * roundings * epsilon * b.norm()

@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from gradvar.errors import GradvarError
 from gradvar.gradients.batches import Batch, ChangedInBatchError, UnalignedTokensError, last_hidden
 from gradvar.gradients.capture import ParameterTaps, Taps, has_gradient_hooks
-from gradvar.gradients.collect import Predictions, collector, direct_collector, new_store, predictions
+from gradvar.gradients.collect import Predictions, collector, direct_collector, new_store, predicting, predictions
+from gradvar.gradients.devices import placed
 from gradvar.gradients.experts import is_one_expert
 from gradvar.gradients.gram import GradientStore
 from gradvar.gradients.job import Job, TokenValues
 from gradvar.gradients.plan import Block
 from gradvar.gradients.spill import HostMemory
+from gradvar.gradients.tokenwise import Narrowed
 from gradvar.gradients.trunk import Trunk, choose_forward
 from gradvar.gradients.witness import STRETCH_SHARE, check_stretch, make_witness
 
@@ -93,7 +95,7 @@ def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool) -> list[tupl
         forward = (lambda batch: last_hidden(job.head.base, batch)) if alone else choose_forward(
             job.model, job.head.base, job.prompt, job.responses, _lowest_layer(job, blocks),
             measured=[job.model.get_submodule(block.target.module) for block in blocks],
-            tokens=max(batch.input_ids.numel() for batch in batches), spare_bytes=job.plan.spare_bytes,
+            batches=batches, spare_bytes=job.plan.spare_bytes, between_bytes=needed // 2, probe=job.probe,
         )  # fmt: skip
     modules = {path: job.model.get_submodule(path) for path in job.tapped_paths(blocks)}
     parameters = job.direct_parameters(blocks)
@@ -103,8 +105,14 @@ def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool) -> list[tupl
                 f"{name} has hooks of its own on its gradient (an optimizer in backward?), which measuring would run: "
                 "take them off, or choose other targets"
             )
-    with Taps(modules) as taps, ParameterTaps(parameters) as direct, _noting_runs(job, parameters) as ran:
+    with (
+        Taps(modules) as taps,
+        ParameterTaps(parameters) as direct,
+        _noting_runs(job, parameters) as ran,
+        Narrowed(None if alone else witness.tokenwise) as narrowed,  # alone the states are not looked at again
+    ):
         for batch in batches:
+            narrowed.listen(placed(predicting(job, batch), batch.input_ids.device), tuple(batch.input_ids.shape))
             taps.listen(witness.watching(batch, collector(job, batch, batch.members, stores)))
             direct.listen(direct_collector(batch.members, stores))
             job.resident.make_room(needed)

@@ -19,7 +19,14 @@ from gradvar.gradients.logprobs import Head
 from gradvar.gradients.packing import long_rows_hold, packs, refuse_long_rows
 from gradvar.gradients.plan import DEFAULT_TOKEN_BUDGET, Plan
 from gradvar.gradients.positions import must_go_alone
-from gradvar.gradients.request import check_causal, check_padding, check_request, check_sharing, whole_numbers
+from gradvar.gradients.request import (
+    check_causal,
+    check_padding,
+    check_request,
+    check_sharing,
+    undisturbed,
+    whole_numbers,
+)
 from gradvar.gradients.resident import Resident, blocks_apart, settled_bytes
 from gradvar.gradients.reweighted import check_counts, reweightings
 from gradvar.gradients.sketch import SketchPlan
@@ -84,11 +91,15 @@ def planned(
         token_budget = min(1, token_budget or 1)
     kind = choose_checkpointing(model, checkpointing)
     with torch.inference_mode(False), torch.enable_grad(), frozen(model), full_precision():
-        head = Head(model, _different(prompt_ids, model))
+        few = _different(prompt_ids, model)
+        head = Head(model, few)
         tied, tied_scale = check_sharing(model, chosen, head, include_bias)
-        check_causal(head.base, list(prompt_ids)[-_PROBE_TOKENS:])
-        if not check_padding(head.base, list(prompt_ids)[-_PROBE_TOKENS:], padding_side):
-            token_budget = min(1, token_budget or 1)
+        probe = list(prompt_ids)[-_PROBE_TOKENS:]
+        seen = undisturbed(head.base, few, head.probe_states, padding_side)
+        if seen is None:
+            check_causal(head.base, probe)
+            if not check_padding(head.base, probe, padding_side):
+                token_budget = min(1, token_budget or 1)
         n, device = len(responses), input_device(model)
         job = Job(
             model=model,
@@ -103,12 +114,13 @@ def planned(
             device=device,
             padding_side=padding_side,
             packed=packs(
-                model, head.base, list(prompt_ids)[-_PROBE_TOKENS:], packing,
+                model, head.base, probe, packing,
                 longest=min(
                     token_budget or DEFAULT_TOKEN_BUDGET.get(device.type, DEFAULT_TOKEN_BUDGET["cpu"]),
                     sum(len(prompt_ids) + len(response) - 1 for response in responses),
                 ),
             ),
+            probe=seen,
             dtype=_dtype(model, chosen),
             tied=tied,
             tied_scale=tied_scale,
@@ -146,10 +158,10 @@ def _dtype(model: nn.Module, targets: Sequence[Target]) -> torch.dtype:
 
 
 def _different(prompt: Sequence[int], model: nn.Module) -> list[int]:
-    """Return a few token ids, none twice: what is done to the logits may depend on the tokens."""
+    """Return a few token ids, none twice, 0 not last: what is done to the logits may depend on the tokens."""
     vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     found = dict.fromkeys([*reversed(prompt), *range(min(_PROBE_TOKENS, vocabulary))])
-    return list(found)[:_PROBE_TOKENS]
+    return sorted(list(found)[:_PROBE_TOKENS], key=bool)  # padding, if it is among them, first
 
 
 def plan_measurement(

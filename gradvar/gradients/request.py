@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gradvar.errors import GradvarError
-from gradvar.gradients.batches import Batch, last_hidden, make_batches
+from gradvar.gradients.batches import Batch, Probe, last_hidden, make_batches
 from gradvar.gradients.devices import input_device, is_offloaded, values
 from gradvar.gradients.logprobs import Head
 from gradvar.gradients.positions import position_limit
@@ -181,6 +181,38 @@ def _embedding_scale(module: nn.Module) -> float | None:
     return scale
 
 
+def undisturbed(base: nn.Module, ids: list[int], states: Tensor, side: str) -> Probe | None:
+    """Return a padded batch where the padded row's states are those that it has alone before one token more.
+
+    Then the model is causal and takes padding. None says nothing: `check_causal` and `check_padding` tell which it is
+    not.
+
+    Args:
+        base: The inner model.
+        ids: Some token ids, of which the last is no padding.
+        states: (1, T, D) their last hidden states.
+        side: Where padding goes.
+    """
+    half = len(ids) // 2
+    if side not in ("right", "left") or half < 2 or ids[-1] == 0:
+        return None
+    long = [*ids[:half], *ids[:2]]  # what is fed: the first half and all of these but the last
+    with torch.no_grad():
+        (batch,) = make_batches(ids[:half], [ids[half:], long], 10_000, input_device(base), side)
+        hidden = last_hidden(base, batch)
+        row = batch.members.index(0)
+        beside = hidden[row, batch.firsts[row] :][: len(ids) - 1].double()
+        alone = states[0, :-1].double()
+        reach = alone[:0]
+        if is_half(base):
+            other = torch.tensor([[int(ids[0] == 0), *ids[1:]]], device=input_device(base))
+            reach = base(input_ids=other, use_cache=False).last_hidden_state[0, 1:-1].double() - alone[1:]
+    finite = bool(alone.isfinite().all()) and bool(hidden.isfinite().all())
+    if not finite or not same_states(beside, alone, reach, base):
+        return None
+    return Probe(prompt=tuple(ids[:half]), batch=batch, hidden=hidden)
+
+
 def check_causal(base: nn.Module, probe: list[int]) -> None:
     """Refuse a model whose states at a token depend on later ones: an encoder, or a decoder not told that it is one.
 
@@ -193,7 +225,7 @@ def check_causal(base: nn.Module, probe: list[int]) -> None:
     with torch.no_grad():
         (batch,) = make_batches([first, second], endings, 10_000, device)
         states = last_hidden(base, batch)[:, :2].double()
-        moved = last_hidden(base, other_start(batch))[0, 1].double()
+        moved = last_hidden(base, other_start(batch))[0, 1].double() if is_half(base) else states[0, 1]
     if bool(states.isfinite().all()) and not same_states(states[0], states[1], moved - states[0, 1], base):
         raise GradvarError(
             f"{type(base).__name__} is not causal: its states at a token depend on later tokens, so it gives no "

@@ -11,15 +11,17 @@ Shape letters: B sequences of a batch, T their padded length, Q prompt tokens, D
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from gradvar.errors import GradvarError
-from gradvar.gradients.batches import Batch, last_hidden, make_batches
+from gradvar.gradients.batches import Batch, Probe, last_hidden, make_batches
 from gradvar.gradients.devices import input_device
 from gradvar.gradients.positions import turns_with_length
 from gradvar.gradients.request import is_half, other_start, same_states
@@ -31,6 +33,8 @@ Forward = Callable[[Batch], Tensor]
 LEAST_SAVING = 0.1
 """Share of the fed tokens that must be spared before the prompt is shared."""
 _PROBE_PROMPT = 16
+_known: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], int]] = weakref.WeakKeyDictionary()
+"""Bytes that a token of the trunk takes, found before: they hang on the model's form, not on its weights."""
 
 
 def choose_forward(
@@ -41,8 +45,10 @@ def choose_forward(
     lowest: int | None,
     *,
     measured: Iterable[nn.Module],
-    tokens: int,
+    batches: Sequence[Batch],
     spare_bytes: int,
+    between_bytes: int,
+    probe: Probe | None = None,
 ) -> Forward:
     """Return how a batch's last hidden states are had: with the trunk shared where that is the same and saves work.
 
@@ -53,16 +59,22 @@ def choose_forward(
         responses: The responses.
         lowest: Index of the lowest decoder layer that is measured; None where something below the layers is.
         measured: The modules that are measured: where one also runs below, its part there would be lost.
-        tokens: Padded tokens of the largest batch.
+        batches: What will be run, in that order.
         spare_bytes: What the trunk may take beside a whole sequence's run.
+        between_bytes: What it may take while no batch's graph is alive.
+        probe: A short batch, where one was run.
     """
     if lowest is None or not _saves(model, base, prompt, responses, lowest):
         return lambda batch: last_hidden(base, batch)
     layers = [layer for _, layer in decoder_layers(model)]
-    if not _same(base, layers, lowest, prompt, responses, measured):
+    if not _same(base, layers, lowest, prompt, responses, measured, probe):
         return lambda batch: last_hidden(base, batch)
     trunk = Trunk(base, layers, lowest, prompt)
-    return trunk if trunk.extra_bytes(tokens) <= spare_bytes else lambda batch: last_hidden(base, batch)
+    tokens = max(batch.input_ids.numel() for batch in batches)
+    if trunk.extra_bytes(tokens) > spare_bytes:
+        return lambda batch: last_hidden(base, batch)
+    trunk.look_ahead(batches, tokens, between_bytes)
+    return trunk
 
 
 def trunk_bytes(
@@ -74,12 +86,18 @@ def trunk_bytes(
     """
     if lowest is None or not _saves(model, base, prompt, responses, lowest):
         return 0, 0
-    try:
-        trunk = Trunk(base, [layer for _, layer in decoder_layers(model)], lowest, prompt[-_PROBE_PROMPT:])
-    except _APART:
-        return 0, 0
-    a_token = trunk.extra_bytes(1) - trunk.extra_bytes(0)
-    return len(prompt) * a_token // 2, a_token
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    device = input_device(model)
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    key = (lowest, attention, autocast, next(model.parameters()).dtype)
+    known = _known.setdefault(model, {})
+    if key not in known:
+        try:
+            trunk = Trunk(base, [layer for _, layer in decoder_layers(model)], lowest, prompt[-_PROBE_PROMPT:])
+        except _APART:
+            return 0, 0
+        known[key] = trunk.extra_bytes(1) - trunk.extra_bytes(0)
+    return len(prompt) * known[key] // 2, known[key]
 
 
 _APART = (AttributeError, GradvarError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -104,20 +122,25 @@ def _same(
     prompt: Sequence[int],
     responses: Sequence[Sequence[int]],
     measured: Iterable[nn.Module],
+    probe: Probe | None,
 ) -> bool:
     """Return whether the prompt's end, run once, gives the last hidden states of a plain forward.
 
     No measured module may run on the way to the lowest layer.
     """
-    short, other = list(prompt[-_PROBE_PROMPT:]), list(responses[0][:5])
-    (batch,) = make_batches(short, [other[-1:] * 5, other[:1] * 2], 10_000, input_device(base))
     below: list[nn.Module] = []
     hooks = [module.register_forward_pre_hook(lambda module, args: below.append(module)) for module in measured]
     try:
-        trunk = Trunk(base, layers, lowest, short)
+        if probe is None or any(probe.batch.firsts):
+            short, other = prompt[-_PROBE_PROMPT:], responses[0]
+            (batch,) = make_batches(short, [[other[0]] * 5, [other[-1]] * 2], 10_000, input_device(base))
+            probe = Probe(prompt=tuple(short), batch=batch, hidden=last_hidden(base, batch))
+            below.clear()
+        batch = probe.batch
+        trunk = Trunk(base, layers, lowest, probe.prompt)
         if below:
             return False
-        shared, plain = trunk(batch).double(), last_hidden(base, batch).double()
+        shared, plain = trunk(batch).double(), probe.hidden.double()
         moved = last_hidden(base, other_start(batch)).double() if is_half(base) else plain
         reach = (moved - plain)[0, 1:]
         return same_states(shared.flatten(0, 1)[batch.real], plain.flatten(0, 1)[batch.real], reach, base)
@@ -146,6 +169,9 @@ class Trunk:
         self._below, self._above = list(layers[:lowest]), list(layers[lowest:])
         self._length = len(prompt)
         self._tuples = [False] * len(layers)
+        self._order: list[Batch] = []
+        self._at_once = (0, 0)
+        self._behind: dict[Batch, Tensor] = {}
         ids = torch.tensor([list(prompt)], device=input_device(base))
         with torch.no_grad(), self._noting_forms():
             self._prompt, self._cache = self._run_below(ids)
@@ -159,12 +185,9 @@ class Trunk:
         rows, length = batch.input_ids.shape
         states = self._prompt.expand(rows, -1, -1)
         if length > self._length:
-            cache = copy.deepcopy(self._cache)
-            cache.batch_repeat_interleave(rows)
-            options = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
-            with torch.no_grad():
-                behind, _ = self._run_below(batch.input_ids[:, self._length :], past_key_values=cache, **options)
-            states = torch.cat([states, behind], dim=1)
+            if batch not in self._behind:
+                self._run_behind(self._group(batch))
+            states = torch.cat([states, self._behind.pop(batch)], dim=1)
 
         def replaced(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
@@ -175,6 +198,55 @@ class Trunk:
                 return last_hidden(self._base, batch)
         finally:
             hook.remove()
+
+    def look_ahead(self, batches: Sequence[Batch], tokens: int, room: int) -> None:
+        """Be told what is asked for in turn: several batches' tokens behind the prompt may run in one go.
+
+        A batch within a budget of tokens has few of them where the prompt is long, and every run costs the layers'
+        weights brought once.
+
+        Args:
+            batches: The batches in their order.
+            tokens: Padded tokens behind the prompt that may run in one go.
+            room: Bytes that it may take.
+        """
+        self._order = list(batches)
+        self._at_once = (tokens, room)
+
+    def _group(self, batch: Batch) -> list[Batch]:
+        """Return the batch and those after it that run with it."""
+        found, (most, room) = [batch], self._at_once
+        start = self._order.index(batch) + 1 if batch in self._order else len(self._order)
+        for other in self._order[start:]:
+            rows = sum(len(one.input_ids) for one in [*found, other])
+            longest = max(one.input_ids.shape[1] for one in [*found, other])
+            fits = rows * (longest - self._length) <= most and self.extra_bytes(rows * longest) <= room
+            if other.packed or any(other.firsts) or other.input_ids.shape[1] <= self._length or not fits:
+                break
+            found.append(other)
+        return found
+
+    def _run_behind(self, group: Sequence[Batch]) -> None:
+        """Keep the states at the lowest layer behind the prompt, for each batch of a group."""
+        longest = max(batch.input_ids.shape[1] for batch in group)
+        shapes = [batch.input_ids.shape for batch in group]
+        ids = torch.cat([functional.pad(batch.input_ids, (0, longest - batch.input_ids.shape[1])) for batch in group])
+        masks = [
+            functional.pad(
+                torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask,
+                (0, longest - batch.input_ids.shape[1]),
+            )
+            for batch in group
+        ]
+        padded = any(batch.attention_mask is not None or batch.input_ids.shape[1] < longest for batch in group)
+        cache = copy.deepcopy(self._cache)
+        cache.batch_repeat_interleave(len(ids))
+        options = {"attention_mask": torch.cat(masks)} if padded else {}
+        with torch.no_grad():
+            states, _ = self._run_below(ids[:, self._length :], past_key_values=cache, **options)
+        parts = torch.split(states, [rows for rows, _ in shapes])
+        for batch, part, (_, length) in zip(group, parts, shapes, strict=True):
+            self._behind[batch] = part[:, : length - self._length]
 
     def extra_bytes(self, tokens: int) -> int:
         """Return the bytes of keys, values and states for a batch of so many tokens, one layer's copies among them."""

@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertLMHeadModel
 
 from gradvar.errors import GradvarError
 from gradvar.gradients import list_targets, measure_scores
 from gradvar.gradients.gram import FactorStore, MatrixStore
+from gradvar.gradients.logprobs import Head
+from gradvar.gradients.request import undisturbed
 from tests.gradients import references
 from tests.gradients.models import CONFIGS, FLOAT32_INSIDE, make_model, make_prompt_and_responses
 
@@ -80,6 +83,28 @@ def test_padding_on_the_left_is_refused_where_it_moves_the_positions():
             grams(model, "last:qkv", padding_side="left")
     with pytest.raises(GradvarError, match="padding side: expected"):
         grams(model, "last:qkv", padding_side="middle")
+
+
+def test_one_probe_finds_what_later_tokens_padding_and_others_do():
+    """Where it finds nothing, causality and padding are not looked at apart."""
+
+    def found(model, side):
+        ids = [5, 9, 3, 11, 7, 2, 8, 4]
+        return undisturbed(model.base_model, ids, Head(model.eval(), ids).probe_states, side)
+
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for name in ("qwen2", "llama", "gpt2"):
+            assert found(make_model(name, dtype), "right") is not None, f"{name} {dtype}: looked at apart, for nothing"
+            assert found(make_model(name, dtype), "left") is not None
+        ahead = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+        bert = BertLMHeadModel(BertConfig(vocab_size=37, max_position_embeddings=64, is_decoder=False, **ahead))
+        mixing, by_column = make_model("qwen2", dtype), make_model("gpt2", dtype)
+        mixing.model.layers[0].mlp.register_forward_hook(
+            lambda _, inputs, output: output + output.mean(0, keepdim=True)
+        )
+        by_column.transformer.wpe = ByColumn(by_column.transformer.wpe)
+        for model, side in ((bert.to(dtype), "right"), (mixing, "right"), (by_column, "left")):
+            assert found(model, side) is None, f"{type(model).__name__} {dtype} {side}"
 
 
 def test_a_model_that_mixes_a_batch_is_given_each_response_alone():

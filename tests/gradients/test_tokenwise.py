@@ -1,0 +1,134 @@
+"""The last layer's MLP on the predicting tokens alone: the same results, and whole where it would not be."""
+
+import pytest
+import torch
+
+from gradvar.gradients import measure_scores, resolve_targets, tokenwise, witness
+from tests.gradients import references
+from tests.gradients.models import CONFIGS, make_model, make_prompt_and_responses, state
+from tests.gradients.test_witness import Around
+
+LENGTHS = (1, 2, 17, 9, 30, 4)
+PROMPT, RESPONSES = make_prompt_and_responses(LENGTHS, prompt=20)
+NARROWED = ("qwen2", "llama", "gpt2", "gpt_neox", "phi3")
+
+
+@pytest.fixture
+def narrowed(monkeypatch):
+    """How many tokens of how many the module ran on, batch by batch."""
+    seen = []
+    own = tokenwise.Narrowed._widen
+
+    def counted(self, module, args, output):
+        if self._inside:
+            seen.append((output.shape[1], self._shape[0] * self._shape[1]))
+        return own(self, module, args, output)
+
+    monkeypatch.setattr(tokenwise.Narrowed, "_widen", counted)
+    return seen
+
+
+def check(model, specs, **options):
+    """The measurement, its Grams those of the literal definition."""
+    measured = measure_scores(model, PROMPT, RESPONSES, specs, **options)
+    targets = resolve_targets(model, specs)
+    expected = references.flat_scores(model, targets, PROMPT, RESPONSES)
+    for target in targets:
+        gap = references.error(measured.grams[target.key].gram(), references.gram_of(expected[target.key]))
+        assert gap < 1e-10, f"{target.key} is off by {gap:.1e}"
+    return measured
+
+
+@pytest.mark.parametrize("name", [name for name in NARROWED if name in CONFIGS])
+@pytest.mark.parametrize("specs", ["last:attn", "0:attn"])
+def test_tokens_that_predict_nothing_are_left_out(name, specs, narrowed):
+    model = make_model(name)
+    before = state(model)
+    measured = check(model, specs, token_budget=90)
+    assert measured.plan.token_budget == 90, "each was measured alone"
+    assert state(model) == before
+    assert sum(part for part, _ in narrowed) == sum(LENGTHS)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"padding_side": "left"},
+        {"probes": 2, "seed": 0, "prefixes": 3},
+        {"checkpointing": "non_reentrant"},
+        {"checkpointing": "reentrant"},
+        {"token_budget": 1},
+    ],
+)
+def test_leaving_them_out_changes_nothing(options, narrowed, monkeypatch):
+    model = make_model("qwen2")
+    options = {"token_budget": 90, **options}
+    fewer = measure_scores(model, PROMPT, RESPONSES, ["0:qkv", "lm_head"], **options)
+    assert bool(narrowed) == ("checkpointing" not in options), "a part that is run again is left whole"
+    monkeypatch.setattr(witness, "LEAST_SAVING", 2.0)
+    count = len(narrowed)
+    whole = measure_scores(model, PROMPT, RESPONSES, ["0:qkv", "lm_head"], **options)
+    assert len(narrowed) == count
+    for key, gram in whole.grams.items():
+        assert references.error(fewer.grams[key].gram(), gram.gram()) < 1e-12
+        if "probes" in options:
+            torch.testing.assert_close(fewer.taus[key].value, whole.taus[key].value, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("specs", ["last:mlp", ["0:qkv", "last:down"]])
+def test_a_measured_mlp_sees_all_tokens(specs, narrowed):
+    check(make_model("qwen2"), specs, token_budget=90)
+    assert not narrowed
+
+
+def before_it(mlp, x):
+    y = mlp(x)
+    return y + 0.3 * torch.nn.functional.pad(y, (0, 0, 1, 0))[:, :-1]
+
+
+def mean_of_the_row(mlp, x):
+    y = mlp(x)
+    return y * (1 + 0.1 * torch.arange(x.shape[1])[None, :, None])
+
+
+@pytest.mark.parametrize("act", [before_it, mean_of_the_row])
+def test_what_looks_at_other_tokens_sees_all(act, narrowed):
+    model = make_model("llama")
+    model.model.layers[-1].mlp = Around(model.model.layers[-1].mlp, act)
+    measured = check(model, "last:qkv", token_budget=90)
+    assert not narrowed
+    assert measured.plan.token_budget == 90
+
+
+def test_what_counts_tokens_beyond_the_witness_is_measured_whole(narrowed):
+    """The witness is of 20 + 31 tokens at most; a room of 40 is passed within it, one of 45 by the longest alone."""
+    for room in (40, 45):
+
+        def act(mlp, x, room=room):
+            return mlp(x) * (torch.arange(x.shape[1]) < room)[None, :, None]
+
+        model = make_model("llama")
+        model.model.layers[-1].mlp = Around(model.model.layers[-1].mlp, act)
+        check(model, "last:qkv", token_budget=90)
+
+
+def test_a_wrong_choice_is_seen_in_the_pass(narrowed, monkeypatch):
+    """What comes before attention takes each token by itself too, but all that it makes is read."""
+    monkeypatch.setattr(tokenwise.PartsWatch, "tokenwise", lambda self, start: model.model.layers[-1].input_layernorm)
+    model = make_model("llama")
+    measured = check(model, "0:qkv", token_budget=90)
+    assert narrowed
+    assert measured.plan.token_budget == 1
+
+
+def test_hooks_on_the_mlp_see_all_tokens(narrowed):
+    model = make_model("llama")
+    mlp = model.model.layers[-1].mlp
+    seen = []
+    mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0] * args[0].shape[1]))
+    mlp.register_forward_hook(lambda module, args, output: 2 * output)
+    mlp.register_forward_pre_hook(lambda module, args: (0.5 * args[0],))
+    check(model, "last:qkv", token_budget=90)
+    assert narrowed
+    assert {tokens for _, tokens in narrowed} <= set(seen)
