@@ -102,8 +102,9 @@ def alpha(
     """Say which alpha to use: efficiency, bias and noise of VL Norm over alpha, beside the other aggregators.
 
     Efficiency eta is cos² rho, between 0 and 1: 1 - eta is the least relative squared error of one update, whatever the
-    learning rate. Also: whether the paper's order of CVs holds in its three forms, CV and efficiency against group
-    size, and the noise scale of the gradient itself.
+    learning rate. Also: the CV in its three forms (lengths given with Var = V L, lengths given as measured, lengths at
+    random), whether the paper's order holds in each, CV and efficiency against group size, and the noise scale of the
+    gradient itself.
     """
     settings = o.given(
         config,

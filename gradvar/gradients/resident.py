@@ -119,18 +119,17 @@ def _holes_taken() -> Iterator[None]:
         library.mallinfo2.restype = _Mallinfo2
         library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
         library.free.argtypes = (ctypes.c_void_p,)
+        library.sbrk.restype, library.sbrk.argtypes = ctypes.c_void_p, (ctypes.c_ssize_t,)
     except (OSError, AttributeError, TypeError):
         yield
         return
     library.malloc_trim(0)
-    heap = library.mallinfo2().arena
+    end = library.sbrk(0)
     taken = []
-    while True:
-        block = library.malloc(_HOLE)
-        if library.mallinfo2().arena > heap:  # no hole was left: the heap grew for this one
-            library.free(block)
+    for _ in range(library.mallinfo2().fordblks // _HOLE):
+        taken.append(library.malloc(_HOLE))
+        if library.sbrk(0) != end:  # no hole was left: the heap grew for this one
             break
-        taken.append(block)
     try:
         yield
     finally:

@@ -145,14 +145,14 @@ def peak_bytes(
         blocks: What is tapped, None for all targets: backward ends at the lowest.
         kind: Checkpointing: "off", "reentrant" or "non_reentrant".
         token_budget: Padded tokens of a batch: where batches are padded, attention keeps more.
-        limit: Bytes that a probe may take. None is longer than the longest response.
+        limit: Bytes that a probe longer than `_PROBE_LENGTH` may take. None is longer than the longest response.
 
     Raises:
         OverLimitError: One takes more.
     """
 
     def watch(run: _Run) -> tuple[ArrayLike, ...]:
-        with LiveBytes(limit) as live:
+        with LiveBytes(run.limit) as live:
             run.back(run.forth())
         return (live.after,)
 
@@ -180,6 +180,8 @@ class _Run:
 
     job: Job
     batch: Batch
+    limit: float
+    """Bytes that it may take."""
 
     def forth(self) -> Tensor:
         with self.job.autocast.on():
@@ -223,7 +225,7 @@ def _probe(
             sequences = [word * (length - length // 2), word * (length // 2)]
         (batch,) = make_batches(word, sequences, rows * length, job.device, job.padding_side, packed)
         taps.listen(lambda path, value, gradient: None)
-        return watch(_Run(job=job, batch=batch))
+        return watch(_Run(job=job, batch=batch, limit=limit if length > long else math.inf))
 
     try:
         with blocks_apart(job.device.type == "cpu"), job.autocast.off(), checkpointed(job.model, kind), \

@@ -153,7 +153,7 @@ import ctypes, sys, torch
 from gradvar.gradients.resident import blocks_apart, resident_bytes, settled_bytes
 
 torch.ones(1_000_000)  # once freed, glibc puts blocks of up to its size into the heap
-blocks = [torch.ones(size) for _ in range(64) for size in (80_000, 1000)]
+blocks = [torch.ones(size) for _ in range(64) for size in (80_000, 30_000)]
 del blocks[::2]
 with blocks_apart(sys.argv[1] == "apart"):
     before = settled_bytes()
@@ -170,7 +170,7 @@ with blocks_apart(sys.argv[1] == "apart"):
         found[word] = [int(number) for number in done.stdout.split()]
     assert all(grown > 60 * 320_000 for grown, _ in found.values())
     assert found["apart"][1] < 1 << 20
-    assert found["usual"][1] > 10 << 20
+    assert found["usual"][1] > 3 << 20
 
 
 def test_freed_blocks_are_given_back_only_where_room_is_short(monkeypatch):
