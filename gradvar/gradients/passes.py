@@ -27,9 +27,9 @@ from gradvar.gradients.gram import GradientStore
 from gradvar.gradients.job import Job, TokenValues
 from gradvar.gradients.plan import Block
 from gradvar.gradients.spill import HostMemory
-from gradvar.gradients.tokenwise import Narrowed
+from gradvar.gradients.tokenwise import Narrowed, NotTokenwiseError
 from gradvar.gradients.trunk import Trunk, choose_forward
-from gradvar.gradients.witness import STRETCH_SHARE, check_stretch, make_witness
+from gradvar.gradients.witness import STRETCH_SHARE, check_stretch, make_witness, turn_back, turns_of
 
 _changed_in_batches: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models that were seen to: not every pass looks where it shows."""
@@ -39,13 +39,14 @@ def run_pass(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientSto
     """Run all responses through the model once and keep the gradients of the pass's blocks.
 
     Where a target's tokens cannot be told apart by response in a batch, or a batch changes what a response gives, each
-    goes alone. Where the device runs out of memory (another process may have taken it since the plan), the pass is run
-    again once, in batches half as large. What a failed pass had kept is dropped.
+    goes alone. Where a module that ran on some tokens is to see all, the pass is run again so. Where the device runs
+    out of memory (another process may have taken it since the plan), it is run again once, in batches half as large.
+    What a failed pass had kept is dropped.
 
     Raises:
         GradvarError: The device runs out of memory again.
     """
-    done, tokens = job.done, job.tokens
+    done, tokens, turns = job.done, job.tokens, turns_of(job.model)
     tried: set[type[Exception]] = set()
     if job.model in _changed_in_batches:
         tried.add(UnalignedTokensError)
@@ -55,7 +56,11 @@ def run_pass(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientSto
         failed: type[Exception] = UnalignedTokensError
         try:
             with job.autocast.off():
-                return _run_batches(job, blocks, alone=UnalignedTokensError in tried)
+                return _run_batches(
+                    job, blocks, alone=UnalignedTokensError in tried, narrow=NotTokenwiseError not in tried
+                )
+        except NotTokenwiseError:
+            failed = NotTokenwiseError
         except UnalignedTokensError as error:
             if failed in tried:
                 raise
@@ -65,6 +70,10 @@ def run_pass(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientSto
         except torch.OutOfMemoryError:
             failed = torch.OutOfMemoryError
         # out here the failed pass is let go of
+        turn_back(job.model, turns)
+        if failed is NotTokenwiseError:  # the same again, with all tokens
+            tried.add(failed)
+            continue
         batches = job.batches(job.plan.token_budget)
         largest = max(batch.input_ids.numel() for batch in batches)
         if failed is torch.OutOfMemoryError:
@@ -79,7 +88,7 @@ def run_pass(job: Job, blocks: Sequence[Block]) -> list[tuple[Block, GradientSto
         job.plan = replace(job.plan, token_budget=1 if failed is UnalignedTokensError else max(1, largest // 2))
 
 
-def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool) -> list[tuple[Block, GradientStore]]:
+def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool, narrow: bool) -> list[tuple[Block, GradientStore]]:
     batches = job.batches(job.plan.token_budget)
     needed = job.plan.work_bytes + job.plan.trunk_bytes
     job.resident.make_room(needed)
@@ -109,7 +118,8 @@ def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool) -> list[tupl
         Taps(modules) as taps,
         ParameterTaps(parameters) as direct,
         _noting_runs(job, parameters) as ran,
-        Narrowed(None if alone else witness.tokenwise) as narrowed,  # alone the states are not looked at again
+        # alone the states are not looked at again
+        Narrowed(witness.tokenwise if narrow and not alone else None) as narrowed,
     ):
         for batch in batches:
             narrowed.listen(placed(predicting(job, batch), batch.input_ids.device), tuple(batch.input_ids.shape))

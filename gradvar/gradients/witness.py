@@ -69,7 +69,7 @@ class Witness:
     narrowest: int = 8
     """Bytes of the narrowest dtype that is computed in."""
     tokenwise: nn.Module | None = None
-    """The part of the last layer that takes each token by itself, where there is one and nothing in it is measured."""
+    """The part of the last layer that takes each token by itself, if nothing in it or behind it is measured."""
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     """By module path, what went into each call from `start` on, last call first: (M times vectors a token, I)."""
 
@@ -129,7 +129,8 @@ def make_witness(job: Job, blocks: Sequence[Block], batches: Sequence[Batch]) ->
         hidden=torch.empty(0),
         narrowest=narrowest_bytes(job, torch.empty(0, dtype=torch.float64)),
     )
-    measured = [job.model.get_submodule(block.target.module) for block in blocks]
+    head = () if job.head.module is None else tuple(job.head.module.modules())
+    measured = {job.model.get_submodule(block.target.module) for block in blocks}.difference(head)
     blocks = [block for block in blocks if block.target.direct is None]
 
     def keep(path: str, a: Tensor, delta: Tensor) -> None:
@@ -185,6 +186,16 @@ def check_stretch(job: Job, blocks: Sequence[Block], batches: Sequence[Batch], t
         hidden=hidden[0, start:].clone(),
         narrowest=narrowest_bytes(job, torch.empty(0, dtype=torch.float64)),
     )
+
+
+def turns_of(model: nn.Module) -> dict[object, tuple[int, int]]:
+    """Return how far the model's stretches are."""
+    return dict(_turns.get(model, {}))
+
+
+def turn_back(model: nn.Module, turns: dict[object, tuple[int, int]]) -> None:
+    """Let the model's stretches be as far as they were, for a pass that is run again."""
+    _turns[model] = dict(turns)
 
 
 def _next_stretch(job: Job, blocks: Sequence[Block], tokens: int) -> tuple[int, int]:

@@ -28,11 +28,11 @@ def narrowed(monkeypatch):
     return seen
 
 
-def check(model, specs, **options):
+def check(model, specs, request=(PROMPT, RESPONSES), **options):
     """The measurement, its Grams those of the literal definition."""
-    measured = measure_scores(model, PROMPT, RESPONSES, specs, **options)
+    measured = measure_scores(model, *request, specs, **options)
     targets = resolve_targets(model, specs)
-    expected = references.flat_scores(model, targets, PROMPT, RESPONSES)
+    expected = references.flat_scores(model, targets, *request)
     for target in targets:
         gap = references.error(measured.grams[target.key].gram(), references.gram_of(expected[target.key]))
         assert gap < 1e-10, f"{target.key} is off by {gap:.1e}"
@@ -119,7 +119,53 @@ def test_a_wrong_choice_is_seen_in_the_pass(narrowed, monkeypatch):
     model = make_model("llama")
     measured = check(model, "0:qkv", token_budget=90)
     assert narrowed
-    assert measured.plan.token_budget == 1
+    assert measured.plan.token_budget == 90
+    assert not measured.changed_in_batches, "no batch changes anything"
+
+
+@pytest.mark.parametrize("act", [before_it, mean_of_the_row])
+@pytest.mark.parametrize("lengths", [(30, 5, 4, 3), (30, 25, 14, 3)])
+def test_behind_a_prompt_of_one_token_all_that_is_left_out_is_padding(act, lengths, narrowed):
+    """Then nothing of the first row is, and a row's first token must not see the row before."""
+    model = make_model("llama")
+    model.model.layers[-1].mlp = Around(model.model.layers[-1].mlp, act)
+    measured = check(model, "last:qkv", token_budget=200, request=make_prompt_and_responses(lengths, prompt=1))
+    assert not narrowed
+    assert measured.plan.token_budget == 200
+
+
+class Mixing(torch.nn.Module):
+    """A norm that adds a product of the token before."""
+
+    def __init__(self, norm, width):
+        super().__init__()
+        self.norm = norm
+        self.mix_proj = torch.nn.Linear(width, width, bias=False, dtype=torch.float64)
+        torch.nn.init.zeros_(self.mix_proj.weight)
+
+    def forward(self, x):
+        return self.norm(x + torch.nn.functional.pad(self.mix_proj(x), (0, 0, 1, 0))[:, :-1])
+
+
+def test_a_matrix_behind_it_sees_all_tokens_even_while_it_is_zero(narrowed):
+    """As an adapter before training: what it reads changes no state, and is its gradient."""
+    model = make_model("llama")
+    model.model.norm = Mixing(model.model.norm, model.config.hidden_size)
+    check(model, "*mix_proj", token_budget=90)
+    assert not narrowed
+
+
+def test_where_it_turns_out_that_others_are_read_all_run_once_more(narrowed):
+    """The same for the next request, without trying."""
+    model = make_model("llama")
+    model.model.norm = Mixing(model.model.norm, model.config.hidden_size)
+    torch.nn.init.normal_(model.model.norm.mix_proj.weight, std=0.1)
+    for times in range(2):
+        measured = check(model, "last:qkv", token_budget=90)
+        assert bool(narrowed) == (times == 0)
+        assert measured.plan.token_budget == 90
+        assert not measured.changed_in_batches
+        narrowed.clear()
 
 
 def test_hooks_on_the_mlp_see_all_tokens(narrowed):
