@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -112,8 +113,12 @@ def blocks_apart(wanted: bool) -> Iterator[None]:
 def _holes_taken() -> Iterator[None]:
     """Take the holes among freed blocks that a block of 256 KiB would be put in, their pages given back before.
 
-    One page of each is touched, by the allocator. Nothing where glibc is older than 2.33.
+    One page of each is touched, by the allocator. Nothing where glibc is older than 2.33, nor in another thread than
+    the main one: its blocks come from elsewhere than where the break would show that no hole is left.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     try:
         library = ctypes.CDLL(None)
         library.mallinfo2.restype = _Mallinfo2

@@ -107,6 +107,22 @@ def test_one_probe_finds_what_later_tokens_padding_and_others_do():
             assert found(model, side) is None, f"{type(model).__name__} {dtype} {side}"
 
 
+@pytest.mark.parametrize(("ahead", "share"), [(1, 0.45), (2, 0.25)])
+def test_a_look_at_the_next_tokens_shows_in_half_precision_too(ahead, share):
+    """Part of an output one or two tokens on, which among the states of all tokens would be taken for rounding."""
+    model = make_model("llama").to(torch.bfloat16)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3) if parameter.ndim > 1 else None
+    measure_scores(model, *make_prompt_and_responses((12, 9, 10, 11), prompt=9), "last:q")
+    model.model.layers[0].mlp.register_forward_hook(
+        lambda module, args, y: y + share * torch.nn.functional.pad(y, (0, 0, 0, ahead))[:, ahead:]
+    )
+    with pytest.raises(GradvarError, match="is not causal"):
+        measure_scores(model, *make_prompt_and_responses((12, 9, 10, 11), prompt=9), "last:q")
+
+
 def test_a_model_that_mixes_a_batch_is_given_each_response_alone():
     """A layer or a user's hook that averages over the rows of a batch, which no test of causality sees."""
     for dtype, most in ((torch.float64, 1e-10), (torch.bfloat16, 1e-4)):

@@ -173,6 +173,44 @@ with blocks_apart(sys.argv[1] == "apart"):
     assert found["usual"][1] > 3 << 20
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("thread", [False, True])
+def test_holes_of_a_gibibyte_cost_little_time_and_memory(thread):
+    """In holes of 300 kB that lie apart, and from a thread whose own blocks do not come from them."""
+    script = """
+import ctypes, sys, threading, time
+from gradvar.gradients.resident import blocks_apart, resident_bytes, settled_bytes
+
+library = ctypes.CDLL(None)
+library.malloc.restype, library.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+library.mallopt(-3, 32 << 20)
+blocks = [library.malloc(size) for _ in range(3500) for size in (300_000, 2000)]
+for block in blocks[::2]:
+    library.free(block)
+
+def enter():
+    before, start = settled_bytes(), time.process_time()
+    with blocks_apart(True):
+        seconds = time.process_time() - start
+        found.extend([seconds, resident_bytes() - before])
+
+found = []
+other = threading.Thread(target=enter)
+if sys.argv[1] == "True":
+    other.start()
+    other.join()
+else:
+    enter()
+print(*found)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(thread)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    seconds, grown = map(float, done.stdout.split())
+    assert seconds < 0.5
+    assert grown < (1 << 20 if thread else 32 << 20)
+
+
 def test_freed_blocks_are_given_back_only_where_room_is_short(monkeypatch):
     given = []
     monkeypatch.setattr("gradvar.gradients.resident._trim", lambda: given.append)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradvar.gradients import measure_scores, resolve_targets, tokenwise, witness
+from gradvar.gradients import measure_scores, passes, resolve_targets, tokenwise, witness
 from tests.gradients import references
 from tests.gradients.models import CONFIGS, make_model, make_prompt_and_responses, state
 from tests.gradients.test_witness import Around
@@ -155,8 +155,13 @@ def test_a_matrix_behind_it_sees_all_tokens_even_while_it_is_zero(narrowed):
     assert not narrowed
 
 
-def test_where_it_turns_out_that_others_are_read_all_run_once_more(narrowed):
-    """The same for the next request, without trying."""
+def test_where_it_turns_out_that_others_are_read_all_run_once_more(narrowed, monkeypatch):
+    """The same for the next request, without trying; the stretch of the pass given up is looked at again."""
+    fed = []
+    own = passes.check_stretch
+    monkeypatch.setattr(passes, "check_stretch", lambda *args: fed.append(own(*args)) or fed[-1])
+    monkeypatch.setattr(passes, "STRETCH_SHARE", 0.5)
+    monkeypatch.setattr(witness, "_LONGEST", 16)
     model = make_model("llama")
     model.model.norm = Mixing(model.model.norm, model.config.hidden_size)
     torch.nn.init.normal_(model.model.norm.mix_proj.weight, std=0.1)
@@ -166,6 +171,7 @@ def test_where_it_turns_out_that_others_are_read_all_run_once_more(narrowed):
         assert measured.plan.token_budget == 90
         assert not measured.changed_in_batches
         narrowed.clear()
+    assert [stretch.fed for stretch in fed[:2]] == [49, 49]
 
 
 def test_hooks_on_the_mlp_see_all_tokens(narrowed):
