@@ -24,6 +24,9 @@ Owed = Sequence[Array]
 """One (N, N) a prompt: y_j - y_j without response i at [i, j], 0 where i = j."""
 CLOSE = 1.0 - 1e-12
 """Beyond this a correlation is 1."""
+SHARED = 36
+"""Binary digits of the largest observation to which two that share a rank agree: squared distances of equal gradients
+differ by rounding alone."""
 
 
 def owed(codes: NDArray[np.intp], dependence: Dependence | None) -> Owed:
@@ -151,15 +154,35 @@ def _correlation(sums: Array) -> Array:
 def _rank_sums(x: Array, y: Array, changes: Array) -> Sums:
     """Centred sums of xy, xx, yy of the ranks over their number, whole and without each response."""
     n = len(x)
+    y = _one_if_close(y, y.max(initial=0.0))
     whole = _centred_sums(*(ranks_of(values) / n for values in (x, y)))
     if n < 3:
         return Sums(value=whole, without=np.tile(whole, (n, 1)))
     others = np.nonzero(~np.eye(n, dtype=bool))[1].reshape(n, n - 1)
     own = ranks_of(x)
     fewer = (own - (x[:, None] < x) - 0.5 * (x[:, None] == x)) / (n - 1)
-    moved = np.take_along_axis(y - changes, others, axis=1)
-    ranks = (np.argsort(np.argsort(moved, axis=1, kind="stable"), axis=1) + 1.0) / (n - 1)
+    moved = _one_if_close(np.take_along_axis(y - changes, others, axis=1), y.max())
+    ranks = _ranks_of_rows(moved) / (n - 1)
     return Sums(value=whole, without=_centred_sums(np.take_along_axis(fewer, others, axis=1), ranks))
+
+
+def _one_if_close(values: Array, largest: float) -> Array:
+    """Values that differ by what rounding leaves of the largest, made one."""
+    step = math.ldexp(1.0, math.frexp(largest)[1] - SHARED)
+    return np.asarray(np.round(values / step) * step) if step > 0.0 else values
+
+
+def _ranks_of_rows(values: Array) -> Array:
+    """Ranks from 1 in every row, ties sharing their mean, so that the responses' order says nothing."""
+    order = np.argsort(values, axis=1, kind="stable")
+    ordered = np.take_along_axis(values, order, axis=1)
+    place = np.arange(values.shape[1])
+    new = np.diff(ordered, axis=1, prepend=np.nan, append=np.nan) != 0.0
+    first = np.maximum.accumulate(np.where(new[:, :-1], place, 0), axis=1)
+    last = np.minimum.accumulate(np.where(new[:, 1:], place, place[-1])[:, ::-1], axis=1)[:, ::-1]
+    ranks = np.empty_like(ordered)
+    np.put_along_axis(ranks, order, (first + last) / 2.0 + 1.0, axis=1)
+    return ranks
 
 
 def _centred_sums(x: Array, y: Array) -> Array:

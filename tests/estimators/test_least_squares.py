@@ -60,6 +60,24 @@ def test_rank_correlation_by_leaving_out_one_by_one():
     assert (found.value, found.low, found.high) == pytest.approx(tuple(np.tanh([value, value - half, value + half])))
 
 
+@pytest.mark.parametrize("digits", [0, 1])
+def test_rank_correlation_knows_no_order_among_ties(digits):
+    """Zeros and equal values, up to rounding: whichever response comes first, the interval is the same."""
+    rng = np.random.default_rng(4)
+    x, y = rng.integers(50, 90, 30).astype(float), np.round(rng.exponential(size=30), digits)
+    nothing = owed(np.zeros(30, dtype=int), None)
+    first = rank_correlation(x, y, np.zeros(30, dtype=int), nothing, 0.95)
+    assert first.value == pytest.approx(stats.spearmanr(x, y).statistic)
+    for k in range(3):
+        order = np.random.default_rng(k).permutation(30)
+        noise = 1.0 + 1e-14 * rng.normal(size=30)
+        other = rank_correlation(x[order], y[order] * noise, np.zeros(30, dtype=int), nothing, 0.95)
+        assert (other.value, other.low, other.high) == pytest.approx((first.value, first.low, first.high))
+    z = [math.atanh(stats.spearmanr(np.delete(x, i), np.delete(y, i)).statistic) for i in range(30)]
+    error = math.sqrt(29 / 30 * np.sum((z - np.mean(z)) ** 2))
+    assert math.atanh(first.high) - math.atanh(first.value) >= stats.norm.ppf(0.975) * error
+
+
 def test_lines_of_two_prompts_by_their_influences():
     """A line's slope is sum gain y: what leaving a response out does to it, by hand."""
     x, y, codes, dependence = data((30, 24))
