@@ -78,6 +78,21 @@ def test_rank_correlation_knows_no_order_among_ties(digits):
     assert math.atanh(first.high) - math.atanh(first.value) >= stats.norm.ppf(0.975) * error
 
 
+@pytest.mark.parametrize("n", [8, 15, 16])
+def test_lines_and_rank_correlations_have_no_interval_below_sixteen(n):
+    """As the exponent has none: under a law of L^2 lines through 8 responses were covered 78%."""
+    x, y, codes, dependence = data((n,))
+    shared = owed(codes, dependence)
+    for logs in (False, True):
+        slope, _, intercept = least_squares(x, y, codes, shared, 0.95, logs=logs)
+        assert np.isfinite([slope.value, intercept.value]).all()
+        assert np.isfinite([slope.low, intercept.high]).tolist() == [n == 16] * 2
+        assert slope.method.endswith("below 16 responses") == (n < 16)
+    rank = rank_correlation(x, y, codes, shared, 0.95)
+    assert rank.value == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert math.isfinite(rank.low) == math.isfinite(rank.high) == (n == 16)
+
+
 def test_lines_of_two_prompts_by_their_influences():
     """A line's slope is sum gain y: what leaving a response out does to it, by hand."""
     x, y, codes, dependence = data((30, 24))
