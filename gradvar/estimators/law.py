@@ -228,6 +228,8 @@ def _spread(data: LawData, power: QuasiFit) -> Spread | None:
         return None
     law = power_shape(data.log_length - data.centre)(power.shape)[0]
     mean = data.a * np.exp(power.constants[data.codes] + law) + data.b
+    if not float(mean.max()) < 1e6 * float(data.y.max()):
+        return None  # ran through one response, to where no observation is
     relative = math.sqrt(float(((data.y / mean - 1.0) ** 2).sum()) / max(power.degrees, 1))
     return np.asarray(mean * relative), relative
 

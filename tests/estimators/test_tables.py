@@ -294,6 +294,7 @@ def test_one_response_with_all_of_the_gradient_is_not_fitted(advantage, capfd):
     """Under raw rewards one right answer among wrong ones: LAPACK refused its fit, and printed so."""
     one = prompts(1, targets=("a",))[0]
     right = replace(one, rewards=(np.arange(40) == 7).astype(float))
+    assert len(form_table([right], advantage=advantage, rules=("grpo", "dapo"), seed=0))
     rows = pick(law_table([right], advantages_studied=(advantage,), seed=0), quantity="within_exponent")
     assert advantage != "raw" or rows["low"].isna().all()
     alone = np.zeros((40, 40))
