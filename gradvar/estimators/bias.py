@@ -25,7 +25,7 @@ from gradvar.estimators.intervals import (
     without_surplus,
 )
 from gradvar.estimators.surplus import jackknife_surplus
-from gradvar.estimators.tails import LengthTails
+from gradvar.estimators.tails import LengthTails, Unseen
 from gradvar.estimators.update_products import Array, Products
 from gradvar.runs.records import Estimate
 
@@ -174,7 +174,7 @@ def pressure(which: int) -> Statistic:
 
 
 def estimate_of(
-    result: Jackknifed, k: int, *, level: float, method: str, tails: Sequence[LengthTails] | None = None
+    result: Jackknifed, k: int, *, level: float, method: str, tails: Sequence[Unseen] | None = None
 ) -> Estimate:
     """Statistic k with its t interval, widened by the jackknife's bias on the side it points to.
 

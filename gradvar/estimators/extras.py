@@ -23,6 +23,7 @@ from gradvar.estimators.advantages import check_advantage
 from gradvar.estimators.aggregation import Rule, expand_rules
 from gradvar.estimators.bias import cosine, cosine_estimate, estimate_of, gated, jackknifed, what_is_known
 from gradvar.estimators.cv import UNRESOLVED, cv_from_rho, pooled_rho, resolution
+from gradvar.estimators.few_affected import FewAffected, enough_affected, fewer_loud, loud_share_low
 from gradvar.estimators.group_products import Layout
 from gradvar.estimators.groups import (
     PERMUTATIONS,
@@ -68,6 +69,10 @@ class _Prompt:
     turning: LengthTails
     """Of the cosines."""
     tails: dict[str, LengthTails]
+    affected: dict[str, FewAffected]
+    """Of filtering and punishment."""
+    loud: tuple[float, float]
+    """Share of groups whose rewards differ, and its lower end."""
     nothing: str | None
     """The verdict where the plain update is 0."""
 
@@ -94,6 +99,7 @@ def extras_table(
         "cosine"              of E ghat with grad J of the plain reward
         "cosine_difference"   to the plain update's, paired; verdict likewise
         "affected"            share of responses (of groups, for dynamic sampling) that the extra changes
+    Where filtering or punishment changes fewer than 3 responses, ratio and difference have no interval.
 
     Args:
         groups: Prompts by targets; several targets get their sum as well.
@@ -147,6 +153,7 @@ def extras_table(
             PUNISHMENT: float((punished.rewards < scores.rewards).mean()),
             SAMPLING: silent_share(scores.rewards, group_size),
         }
+        loud = (1.0 - shares[SAMPLING], loud_share_low(scores.rewards, group_size, level))
         for target, prompts in targets.items():
             if name not in prompts:
                 continue
@@ -162,7 +169,7 @@ def extras_table(
             ]
             mine = prompts[name].verified()
             for variant in variants:
-                made = _prompt(mine, punished.rewards, drawn, variant, advantage, limit, 1.0 - shares[SAMPLING])
+                made = _prompt(mine, punished.rewards, drawn, variant, advantage, limit, loud)
                 found.setdefault((target, variant), {})[name] = made
     for (target, (rule, alpha)), prompts_of_rule in found.items():
         pools: list[tuple[str | None, list[_Prompt]]] = [(name, [one]) for name, one in prompts_of_rule.items()]
@@ -193,7 +200,7 @@ def _prompt(
     variant: Variant,
     advantage: str,
     limit: float,
-    loud_share: float,
+    shares: tuple[float, float],
 ) -> _Prompt:
     rule, alpha = variant
     options: dict[str, Any] = {"advantage": advantage, "alpha": alpha, "max_length": limit}
@@ -207,13 +214,18 @@ def _prompt(
         for rewards in (scores.rewards, punished)
     )
     as_is = described.alone(variant)
-    if loud_share > 0.0:
+    if shares[0] > 0.0:
         loud = loud_groups(drawn, scores.rewards)
         moments[SAMPLING] = group_moments(scores.gram, drawn, plain, loud)
-        kinds.append(plain * loud[..., None] / loud_share)
+        kinds.append(plain * loud[..., None] / shares[0])
     aim = reward_direction(scores.rewards, drawn)[None]
     return _Prompt(
         tails={NONE: as_is, FILTERING: as_is, PUNISHMENT: less.alone(variant), SAMPLING: as_is},
+        affected={
+            FILTERING: FewAffected(rows=scores.truncated),
+            PUNISHMENT: FewAffected(rows=punished < scores.rewards),
+        },
+        loud=shares,
         moments=moments,
         turning=described.angle(variant),
         turned=products(scores.gram, replace(layout, kinds=np.stack([*kinds, *aim])), 1),
@@ -234,7 +246,13 @@ def _rows_of_pool(pool: Sequence[_Prompt], group_size: int, level: float) -> lis
         rows.append(_row("cv", cv_from_rho(rho), extra, resolution(rho)))
         if extra != NONE and awake:
             beside = [one.moments[NONE] for one in held]
-            ratio = pooled_cv_ratio(mine, beside, group_size=group_size, level=level)
+            if extra == SAMPLING:
+                ratio = pooled_cv_ratio(mine, beside, group_size=group_size, level=level)
+                ratio = fewer_loud(mine, [one.loud for one in held], ratio)
+            else:
+                few = [one.affected[extra] for one in held]
+                ratio = pooled_cv_ratio(mine, beside, group_size=group_size, level=level, tails=few)
+                ratio = enough_affected(few, ratio)
             rows.append(_row("cv_ratio", ratio, extra, _side(ratio, 1.0)))
     if not awake:
         return rows
@@ -265,9 +283,12 @@ def _rows_of_direction(pool: Sequence[_Prompt], extras: Sequence[str], level: fl
         angle = cosine_estimate(parts, angles, k, level=level, method=method, tails=turning, known=known)
         rows.append(_row("cosine", angle, extra, None))
         if extra != NONE:
-            turned = estimate_of(change, k, level=level, method=f"paired difference; {method}")
+            few = [one.affected[extra] for one in pool] if extra != SAMPLING else None
+            turned = estimate_of(change, k, level=level, method=f"paired difference; {method}", tails=few)
             if max(abs(turned.low), abs(turned.high)) < ROUNDING:
                 turned = replace(turned, value=0.0, low=0.0, high=0.0)
+            if few is not None:
+                turned = enough_affected(few, turned)
             turned = gated(turned, known.direction and bool(known.updates[k] and known.updates[plain]))
             rows.append(_row("cosine_difference", turned, extra, _side(turned, 0.0)))
     return rows

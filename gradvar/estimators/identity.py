@@ -129,16 +129,17 @@ def identity_from_parts(prompts: list[IdentityParts], *, group_size: int, margin
     value = group_size * off / on
     half = math.nan
     if all(len(p.diagonal_without) >= 4 for p in prompts):
-        variance = sum(
-            float(
-                jackknife_variance(
-                    group_size
-                    * (off - p.off_diagonal + p.off_diagonal_without)
-                    / (on - p.diagonal + p.diagonal_without)
+        with np.errstate(invalid="ignore", divide="ignore"):  # one response carries all: no interval
+            variance = sum(
+                float(
+                    jackknife_variance(
+                        group_size
+                        * (off - p.off_diagonal + p.off_diagonal_without)
+                        / (on - p.diagonal + p.diagonal_without)
+                    )
                 )
+                for p in prompts
             )
-            for p in prompts
-        )
         half = t_quantile(level, n - clusters) * math.sqrt(variance)
     signal = Estimate(
         value=value,

@@ -80,4 +80,6 @@ def why_nothing(scores: PromptScores, advantage: str) -> str | None:
     """Return the verdict of a prompt and target whose every advantage-weighted gradient is 0, None of any other."""
     if not has_gradient(scores):
         return NO_GRADIENT
-    return SILENT if advantage not in ("score", "raw") and is_silent(scores) else None
+    if advantage == "raw":
+        return None if (np.nan_to_num(scores.rewards) != 0.0).any() else SILENT
+    return SILENT if advantage != "score" and is_silent(scores) else None

@@ -70,7 +70,9 @@ def effective_degrees(influence: Array, most: float) -> float:
     A sum of squares estimates its expectation with variance about sum u^4 - (sum u^2)^2 / n; matched to a chi-square
     (Satterthwaite) that is 2 (sum u^2)^2 / variance degrees: n for normal u, few where some responses carry most.
     """
-    return degrees_of_squares(influence**2, most)
+    largest = float(np.abs(influence).max(initial=0.0))
+    scaled = influence / largest if 0.0 < largest < math.inf else influence  # fourth powers overflow
+    return degrees_of_squares(scaled**2, most)
 
 
 def quantiles_of_columns(influences: Array, level: float, most: float) -> Array:

@@ -51,7 +51,7 @@ from gradvar.estimators.law_estimates import (
     resting_on,
     scales_of,
 )
-from gradvar.estimators.least_squares import least_squares, owed, rank_correlation
+from gradvar.estimators.least_squares import Spread, least_squares, owed, rank_correlation
 from gradvar.estimators.quasi import Dependence, QuasiFit
 from gradvar.runs.records import Estimate
 
@@ -222,13 +222,16 @@ def _fit_power(data: LawData, dependence: Dependence | None) -> QuasiFit:
     return data.fit(power_shape(data.log_length - data.centre), 1.0, dependence=dependence)
 
 
-def _spread(data: LawData, power: QuasiFit) -> Array | None:
-    """Standard deviations (n,) of the observations, proportional to the power law's means; None without one."""
+def _spread(data: LawData, power: QuasiFit) -> Spread | None:
+    """Spread of the observations, proportional to the power law's means; None without one."""
     if not power.converged:
         return None
     law = power_shape(data.log_length - data.centre)(power.shape)[0]
     mean = data.a * np.exp(power.constants[data.codes] + law) + data.b
-    return np.asarray(mean * math.sqrt(float(((data.y / mean - 1.0) ** 2).sum()) / max(power.degrees, 1)))
+    if not float(mean.max()) < 1e6 * float(data.y.max()):
+        return None  # ran through one response, to where no observation is
+    relative = math.sqrt(float(((data.y / mean - 1.0) ** 2).sum()) / max(power.degrees, 1))
+    return np.asarray(mean * relative), relative
 
 
 def _exponents(

@@ -38,8 +38,8 @@ from gradvar.estimators.intervals import (
     PROMPTS_LIKE_THESE,
     THESE_PROMPTS,
     check_level,
-    t_quantile,
 )
+from gradvar.estimators.silent_shares import silent_rows
 from gradvar.estimators.tails import LengthTails, PromptTails
 from gradvar.estimators.update_products import Array, Products, products, reward_direction
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, no_estimate
@@ -179,7 +179,7 @@ def planning_table(
                 f"no prompt holds three groups of {ordered[0]} verified responses: sample more, or take smaller sizes"
             )
         if len(prompts) > 1 and k == 0:
-            rows += _silent_rows(list(prompts.values()), ordered, labels, level=level, seed=seed)
+            rows += silent_rows(list(prompts.values()), ordered, labels, level=level, seed=seed)
         pools: list[tuple[str | None, list[str]]] = [(name, [name]) for name in used]
         for name in used:
             if name not in moments[ordered[0]]:
@@ -257,42 +257,6 @@ def _products_of_targets(
             )
             made[target].append((moments, own))
     return made
-
-
-def _silent_rows(
-    prompts: Sequence[PromptScores], sizes: Sequence[int], labels: dict[str, Any], *, level: float, seed: int
-) -> list[TableRow]:
-    """Mean share of silent groups over all prompts, silent ones among them, for both estimands.
-
-    For prompts like these t over K - 1, from 4 prompts on.
-    """
-    rows = []
-    for n in sizes:
-        known = [s.rewards[~np.isnan(s.rewards)] for s in prompts]
-        if any(len(rewards) < n for rewards in known):
-            continue
-        shares = np.array([share_of_silent(rewards, n) for rewards in known])
-        half = math.nan
-        if len(shares) >= MINIMUM_PROMPTS:
-            half = t_quantile(level, len(shares) - 1) * float(shares.std(ddof=1)) / math.sqrt(len(shares))
-        estimate = Estimate(
-            value=float(shares.mean()),
-            low=max(float(shares.mean()) - half, 0.0) if half == half else math.nan,
-            high=min(float(shares.mean()) + half, 1.0) if half == half else math.nan,
-            level=level,
-            method=f"mean of the prompts' exact shares, t; {PROMPTS_LIKE_THESE}",
-            n=sum(len(rewards) for rewards in known),
-            clusters=len(known),
-            seed=seed,
-        )
-        here = f"mean of the prompts' exact shares, no interval; {THESE_PROMPTS}"
-        for one, estimand in (
-            (replace(estimate, low=math.nan, high=math.nan, method=here), THESE_PROMPTS),
-            (estimate, PROMPTS_LIKE_THESE),
-        ):
-            extra = {"estimand": estimand}
-            rows.append(TableRow(quantity="silent_share", estimate=one, group_size=n, **labels, extra=extra))
-    return rows
 
 
 def _efficiency_rows(

@@ -141,6 +141,8 @@ def _solve(information: Array, score: Array) -> Array:
         return score / information[0] if information[0, 0] > 0 else np.zeros(1)
     if len(score) == 0:
         return np.zeros(0)
+    if not (np.isfinite(information).all() and np.isfinite(score).all()):  # LAPACK would print to the terminal
+        return np.full(len(score), np.nan)  # ends the fit, which did not converge
     return np.asarray(np.linalg.lstsq(information, score, rcond=1e-12)[0], dtype=np.float64)
 
 

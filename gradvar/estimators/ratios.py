@@ -28,7 +28,7 @@ from gradvar.estimators.intervals import (
     t_quantile,
     without_surplus,
 )
-from gradvar.estimators.tails import LengthTails
+from gradvar.estimators.tails import Unseen
 from gradvar.runs.records import Estimate
 
 Array = NDArray[np.float64]
@@ -42,7 +42,7 @@ def cv_ratio(
     *,
     group_size: int,
     level: float,
-    tails: LengthTails | None = None,
+    tails: Unseen | None = None,
 ) -> Estimate:
     """CV of one rule over CV of a reference rule on the same permutations.
 
@@ -58,7 +58,7 @@ def pooled_cv_ratio(
     *,
     group_size: int,
     level: float,
-    tails: Sequence[LengthTails | None] | None = None,
+    tails: Sequence[Unseen | None] | None = None,
 ) -> Estimate:
     """Pooled CV of one rule over a reference rule's, for these prompts.
 
@@ -111,7 +111,7 @@ def _ratio(
     references: Sequence[GroupMoments],
     group_size: int,
     level: float,
-    tails: Sequence[LengthTails | None],
+    tails: Sequence[Unseen | None],
     name: str,
 ) -> Estimate:
     none = Estimate(
@@ -157,7 +157,7 @@ def _interval(
     replicates: Sequence[Array],
     noisy: float,
     pairs: float,
-    tails: Sequence[LengthTails | None],
+    tails: Sequence[Unseen | None],
 ) -> tuple[float, float]:
     variance = sum(float(jackknife_variance(r)) for r in replicates)
     quantile = replicate_quantile(none, replicates)

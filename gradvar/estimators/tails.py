@@ -27,6 +27,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,13 @@ NEAREST = 8
 """Responses whose influence is carried on."""
 ROUNDING = 1e-24
 """Squares below this share of the largest are rounding: A = r - mean leaves some where it is 0."""
+
+
+class Unseen(Protocol):
+    """What responses that a sample does not hold could do to an estimate."""
+
+    def unseen(self, influence: Array) -> tuple[float, float]:
+        """Influences of unseen responses: (root sum of squares of those that would lower the estimate, raise it)."""
 
 
 @dataclass(frozen=True, kw_only=True)

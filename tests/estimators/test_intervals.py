@@ -126,3 +126,9 @@ def test_surplus():
     assert without_surplus(1.0, 0.0, 0.6) == pytest.approx(0.6)
     assert without_surplus(1.0, 0.9, 0.0) == pytest.approx(0.25)
     assert without_surplus(1.0, math.nan, math.nan) == 1.0
+
+
+def test_degrees_of_freedom_do_not_hang_on_the_scale():
+    influence = np.random.default_rng(3).normal(size=20)
+    for scale in (1e-160, 1.0, 1e160):
+        assert effective_degrees(scale * influence, 99.0) == pytest.approx(effective_degrees(influence, 99.0))

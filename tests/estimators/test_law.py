@@ -89,19 +89,29 @@ def law_spread(law, lengths, y):
     return mean * math.sqrt(np.sum((y / mean - 1) ** 2) / (len(y) - 2))
 
 
-def half_width(x, ols, which, spread=None):
-    """HC3 errors of statsmodels, or by `spread`; degrees of freedom of a sum of squares whose terms are HC3's."""
+def reach(x, ols, which, law=None, y=None):
+    """How far below and above.
+
+    HC3 errors of statsmodels, or the law's spread where that makes more of them or leaves fewer degrees of freedom (of
+    a sum of squares), and on one side Hall's correction of a Gamma's skewness, 2 sd/mean.
+    """
     design = sm.add_constant(x)
-    influence = np.linalg.solve(design.T @ design, design.T)[which] * ols.resid
-    influence = influence / (1 - ols.get_influence().hat_matrix_diag)
+    gain = np.linalg.solve(design.T @ design, design.T)[which]
+    influence = gain * ols.resid / (1 - ols.get_influence().hat_matrix_diag)
     assert np.linalg.norm(influence) == pytest.approx(ols.bse[which], rel=1e-9)
-    squares = influence**2
-    degrees = 2 * squares.sum() ** 2 / ((squares**2).sum() - squares.sum() ** 2 / len(x))
-    degrees = min(degrees, len(x) - 2)
-    error = ols.bse[which]
-    if spread is not None:
-        error = np.linalg.norm(np.linalg.solve(design.T @ design, design.T)[which] * spread)
-    return stats.t.ppf(0.975, degrees) * error * max(1, len(x) / (8 * degrees)) ** (1 / 3)
+    parts, skew = [influence], 0.0
+    if law is not None:
+        spread = law_spread(law, x, y)
+        parts.append(gain * spread)
+        relative = spread[0] / law.mean(x)[0][0]
+        skew = 2 * relative * np.sum(parts[1] ** 3) / np.sum(parts[1] ** 2) * (2 * stats.norm.ppf(0.975) ** 2 + 1) / 6
+    degrees = len(x) - 2
+    for part in parts:
+        squares = part**2
+        degrees = min(degrees, 2 * squares.sum() ** 2 / ((squares**2).sum() - squares.sum() ** 2 / len(x)))
+    error = max(np.linalg.norm(part) for part in parts)
+    half = stats.t.ppf(0.975, degrees) * error * max(1, len(x) / (8 * degrees)) ** (1 / 3)
+    return half + max(-skew, 0), half + max(skew, 0)
 
 
 def test_affine_and_lines_are_statsmodels():
@@ -119,16 +129,29 @@ def test_affine_and_lines_are_statsmodels():
     ):
         ols = sm.OLS(target, sm.add_constant(x)).fit(cov_type="HC3")
         assert slope.value == pytest.approx(ols.params[1], rel=1e-9)
-        half = half_width(x, ols, 1)
-        if target is y:  # the law's own spread may be more
-            half = max(half, half_width(x, ols, 1, law_spread(law, lengths, y)))
-        assert slope.high - slope.value == pytest.approx(half, rel=1e-9)
-        assert slope.high - slope.value == pytest.approx(slope.value - slope.low)
+        far = reach(x, ols, 1, law, y) if target is y else reach(x, ols, 1)
+        assert (slope.value - slope.low, slope.high - slope.value) == pytest.approx(far, rel=1e-7)
+        assert (far[1] > far[0]) == (target is y)
         assert r2.value == pytest.approx(ols.rsquared, rel=1e-9)
     assert law.line_intercept.value == pytest.approx(ols.params[0], rel=1e-9)
-    half = max(half_width(x, ols, 0), half_width(x, ols, 0, law_spread(law, lengths, y)))
-    assert law.line_intercept.high - law.line_intercept.value == pytest.approx(half, rel=1e-9)
+    ends = (law.line_intercept.value - law.line_intercept.low, law.line_intercept.high - law.line_intercept.value)
+    assert ends == pytest.approx(reach(x, ols, 0, law, y), rel=1e-7)
+    assert ends[0] > ends[1]
     assert law.rank_correlation.value == pytest.approx(stats.spearmanr(lengths, y).statistic, rel=1e-9)
+
+
+def test_lines_are_covered_under_a_law_of_the_square():
+    """300 prompts of 32: 89% were with the law's spread but the residuals' degrees of freedom and no skewness."""
+    hits, draws = 0, 300
+    for k in range(draws):
+        one = simulator.prompt("p", 32, rng=np.random.default_rng([3, 32, k]), beta=2.0, decay=0.7, signal=1.0)
+        y, shared = (
+            made(one.gram, one.lengths, rng=np.random.default_rng(k))
+            for made in (within_length_variance, within_dependence)
+        )
+        line = fit_variance_law(one.lengths, y, dependence=shared).line_slope
+        hits += line.low <= np.polyfit(one.lengths, (one.lengths / 150) ** 2 + 0.24, 1)[0] <= line.high
+    assert hits >= stats.binom.ppf(0.01, draws, 0.94), hits
 
 
 def test_pooled_has_one_constant_a_prompt():

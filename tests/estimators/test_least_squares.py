@@ -60,6 +60,39 @@ def test_rank_correlation_by_leaving_out_one_by_one():
     assert (found.value, found.low, found.high) == pytest.approx(tuple(np.tanh([value, value - half, value + half])))
 
 
+@pytest.mark.parametrize("digits", [0, 1])
+def test_rank_correlation_knows_no_order_among_ties(digits):
+    """Zeros and equal values, up to rounding: whichever response comes first, the interval is the same."""
+    rng = np.random.default_rng(4)
+    x, y = rng.integers(50, 90, 30).astype(float), np.round(rng.exponential(size=30), digits)
+    nothing = owed(np.zeros(30, dtype=int), None)
+    first = rank_correlation(x, y, np.zeros(30, dtype=int), nothing, 0.95)
+    assert first.value == pytest.approx(stats.spearmanr(x, y).statistic)
+    for k in range(3):
+        order = np.random.default_rng(k).permutation(30)
+        noise = 1.0 + 1e-14 * rng.normal(size=30)
+        other = rank_correlation(x[order], y[order] * noise, np.zeros(30, dtype=int), nothing, 0.95)
+        assert (other.value, other.low, other.high) == pytest.approx((first.value, first.low, first.high))
+    z = [math.atanh(stats.spearmanr(np.delete(x, i), np.delete(y, i)).statistic) for i in range(30)]
+    error = math.sqrt(29 / 30 * np.sum((z - np.mean(z)) ** 2))
+    assert math.atanh(first.high) - math.atanh(first.value) >= stats.norm.ppf(0.975) * error
+
+
+@pytest.mark.parametrize("n", [8, 15, 16])
+def test_lines_and_rank_correlations_have_no_interval_below_sixteen(n):
+    """As the exponent has none: under a law of L^2 lines through 8 responses were covered 78%."""
+    x, y, codes, dependence = data((n,))
+    shared = owed(codes, dependence)
+    for logs in (False, True):
+        slope, _, intercept = least_squares(x, y, codes, shared, 0.95, logs=logs)
+        assert np.isfinite([slope.value, intercept.value]).all()
+        assert np.isfinite([slope.low, intercept.high]).tolist() == [n == 16] * 2
+        assert slope.method.endswith("below 16 responses") == (n < 16)
+    rank = rank_correlation(x, y, codes, shared, 0.95)
+    assert rank.value == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert math.isfinite(rank.low) == math.isfinite(rank.high) == (n == 16)
+
+
 def test_lines_of_two_prompts_by_their_influences():
     """A line's slope is sum gain y: what leaving a response out does to it, by hand."""
     x, y, codes, dependence = data((30, 24))

@@ -4,12 +4,13 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from gradvar.errors import GradvarError
 from gradvar.estimators import alpha_table, cv_table, planning_table
 from gradvar.estimators.enough import responses_for_cv_1
 from gradvar.estimators.planning import parse_variant
+from gradvar.estimators.silent_shares import share_interval
 from gradvar.runs.records import Estimate
 from tests.estimators import references
 from tests.estimators.test_tables import only, pick, prompts
@@ -180,9 +181,29 @@ def test_silent_share_over_prompts_counts_silent_ones(groups):
     row = only(table, quantity="silent_share", group_size=4, prompt_id=None, estimand="prompts like these")
     shares = np.array([references.silent_share(list(s.rewards), 4) for s in several])
     assert row["value"] == pytest.approx(shares.mean())
-    half = stats.t.ppf(0.975, 3) * shares.std(ddof=1) / 2
-    assert row["high"] == pytest.approx(min(shares.mean() + half, 1.0))
-    assert row["low"] == pytest.approx(max(shares.mean() - half, 0.0))
+    assert (row["low"], row["high"]) == pytest.approx(share_interval(shares, 0.95))
+    assert 0.0 < row["low"] < row["value"] < row["high"] < 1.0
+
+
+@pytest.mark.parametrize("count", [4, 16])
+def test_mean_silent_share_is_covered_where_few_prompts_are_silent(count):
+    """500 pools of prompts whose chances lie around a half: 74% and 86% covered by t on the share itself."""
+    rng = np.random.default_rng(8)
+    chances = stats.beta(2, 2).ppf((np.arange(4000) + 0.5) / 4000)
+    truth = np.mean(chances**8 + (1 - chances) ** 8)
+    right = rng.binomial(32, rng.beta(2, 2, (500, count)))
+    shares = (special.comb(right, 8) + special.comb(32 - right, 8)) / special.comb(32, 8)
+    ends = np.array([share_interval(own, 0.95) for own in shares])
+    hits = int(((ends[:, 0] <= truth) & (truth <= ends[:, 1])).sum())
+    assert hits >= stats.binom.ppf(1e-4, 500, 0.9), hits
+    assert ((ends[:, 0] <= shares.mean(axis=1)) & (shares.mean(axis=1) <= ends[:, 1])).all()
+
+
+def test_silent_shares_that_are_all_one_number():
+    assert share_interval(np.zeros(4), 0.95) == (0.0, pytest.approx(1 - 0.025 ** (1 / 4)))
+    assert share_interval(np.ones(4), 0.95) == (pytest.approx(0.025 ** (1 / 4)), 1.0)
+    assert np.isnan(share_interval(np.full(4, 0.25), 0.95)).all()
+    assert np.isnan(share_interval(np.array([0.0, 0.5, 1.0]), 0.95)).all()
 
 
 def test_prompts_like_these_by_leaving_out_prompts():

@@ -289,6 +289,36 @@ def test_one_length_and_repeated_and_single_responses():
         identity_table([one], seed=0)
 
 
+@pytest.mark.parametrize("advantage", ["raw", "grpo"])
+def test_one_response_with_all_of_the_gradient_is_not_fitted(advantage, capfd):
+    """Under raw rewards one right answer among wrong ones: LAPACK refused its fit, and printed so."""
+    one = prompts(1, targets=("a",))[0]
+    right = replace(one, rewards=(np.arange(40) == 7).astype(float))
+    assert len(form_table([right], advantage=advantage, rules=("grpo", "dapo"), seed=0))
+    rows = pick(law_table([right], advantages_studied=(advantage,), seed=0), quantity="within_exponent")
+    assert advantage != "raw" or rows["low"].isna().all()
+    alone = np.zeros((40, 40))
+    alone[7, 7] = 1.0
+    lone = replace(one, gram=alone)
+    fitted = law_table([lone], advantages_studied=("score",), subsets=False, seed=0)
+    assert only(fitted, quantity="deviation_exponent")["n"] == 40
+    assert math.isnan(only(identity_table([lone], seed=0), quantity="identity_signal")["low"])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_raw_rewards_that_are_all_zero_or_unknown_are_silent_and_others_are_not():
+    made = prompts(4, targets=("a",))
+    rewards = (np.zeros(40), np.full(40, np.nan), np.ones(40), made[3].rewards)
+    made = [replace(one, rewards=r) for one, r in zip(made, rewards, strict=True)]
+    table = law_table(made, advantages_studied=("raw",), seed=0)
+    told = [only(table, quantity="within_exponent", prompt_id=one.prompt_id, scope="all responses") for one in made]
+    assert [row["verdict"] == SILENT for row in told] == [True, True, False, False]
+    assert (
+        only(table, quantity="within_exponent", prompt_id=None, estimand="these prompts", scope="all responses")["n"]
+        == 80
+    )
+
+
 def test_too_few_for_one_prompt_only():
     pair = prompts(2, targets=("a",))
     pair[0] = pair[0].select(np.arange(12))
