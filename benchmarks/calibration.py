@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.calibration --workers 2
 
-About 30 minutes on two cores. Each setting is written when it is done; with --only, --sizes or --kinds the other rows
+About 20 minutes on two cores. Each setting is written when it is done; with --only, --sizes or --kinds the other rows
 of the table are kept as they are. To try one thing: --kinds groups --each 400 --out elsewhere.csv.
 
 Gradients are drawn with a known law, mean, rank, token covariance and reward structure (tests/estimators/simulator.py),
@@ -32,7 +32,8 @@ import numpy as np
 
 from benchmarks import calibration_report
 from benchmarks.calibration_batches import POPULATIONS, batch_intervals, batch_truths
-from benchmarks.calibration_draws import HERE, Found, every_interval
+from benchmarks.calibration_draws import HERE, Found, bare, every_interval
+from benchmarks.calibration_lines import from_many
 from benchmarks.calibration_truths import (
     GROUP,
     RULES,
@@ -299,6 +300,8 @@ def run(chosen: Sequence[Setting], workers: int) -> Iterator[list[dict[str, Any]
             batch_truths(setting.laws[0])
         else:
             truths_of(setting.laws * (setting.prompts if len(setting.laws) == 1 else 1), setting.n)
+            if "lines" in setting.kinds and setting.prompts == 1:
+                from_many(tuple(sorted(bare(law_of(setting.laws[0])).items())))
     with ProcessPoolExecutor(workers) as pool:
         for setting in chosen:
             start = time.time()

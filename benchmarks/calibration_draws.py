@@ -134,12 +134,17 @@ def every_interval(
     loud = [k for k, p in enumerate(prompts) if not is_silent(p.scores)]
     state = int(rng.integers(2**31))
     if "lines" in kinds and len(prompts) == 1 and loud:
-        bare = {name: value for name, value in laws[0].items() if name in LAW}
-        found += [_found(name, HERE, truth, one) for name, truth, one in line_intervals(prompts[0].scores, bare, state)]
-    if "forms" in kinds:
-        made = form_intervals([prompts[k].scores for k in loud], [laws[k] for k in loud], state) if loud else ()
+        made = line_intervals(prompts[0].scores, bare(laws[0]), state)
         found += [_found(name, HERE, truth, one) for name, truth, one in made]
+    if "forms" in kinds:
+        forms = form_intervals([prompts[k].scores for k in loud], [laws[k] for k in loud], state) if loud else ()
+        found += [_found(name, HERE, truth, one) for name, truth, one in forms]
     return found
+
+
+def bare(law: dict[str, Any]) -> dict[str, Any]:
+    """What of a law the simulator's prompts are drawn by."""
+    return {name: value for name, value in law.items() if name in LAW}
 
 
 def _found(name: str, estimand: str, truth: float, e: Estimate) -> Found:
