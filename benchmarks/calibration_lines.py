@@ -19,8 +19,8 @@ from gradvar.runs.records import Estimate, PromptScores
 from tests.estimators import simulator
 
 MANY, TIMES = 1000, 6
-"""Responses and draws behind the truths that are estimated; their error is 2% of an interval's width at N = 64. Beyond a
-quarter as many responses they are not compared with."""
+"""Responses and draws behind the truths that are estimated; their error is 2% of an interval's width at N = 64. They
+are read up to a quarter as many responses."""
 KINDS = ("score", "grpo")
 NUMBERS = ("value", "low", "high", "level", "method", "n", "clusters", "seed")
 
