@@ -32,6 +32,7 @@ from gradvar.estimators.identity import (
     identity_from_parts,
     identity_parts,
 )
+from gradvar.estimators.identity_tables import why_no_identity
 from gradvar.estimators.inputs import SUM_TARGET, generator, has_gradient
 from gradvar.estimators.intervals import (
     PROMPTS_LIKE_THESE,
@@ -136,11 +137,12 @@ def identity_rows(audit: Audit, target: str, prompts: Mapping[str, PromptScores]
     common: dict[str, Any] = {"target": target, "advantage": "score", "group_size": audit.group_size}
     parts: dict[str, IdentityParts] = {}
     for name, scores in prompts.items():
-        if has_gradient(scores):
+        missing = why_no_identity(scores)
+        if missing is None:
             parts[name] = identity_parts(scores.gram, rng=generator(audit.seed, name, "identity"))
         else:
-            why, n = f"not estimated; {NO_GRADIENT}", len(scores.lengths)
-            audit.nothing(0, "identity_signal", why, NO_GRADIENT, n, prompt_id=name, **common)
+            why, n = f"not estimated; {missing[0]}", len(scores.lengths)
+            audit.nothing(0, "identity_signal", why, missing[1], n, prompt_id=name, **common)
     pools: list[tuple[str | None, list[IdentityParts]]] = [(name, [part]) for name, part in parts.items()]
     if len(parts) > 1:
         pools.append((None, list(parts.values())))

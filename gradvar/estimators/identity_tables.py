@@ -9,7 +9,7 @@ from dataclasses import replace
 import pandas as pd
 
 from gradvar.estimators.cv import NO_GRADIENT
-from gradvar.estimators.identity import IdentityCheck, identity_from_parts, identity_parts
+from gradvar.estimators.identity import UNDETERMINED, IdentityCheck, identity_from_parts, identity_parts
 from gradvar.estimators.inputs import arrange, generator, has_gradient
 from gradvar.runs.records import PromptScores, TableRow, estimate_table, no_estimate
 
@@ -25,7 +25,8 @@ def identity_table(
     """Check E s = 0 for every prompt and target, and over all prompts together.
 
     Quantities: "identity_signal" (n ||E s||^2 / E||s||^2, verdict and n_needed) and "identity_p_value". A prompt whose
-    scores are all 0 has the verdict "no gradient" and does not count in pooled rows.
+    scores are all 0 has the verdict "no gradient", one of a single response "undetermined"; neither counts in pooled
+    rows.
 
     Raises:
         GradvarError: As `score_identity` and `arrange` do.
@@ -34,11 +35,14 @@ def identity_table(
     for target, prompts in arrange(groups).items():
         parts = {}
         for name, scores in prompts.items():
-            if has_gradient(scores):
+            missing = why_no_identity(scores)
+            if missing is None:
                 parts[name] = identity_parts(scores.gram, rng=generator(seed, name, "identity"))
                 continue
-            none = no_estimate(f"not estimated; {NO_GRADIENT}", n=len(scores.lengths), level=level)
-            check = IdentityCheck(signal=none, p_value=none, verdict=NO_GRADIENT, n_needed=math.inf)
+            why, verdict = missing
+            none = no_estimate(f"not estimated; {why}", n=len(scores.lengths), level=level)
+            needed = math.inf if verdict == NO_GRADIENT else 2.0
+            check = IdentityCheck(signal=none, p_value=none, verdict=verdict, n_needed=needed)
             rows += _identity_rows(check, target, name, group_size, seed)
         for name, part in parts.items():
             check = identity_from_parts([part], group_size=group_size, margin=margin, level=level)
@@ -47,6 +51,15 @@ def identity_table(
             check = identity_from_parts(list(parts.values()), group_size=group_size, margin=margin, level=level)
             rows += _identity_rows(check, target, None, group_size, seed)
     return estimate_table(rows)
+
+
+def why_no_identity(scores: PromptScores) -> tuple[str, str] | None:
+    """Why a prompt has no check of E s = 0, and its verdict; None where it has one."""
+    if not has_gradient(scores):
+        return NO_GRADIENT, NO_GRADIENT
+    if len(scores.lengths) < 2:
+        return "fewer than 2 responses: different ones are compared", UNDETERMINED
+    return None
 
 
 def _identity_rows(

@@ -363,3 +363,16 @@ def test_refuses(groups):
         audit_table(groups, advantage="x", seed=0)
     with pytest.raises(GradvarError, match="alpha"):
         audit_table(groups, rule="vl_norm", seed=0)
+
+
+def test_a_prompt_of_one_response_does_not_stop_the_others():
+    groups = prompts(2, n=64, targets=("a",), signal=3.0)
+    one = groups[1].select(np.arange(64) == 3)
+    both, alone = audit_table([groups[0], one], seed=0), audit_table([groups[0]], seed=0)
+    row = only(both, quantity="identity_signal", prompt_id="p1")
+    assert row["verdict"] == "undetermined"
+    assert "fewer than 2 responses" in row["method"]
+    mine = pick(both, quantity="identity_signal", prompt_id="p0")["value"]
+    assert list(mine) == list(pick(alone, quantity="identity_signal", prompt_id="p0")["value"])
+    found = only(identity_table([groups[0], one], seed=0), quantity="identity_signal", prompt_id="p1")
+    assert (found["verdict"], found["n_needed"]) == ("undetermined", 2.0)
