@@ -36,37 +36,58 @@ class NotTokenwiseError(GradvarError):
     """The module that ran on some tokens alone should have run on all."""
 
 
-class PartsWatch:
+class _Hooked:
+    """Hooks for the length of a `with` block."""
+
+    def __init__(self) -> None:
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        try:
+            self._hook()
+        except BaseException:
+            self._unhook()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._unhook()
+
+    def _hook(self) -> None:
+        raise NotImplementedError
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+
+class PartsWatch(_Hooked):
     """Notes what a layer's parts take and give, for the length of a `with` block.
 
     Args:
         layer: A decoder layer.
         measured: Modules that are measured, those of the head left out: a part that holds one, or that runs before one,
-            is to see all tokens.
+            is to see all tokens. So is one with hooks of the user's on it or in it.
     """
 
     def __init__(self, layer: nn.Module, measured: Collection[nn.Module]) -> None:
+        super().__init__()
         self._measured = set(measured)
         self._parts = [part for part in layer.children() if any(map(is_linear, part.modules()))]
         self._seen: list[tuple[nn.Module, tuple[Tensor, Tensor] | None]] = []
         """Calls of parts in turn."""
         self._behind = False
         """Whether something measured ran since the last of them."""
-        self._hooks: list[RemovableHandle] = []
+        self._users = {part for part in self._parts if any(map(_has_hooks, part.modules()))}
 
-    def __enter__(self) -> Self:
+    def _hook(self) -> None:
         for part in self._parts:
             self._hooks.append(part.register_forward_hook(self._note, with_kwargs=True, prepend=True))
         for module in self._measured:
             self._hooks.append(module.register_forward_hook(self._note_measured))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         pair = (*args, output)
@@ -88,14 +109,18 @@ class PartsWatch:
             return None
         value, output = seen
         fits = value.shape[:2] == output.shape[:2] and value.shape[1] > 1  # one token has no other to look at
-        needed = self._behind or not self._measured.isdisjoint(part.modules())
+        needed = self._behind or part in self._users or not self._measured.isdisjoint(part.modules())
         if not fits or needed or part in _wrong or not bool(output.isfinite().all()):
             return None
         return part if _close(_plain(part, value[:, start:].flip(1)), output[:, start:].flip(1)) else None
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def _plain(part: nn.Module, value: Tensor) -> Any:
-    """Return what the module makes of it; hooks of the user's are around it."""
+    """Return what the module makes of it, without the watch's own hooks."""
     with torch.no_grad():
         return part.forward(value)
 
@@ -108,7 +133,7 @@ def _close(output: Any, expected: Tensor) -> bool:
     return float((output - expected).abs().max()) <= limit
 
 
-class Narrowed:
+class Narrowed(_Hooked):
     """Runs a module on some positions alone, in reverse, for the length of a `with` block; elsewhere it gives 0.
 
     A ChangedInBatchError inside may be its doing: where it ran, a NotTokenwiseError takes that one's place.
@@ -118,8 +143,8 @@ class Narrowed:
     """
 
     def __init__(self, module: nn.Module | None) -> None:
+        super().__init__()
         self._module = module
-        self._hooks: list[RemovableHandle] = []
         self._where = torch.empty(0, dtype=torch.long)
         self._expected: Tensor | None = None
         """(R', D) what the first row's predicting tokens come out as in the whole row, until they are looked at."""
@@ -127,19 +152,15 @@ class Narrowed:
         self._inside = False
         self._checked = False
 
-    def __enter__(self) -> Self:
+    def _hook(self) -> None:
         if self._module is not None:
-            # hooks of the user's on it see all positions, before and after
             self._hooks.append(self._module.register_forward_pre_hook(self._narrow, with_kwargs=True))
             self._hooks.append(self._module.register_forward_hook(self._widen, prepend=True))
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        super().__exit__(kind, error, trace)
         if self._module is not None and isinstance(error, ChangedInBatchError):
             raise self._refused() from error
 

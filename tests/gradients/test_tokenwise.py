@@ -174,13 +174,16 @@ def test_where_it_turns_out_that_others_are_read_all_run_once_more(narrowed, mon
     assert [stretch.fed for stretch in fed[:2]] == [49, 49]
 
 
-def test_hooks_on_the_mlp_see_all_tokens(narrowed):
+@pytest.mark.parametrize("path", ["mlp", "mlp.act_fn"])
+def test_an_mlp_with_hooks_of_the_users_sees_all_tokens(narrowed, path):
+    """A hook that records, and one that mixes tokens, as they are without the engine."""
     model = make_model("llama")
-    mlp = model.model.layers[-1].mlp
+    module = model.model.layers[-1].get_submodule(path)
     seen = []
-    mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0] * args[0].shape[1]))
-    mlp.register_forward_hook(lambda module, args, output: 2 * output)
-    mlp.register_forward_pre_hook(lambda module, args: (0.5 * args[0],))
+    handle = module.register_forward_hook(lambda module, args, output: seen.append(output.shape[:2].numel()))
+    check(model, "last:qkv", token_budget=90)
+    assert not narrowed
+    assert max(seen) > 60
+    handle.remove()
     check(model, "last:qkv", token_budget=90)
     assert narrowed
-    assert {tokens for _, tokens in narrowed} <= set(seen)
