@@ -247,6 +247,7 @@ def law_rows(audit: Audit, groups: Sequence[PromptScores], margin: float) -> Non
         groups,
         advantages_studied=(audit.advantage,),
         subsets=False,
+        exponents_only=True,
         margin=margin,
         level=audit.level,
         seed=audit.seed,

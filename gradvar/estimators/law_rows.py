@@ -40,6 +40,7 @@ class LawWriter:
     margin: float
     level: float
     seed: int
+    exponents_only: bool = False
 
     def row(
         self,
@@ -116,7 +117,7 @@ def rows_of_samples(
         try:
             if not usable:
                 raise GradvarError(why)
-            law = _fit(list(usable.values()), what, writer, full=scope == ALL_RESPONSES)
+            law = _fit(list(usable.values()), what, writer, full=scope == ALL_RESPONSES and not writer.exponents_only)
         except GradvarError as error:
             n = sum(len(samples[name].lengths) for name in names)
             rows.append(writer.none(what, str(error), UNDETERMINED, n=n, **common))

@@ -38,6 +38,7 @@ def law_table(
     *,
     advantages_studied: Sequence[str] = ("score", "grpo"),
     subsets: bool = True,
+    exponents_only: bool = False,
     neighbours: int = NEIGHBOURS,
     margin: float = 0.25,
     level: float = 0.95,
@@ -66,6 +67,7 @@ def law_table(
         groups: Prompts by targets; several targets get their sum as well.
         advantages_studied: "score" and kinds of `advantages`, over all verified responses of a prompt.
         subsets: Whether reward classes and the untruncated responses are fitted too.
+        exponents_only: Leave out what stands beside the exponents: families, scale, lines, rank correlation.
         neighbours: k of the within-length variance.
         margin: Of the verdict on the exponent.
         level: Nominal coverage.
@@ -86,7 +88,10 @@ def law_table(
         for kind in advantages_studied:
             studied = {n: s if kind == "score" else s.verified() for n, s in prompts.items()}
             nothing = {n: why for n, s in prompts.items() if (why := why_nothing(s, kind)) is not None}
-            writer = LawWriter(target=target, advantage=kind, nothing=nothing, margin=margin, level=level, seed=seed)
+            writer = LawWriter(
+                target=target, advantage=kind, nothing=nothing, margin=margin, level=level, seed=seed,
+                exponents_only=exponents_only,
+            )  # fmt: skip
             for scope, keep in subsets_of(prompts, studied, subsets).items():
                 rows += _rows_of_scope(writer, scope, keep, prompts, studied, neighbours)
     return estimate_table(rows)

@@ -87,7 +87,7 @@ class Options:
             "permutations": self.permutations,
         }
         if family == "law":
-            law = law_table(prompts, advantages_studied=(self.advantage,), subsets=False, **common)
+            law = law_table(prompts, advantages_studied=(self.advantage,), subsets=False, exponents_only=True, **common)
             law = law[law["scope"] == ALL_RESPONSES]
             return {quantity: law[law["quantity"] == quantity] for quantity in FAMILIES["law"]}
         if family == "cv":

@@ -202,7 +202,7 @@ def _fitted_exponent(groups: Sequence[PromptScores], config: EstimateConfig) -> 
     target = _spoken(groups)
     mine = [group for group in groups if group.target == target]
     options: dict[str, Any] = {"level": config.level, "margin": config.margin, "seed": config.seed}
-    law = law_table(mine, advantages_studied=[config.advantage], subsets=False, **options)
+    law = law_table(mine, advantages_studied=[config.advantage], subsets=False, exponents_only=True, **options)
     return law[law["quantity"] == EXPONENT]
 
 
