@@ -32,7 +32,8 @@ import numpy as np
 
 from benchmarks import calibration_report
 from benchmarks.calibration_batches import POPULATIONS, batch_intervals, batch_truths
-from benchmarks.calibration_draws import HERE, Found, bare, every_interval
+from benchmarks.calibration_draws import HERE, Found, bare, every_interval, found_of
+from benchmarks.calibration_extras import SILENT, moments_of_extras, silent_intervals
 from benchmarks.calibration_lines import from_many
 from benchmarks.calibration_truths import (
     GROUP,
@@ -51,8 +52,9 @@ from gradvar.estimators.comparison import estimate_difference
 from gradvar.estimators.intervals import decide_from_margin
 from gradvar.runs.records import Estimate
 
-KINDS = {"law", "groups", "audit", "proxies", "forms", "lines"}
-BATCHES = "batches"
+KINDS = {"law", "groups", "audit", "proxies", "forms", "lines", "extras"}
+BATCHES, REWARDS = "batches", "rewards"
+"""Settings of their own: prompts with something in common, and rewards alone."""
 SKETCHED = ", sketched"
 HIGH: dict[str, Any] = {"dimensions": 60, "decay": 0.97}
 """Effective rank near 30; otherwise near 3."""
@@ -160,6 +162,9 @@ def one_draw(job: tuple[Setting, int]) -> list[Found]:
     if BATCHES in setting.kinds:
         (population,) = setting.laws
         return batch_intervals(population, setting.prompts, setting.n, seed, sketched=setting.name.endswith(SKETCHED))
+    if REWARDS in setting.kinds:
+        (population,) = setting.laws
+        return [found_of(*row) for row in silent_intervals(population, setting.prompts, setting.n, seed)]
     if len(setting.laws) == 1:
         names = setting.laws * setting.prompts
         return every_interval(
@@ -237,7 +242,7 @@ def rows_of(results: list[list[Found]], setting: Setting) -> Iterator[dict[str, 
             by_name.setdefault((f.quantity, f.estimand), []).append(f)
     for found in by_name.values():
         yield row_of(found, setting)
-    if len(setting.laws) == 1 and BATCHES not in setting.kinds:
+    if len(setting.laws) == 1 and not setting.kinds & {BATCHES, REWARDS}:
         for quantity, name in DIFFERENCES.items():
             found = by_name.get((quantity, HERE), [])
             pairs = [_difference(name, a, b) for a, b in zip(found[::2], found[1::2], strict=False)]
@@ -289,6 +294,10 @@ def settings(scale: float) -> list[Setting]:
             for k, draws in ((8, 200), (16, 200), (64, 60))
         ]
         made.append(Setting(name=name + SKETCHED, laws=(name,), n=32, prompts=16, draws=times(120), kinds=kinds))
+    made += [
+        Setting(name=name, laws=(name,), n=n, prompts=k, draws=times(500), kinds=frozenset({REWARDS}))
+        for name, n, k in itertools.product(SILENT, (16, 128), (4, 16, 64))
+    ]
     return made
 
 
@@ -298,10 +307,12 @@ def run(chosen: Sequence[Setting], workers: int) -> Iterator[list[dict[str, Any]
     for setting in chosen:
         if BATCHES in setting.kinds:
             batch_truths(setting.laws[0])
-        else:
+        elif REWARDS not in setting.kinds:
             truths_of(setting.laws * (setting.prompts if len(setting.laws) == 1 else 1), setting.n)
             if "lines" in setting.kinds and setting.prompts == 1:
                 from_many(tuple(sorted(bare(law_of(setting.laws[0])).items())))
+            for name in setting.laws if "extras" in setting.kinds else ():
+                moments_of_extras(tuple(sorted(bare(law_of(name)).items())))
     with ProcessPoolExecutor(workers) as pool:
         for setting in chosen:
             start = time.time()
@@ -347,7 +358,9 @@ def main() -> None:
     parser.add_argument("--draws", type=float, default=1.0, help="multiplies every number of draws")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", help="settings whose name holds this text")
-    parser.add_argument("--kinds", nargs="+", choices=sorted({*KINDS, BATCHES}), help="only these kinds of quantities")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=sorted({*KINDS, BATCHES, REWARDS}), help="only these kinds of quantities"
+    )
     parser.add_argument("--sizes", type=int, nargs="+", help="only these N")
     parser.add_argument("--each", type=int, help="draws of every setting, in place of its own number")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))

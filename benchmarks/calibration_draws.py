@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.calibration_extras import extras_intervals
 from benchmarks.calibration_forms import form_intervals
 from benchmarks.calibration_lines import line_intervals
 from benchmarks.calibration_truths import ALPHAS, GRID, GROUP, LAW, LONGEST, RULES, Truths, eta_ratio_truth, label
@@ -112,7 +113,7 @@ def simulate(laws: list[dict[str, Any]], n: int, rng: np.random.Generator) -> li
 def every_interval(
     laws: list[dict[str, Any]], n: int, seed: list[int], here: Truths, like: Truths | None, kinds: set[str]
 ) -> list[Found]:
-    """Draw once and estimate everything in `kinds` ("law", "groups", "audit", "proxies", "forms", "lines")."""
+    """Draw once and estimate everything in `kinds`, of those that `calibration.KINDS` names."""
     rng = np.random.default_rng(seed)
     prompts = simulate(laws, n, rng)
     makers: dict[str, Callable[[list[Simulated], np.random.Generator], Iterator[tuple[str, Estimate, Estimate | None]]]]
@@ -126,19 +127,22 @@ def every_interval(
                 rule, _, best = name.removeprefix(RATIO).rpartition(" at ")
                 if "eta grpo" in here:
                     truth = eta_ratio_truth(here, rule, float(best))
-                    found.append(_found(f"{RATIO}{rule} over the best vl_norm", HERE, truth, one))
+                    found.append(found_of(f"{RATIO}{rule} over the best vl_norm", HERE, truth, one))
             if name in here:
-                found.append(_found(name, HERE, here[name], one))
+                found.append(found_of(name, HERE, here[name], one))
             if across is not None and like is not None and name in like:
-                found.append(_found(name, LIKE, like[name], across))
+                found.append(found_of(name, LIKE, like[name], across))
     loud = [k for k, p in enumerate(prompts) if not is_silent(p.scores)]
     state = int(rng.integers(2**31))
     if "lines" in kinds and len(prompts) == 1 and loud:
         made = line_intervals(prompts[0].scores, bare(laws[0]), state)
-        found += [_found(name, HERE, truth, one) for name, truth, one in made]
+        found += [found_of(name, HERE, truth, one) for name, truth, one in made]
     if "forms" in kinds:
         forms = form_intervals([prompts[k].scores for k in loud], [laws[k] for k in loud], state) if loud else ()
-        found += [_found(name, HERE, truth, one) for name, truth, one in forms]
+        found += [found_of(name, HERE, truth, one) for name, truth, one in forms]
+    if "extras" in kinds and n >= 3 * GROUP and loud:
+        extras = extras_intervals([prompts[k].scores for k in loud], [bare(laws[k]) for k in loud], state)
+        found += [found_of(name, HERE, truth, one) for name, truth, one in extras]
     return found
 
 
@@ -147,7 +151,8 @@ def bare(law: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in law.items() if name in LAW}
 
 
-def _found(name: str, estimand: str, truth: float, e: Estimate) -> Found:
+def found_of(name: str, estimand: str, truth: float, e: Estimate) -> Found:
+    """One interval beside its truth."""
     return Found(
         quantity=name, estimand=estimand, truth=float(truth), value=float(e.value), low=float(e.low), high=float(e.high)
     )

@@ -32,11 +32,11 @@ from gradvar.estimators.groups import (
     draw_groups,
     group_coefficients,
     moments_of_kinds,
-    silent_share,
 )
 from gradvar.estimators.inputs import arrange, generator, why_nothing
 from gradvar.estimators.intervals import PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
 from gradvar.estimators.ratios import cv_ratio, cv_ratio_across, pooled_cv_ratio
+from gradvar.estimators.silent_shares import silent_estimate
 from gradvar.estimators.tails import PromptTails
 from gradvar.runs.config import ALPHAS, EQUALITY_MARGIN, RULES
 from gradvar.runs.records import PromptScores, TableRow, estimate_table
@@ -161,9 +161,8 @@ def _rows_of_target(
     for name, scores in study.prompts.items():
         n = len(scores.lengths)
         if study.advantage != "score" and study.group_size <= n:
-            share = silent_share(scores.rewards, study.group_size)
-            method = "exact over groups drawn without replacement, no interval"
-            rows.append(study.row("silent_share", study.plain(share, method, name), [name]))
+            share = silent_estimate(scores.rewards, study.group_size, level=study.level, seed=study.seed)
+            rows.append(study.row("silent_share", share, [name]))
         if not any(key[0] == name for key in study.moments):
             method = f"fewer than {2 * study.group_size} verified responses: two disjoint groups are needed"
             estimate = study.plain(math.nan, method, name)

@@ -23,7 +23,7 @@ from gradvar.estimators.advantages import check_advantage
 from gradvar.estimators.aggregation import Rule, expand_rules
 from gradvar.estimators.bias import cosine, cosine_estimate, estimate_of, gated, jackknifed, what_is_known
 from gradvar.estimators.cv import UNRESOLVED, cv_from_rho, pooled_rho, resolution
-from gradvar.estimators.few_affected import FewAffected, enough_affected, fewer_loud, loud_share_low
+from gradvar.estimators.few_affected import FewAffected, enough_affected, fewer_loud, share_of_responses
 from gradvar.estimators.group_products import Layout
 from gradvar.estimators.groups import (
     PERMUTATIONS,
@@ -33,11 +33,11 @@ from gradvar.estimators.groups import (
     group_moments,
     loud_groups,
     moments_of_kinds,
-    silent_share,
 )
 from gradvar.estimators.inputs import arrange, generator, why_nothing
 from gradvar.estimators.intervals import THESE_PROMPTS, check_level
 from gradvar.estimators.ratios import pooled_cv_ratio
+from gradvar.estimators.silent_shares import silent_estimate
 from gradvar.estimators.tails import LengthTails, PromptTails
 from gradvar.estimators.transforms import soft_overlong
 from gradvar.estimators.update_products import Products, products, reward_direction
@@ -148,24 +148,23 @@ def extras_table(
         interval = BUFFER_SHARE * limit if buffer is None else buffer
         punished = soft_overlong(scores, buffer=interval, max_length=limit)
         drawn = draw_groups(n, group_size, permutations, rng=generator(seed, name, "groups"))
-        shares = {
-            FILTERING: float(scores.truncated.mean()),
-            PUNISHMENT: float((punished.rewards < scores.rewards).mean()),
-            SAMPLING: silent_share(scores.rewards, group_size),
-        }
-        loud = (1.0 - shares[SAMPLING], loud_share_low(scores.rewards, group_size, level))
+        silent = silent_estimate(scores.rewards, group_size, level=level, seed=seed)
+        loud = (1.0 - silent.value, 1.0 - silent.high)
+        affected = {SAMPLING: silent}
+        for extra, changed in ((FILTERING, scores.truncated), (PUNISHMENT, punished.rewards < scores.rewards)):
+            affected[extra] = share_of_responses(changed, level=level, seed=seed)
         for target, prompts in targets.items():
             if name not in prompts:
                 continue
             rows += [
                 TableRow(
                     quantity="affected",
-                    estimate=no_estimate("share, no interval", n=n, level=level, seed=seed, value=share),
+                    estimate=share,
                     target=target,
                     extra={"extra": extra, "estimand": THESE_PROMPTS},
                     **common,
                 )
-                for extra, share in shares.items()
+                for extra, share in affected.items()
             ]
             mine = prompts[name].verified()
             for variant in variants:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
+from statsmodels.stats.proportion import proportion_confint
 
-from gradvar.estimators.groups import GroupMoments, silent_share
+from gradvar.estimators.groups import GroupMoments
 from gradvar.runs.records import Estimate
 
 Array = NDArray[np.float64]
@@ -52,19 +53,12 @@ def enough_affected(prompts: Sequence[FewAffected], estimate: Estimate) -> Estim
     return replace(estimate, low=math.nan, high=math.nan, method=note)
 
 
-def loud_share_low(rewards: Array, group_size: int, level: float) -> float:
-    """Lower end for the share of groups whose rewards differ, from Wilson's upper end for the commonest reward.
-
-    The share is flat where rewards are evenly split, so that a sample near there seems to know it.
-    """
-    counts = np.sort(np.unique(rewards, return_counts=True)[1])[::-1]
-    n, square = len(rewards), float(special.ndtri(0.5 + level / 2.0)) ** 2
-    most = float(counts[0]) / n
-    middle = most + square / (2.0 * n)
-    high = (middle + math.sqrt(square * (most * (1.0 - most) / n + square / (4.0 * n**2)))) / (1.0 + square / n)
-    others = counts[1:] / max(n - int(counts[0]), 1) * (1.0 - high)
-    silent: float = high**group_size + float((others**group_size).sum())
-    return 1.0 - max(silent, silent_share(rewards, group_size))
+def share_of_responses(changed: NDArray[np.bool_], *, level: float, seed: int | None) -> Estimate:
+    """Share of the responses (N,) that an extra changes, with Wilson's interval."""
+    n, count = len(changed), int(changed.sum())
+    low, high = proportion_confint(count, n, alpha=1.0 - level, method="wilson")
+    told: dict[str, Any] = {"level": level, "method": "share of responses, Wilson", "n": n, "clusters": 1, "seed": seed}
+    return Estimate(value=count / n, low=min(float(low), count / n), high=max(float(high), count / n), **told)
 
 
 def fewer_loud(sampled: Sequence[GroupMoments], shares: Sequence[tuple[float, float]], ratio: Estimate) -> Estimate:
@@ -74,7 +68,7 @@ def fewer_loud(sampled: Sequence[GroupMoments], shares: Sequence[tuple[float, fl
 
     Args:
         sampled: Of the update under dynamic sampling.
-        shares: P of every prompt, and its lower end (`loud_share_low`).
+        shares: P of every prompt, and its lower end.
         ratio: Of these CVs to the plain ones.
     """
     same, cross = (sum(getattr(m, part) for m in sampled) for part in ("same", "cross"))

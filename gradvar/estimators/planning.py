@@ -31,7 +31,6 @@ from gradvar.estimators.cv import UNRESOLVED, cv_from_rho, pooled_rho, resolutio
 from gradvar.estimators.enough import responses_for_cv_1
 from gradvar.estimators.group_products import Layout
 from gradvar.estimators.groups import PERMUTATIONS, GroupMoments, draw_groups, group_coefficients, pairs_of_kinds
-from gradvar.estimators.groups import silent_share as share_of_silent
 from gradvar.estimators.inputs import arrange, generator, has_gradient, is_silent, why_nothing
 from gradvar.estimators.intervals import (
     MINIMUM_PROMPTS,
@@ -39,7 +38,7 @@ from gradvar.estimators.intervals import (
     THESE_PROMPTS,
     check_level,
 )
-from gradvar.estimators.silent_shares import silent_rows
+from gradvar.estimators.silent_shares import silent_estimate, silent_rows
 from gradvar.estimators.tails import LengthTails, PromptTails
 from gradvar.estimators.update_products import Array, Products, products, reward_direction
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, no_estimate
@@ -157,13 +156,7 @@ def planning_table(
             tails[name] = ends[target, name].alone((found, a))
             for n in ordered:
                 if n <= count and k == 0:
-                    share = no_estimate(
-                        "exact over groups, no interval",
-                        n=count,
-                        level=level,
-                        seed=seed,
-                        value=share_of_silent(scores.rewards, n),
-                    )
+                    share = silent_estimate(scores.rewards, n, level=level, seed=seed)
                     rows.append(
                         TableRow(
                             quantity="silent_share",

@@ -1,6 +1,6 @@
-"""The share of silent groups, whose rewards are all equal, over several prompts.
+"""The share of silent groups, whose rewards are all equal, of a prompt and over several.
 
-Shape letters: K prompts, n responses of a group.
+Shape letters: N responses, K prompts, n responses of a group.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
+from statsmodels.stats.proportion import proportion_confint
 
 from gradvar.estimators.groups import silent_share
 from gradvar.estimators.intervals import (
@@ -27,19 +28,54 @@ from gradvar.runs.records import Estimate, PromptScores, TableRow
 Array = NDArray[np.float64]
 
 
+METHOD = "exact over groups drawn without replacement; Wilson's interval for the commonest reward"
+
+
+def silent_estimate(rewards: Array, group_size: int, *, level: float, seed: int | None) -> Estimate:
+    """Share of silent groups of a prompt with these rewards (N,), n at most N.
+
+    With q the chance of the commonest reward and the others' shares among themselves as they are, the share is
+    q^n + (1 - q)^n sum_k o_k^n, convex in q: its image of Wilson's interval for q.
+    """
+    counts = np.sort(np.unique(rewards, return_counts=True)[1])[::-1]
+    ends = proportion_confint(int(counts[0]), len(rewards), alpha=1.0 - level, method="wilson")
+    others = float(((counts[1:] / max(len(rewards) - int(counts[0]), 1)) ** group_size).sum())
+    # Least where q^(n - 1) = (1 - q)^(n - 1) others; where no other reward was seen, one that is as good as any.
+    root = (others or 1.0) ** (1.0 / max(group_size - 1, 1))
+    q = np.array([*ends, np.clip(root / (1.0 + root), *ends)])
+    shares = q**group_size + (1.0 - q) ** group_size * (others or 1.0)
+    value = silent_share(rewards, group_size)
+    return Estimate(
+        value=value,
+        low=min(value, float(shares.min())),
+        high=max(value, float(shares.max())),
+        level=level,
+        method=METHOD,
+        n=len(rewards),
+        clusters=1,
+        seed=seed,
+    )
+
+
 def silent_rows(
     prompts: Sequence[PromptScores], sizes: Sequence[int], labels: dict[str, Any], *, level: float, seed: int
 ) -> list[TableRow]:
     """Mean share of silent groups over all prompts, silent ones among them, for both estimands.
 
-    For prompts like these `share_interval`, from 4 prompts on.
+    For these prompts the squares of each prompt's half-widths add (Zou and Donner 2008); for prompts like these
+    `share_interval`, from 4 prompts on.
     """
     rows = []
     for n in sizes:
         known = [s.rewards[~np.isnan(s.rewards)] for s in prompts]
         if any(len(rewards) < n for rewards in known):
             continue
-        shares = np.array([silent_share(rewards, n) for rewards in known])
+        own = [silent_estimate(rewards, n, level=level, seed=seed) for rewards in known]
+        shares = np.array([one.value for one in own])
+        below, above = (
+            math.sqrt(sum((end - one.value) ** 2 for end, one in zip(ends, own, strict=True))) / len(own)
+            for ends in ([one.low for one in own], [one.high for one in own])
+        )
         low, high = share_interval(shares, level)
         estimate = Estimate(
             value=float(shares.mean()),
@@ -51,9 +87,10 @@ def silent_rows(
             clusters=len(known),
             seed=seed,
         )
-        here = f"mean of the prompts' exact shares, no interval; {THESE_PROMPTS}"
+        here = f"mean of the prompts' exact shares, half-widths added in squares; {THESE_PROMPTS}"
+        mean = estimate.value
         for one, estimand in (
-            (replace(estimate, low=math.nan, high=math.nan, method=here), THESE_PROMPTS),
+            (replace(estimate, low=max(mean - below, 0.0), high=min(mean + above, 1.0), method=here), THESE_PROMPTS),
             (estimate, PROMPTS_LIKE_THESE),
         ):
             extra = {"estimand": estimand}
@@ -66,14 +103,15 @@ def share_interval(shares: Array, level: float) -> tuple[float, float]:
 
     Most prompts have few silent groups and some have nearly all, so the mean of few prompts misses the latter: a t
     interval covered 64 to 94% with 4 to 16 prompts. On the logit, with degrees of freedom from how unevenly prompts
-    contribute, and as if two more prompts were like the one farthest out on either side, 88 to 99% are.
-    Where all shares are 0 (or 1), the exact interval of K trials without a success, shares being chances.
+    contribute, and as if two more prompts were like the one farthest out on either side, 88 to 99% were. Either end
+    goes at least as far as the exact interval of K trials without a success (or a failure), for silent prompts of
+    which these K hold none: 96 to 100%.
     """
     count, mean = len(shares), float(shares.mean())
     if count < MINIMUM_PROMPTS:
         return math.nan, math.nan
+    rare = 1.0 - ((1.0 - level) / 2.0) ** (1.0 / count)
     if not 0.0 < mean < 1.0:
-        rare = 1.0 - ((1.0 - level) / 2.0) ** (1.0 / count)
         return (0.0, rare) if mean == 0.0 else (1.0 - rare, 1.0)
     influence = (shares - mean) / count
     if not influence.any():
@@ -84,4 +122,5 @@ def share_interval(shares: Array, level: float) -> tuple[float, float]:
     below, above = (
         quantile * slope * math.sqrt(variance + 2.0 * float(end) ** 2) for end in (influence.min(), influence.max())
     )
-    return float(special.expit(middle - below)), float(special.expit(middle + above))
+    low, high = float(special.expit(middle - below)), float(special.expit(middle + above))
+    return min(low, 1.0 - rare), max(high, rare)

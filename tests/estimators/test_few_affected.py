@@ -9,9 +9,9 @@ from scipy import stats
 
 from gradvar.estimators import cv_table, extras_table
 from gradvar.estimators.extras import FILTERING, NONE, PUNISHMENT, SAMPLING
-from gradvar.estimators.few_affected import FewAffected, loud_share_low
-from gradvar.estimators.groups import silent_share
-from tests.estimators import references, simulator
+from gradvar.estimators.few_affected import FewAffected
+from gradvar.estimators.silent_shares import silent_estimate
+from tests.estimators import simulator
 from tests.estimators.test_tables import only, pick
 
 LAW = {"beta": 1.0, "dimensions": 20, "decay": 0.7, "signal": 2.0}
@@ -82,17 +82,6 @@ def test_further_responses_lie_where_those_seen_do():
     assert FewAffected(rows=np.zeros(4, dtype=bool)).unseen(np.ones(4)) == (0.0, 0.0)
 
 
-def test_loud_share_by_the_upper_end_of_the_commonest_reward():
-    rewards = np.repeat([0.0, 1.0], (40, 24))
-    p = stats.binomtest(40, 64).proportion_ci(method="wilson").high
-    assert loud_share_low(rewards, 8, 0.95) == pytest.approx(1.0 - p**8 - (1.0 - p) ** 8)
-    assert loud_share_low(np.repeat([0.0, 1.0], (32, 32)), 8, 0.95) < 1.0 - silent_share(
-        np.repeat([0.0, 1.0], (32, 32)), 8
-    )
-    several = np.repeat([0.0, 0.5, 1.0], (20, 10, 6))
-    assert 0.0 < loud_share_low(several, 4, 0.95) < 1.0 - references.silent_share(list(several), 4)
-
-
 def test_fewer_loud_groups_by_hand():
     """One prompt: CV^2 under dynamic sampling is P (1 + CV^2) - 1, at the lower end of P."""
     one = cut(64, 6)
@@ -100,5 +89,6 @@ def test_fewer_loud_groups_by_hand():
     row = only(extras_table([one], rules=("grpo",), buffer=BUFFER, **options), quantity="cv_ratio", extra=SAMPLING)
     plain = only(cv_table([one], rules=("grpo",), **options), quantity="cv")["value"]
     sampled = row["value"] * plain
-    more = (1.0 - silent_share(one.rewards, 8)) / loud_share_low(one.rewards, 8, 0.95)
+    silent = silent_estimate(one.rewards, 8, level=0.95, seed=None)
+    more = (1.0 - silent.value) / (1.0 - silent.high)
     assert row["low"] <= math.sqrt((1.0 + sampled**2) / more - 1.0) / plain * (1 + 1e-9)

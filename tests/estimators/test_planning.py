@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import special, stats
+from scipy import stats
 
 from gradvar.errors import GradvarError
 from gradvar.estimators import alpha_table, cv_table, planning_table
@@ -162,6 +162,7 @@ def test_silent_share_and_silent_prompts(groups):
     table = planning_table([small, replace(groups[1], rewards=np.ones(96))], sizes=(2, 4), permutations=16, seed=0)
     share = only(table, quantity="silent_share", group_size=4, prompt_id="p0")
     assert share["value"] == pytest.approx(references.silent_share(list(small.rewards), 4))
+    assert share["low"] < share["value"] < share["high"]
     assert only(table, prompt_id="p1")["verdict"] == "silent: all rewards equal"
 
 
@@ -183,27 +184,6 @@ def test_silent_share_over_prompts_counts_silent_ones(groups):
     assert row["value"] == pytest.approx(shares.mean())
     assert (row["low"], row["high"]) == pytest.approx(share_interval(shares, 0.95))
     assert 0.0 < row["low"] < row["value"] < row["high"] < 1.0
-
-
-@pytest.mark.parametrize("count", [4, 16])
-def test_mean_silent_share_is_covered_where_few_prompts_are_silent(count):
-    """500 pools of prompts whose chances lie around a half: 74% and 86% covered by t on the share itself."""
-    rng = np.random.default_rng(8)
-    chances = stats.beta(2, 2).ppf((np.arange(4000) + 0.5) / 4000)
-    truth = np.mean(chances**8 + (1 - chances) ** 8)
-    right = rng.binomial(32, rng.beta(2, 2, (500, count)))
-    shares = (special.comb(right, 8) + special.comb(32 - right, 8)) / special.comb(32, 8)
-    ends = np.array([share_interval(own, 0.95) for own in shares])
-    hits = int(((ends[:, 0] <= truth) & (truth <= ends[:, 1])).sum())
-    assert hits >= stats.binom.ppf(1e-4, 500, 0.9), hits
-    assert ((ends[:, 0] <= shares.mean(axis=1)) & (shares.mean(axis=1) <= ends[:, 1])).all()
-
-
-def test_silent_shares_that_are_all_one_number():
-    assert share_interval(np.zeros(4), 0.95) == (0.0, pytest.approx(1 - 0.025 ** (1 / 4)))
-    assert share_interval(np.ones(4), 0.95) == (pytest.approx(0.025 ** (1 / 4)), 1.0)
-    assert np.isnan(share_interval(np.full(4, 0.25), 0.95)).all()
-    assert np.isnan(share_interval(np.array([0.0, 0.5, 1.0]), 0.95)).all()
 
 
 def test_prompts_like_these_by_leaving_out_prompts():
