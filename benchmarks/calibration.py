@@ -49,7 +49,7 @@ from benchmarks.calibration_truths import (
     signal_for,
 )
 from gradvar.estimators.comparison import estimate_difference
-from gradvar.estimators.intervals import decide_from_margin
+from gradvar.estimators.intervals import decide_from_margin, wilson
 from gradvar.runs.records import Estimate
 
 KINDS = {"law", "groups", "audit", "proxies", "forms", "lines", "extras"}
@@ -179,14 +179,6 @@ def one_draw(job: tuple[Setting, int]) -> list[Found]:
     )
 
 
-def wilson(hits: float, count: int) -> tuple[float, float]:
-    """95% interval of a share."""
-    p, z2 = hits / count, 1.96**2
-    middle = (p + z2 / (2 * count)) / (1 + z2 / count)
-    half = 1.96 / (1 + z2 / count) * math.sqrt(p * (1 - p) / count + z2 / (4 * count**2))
-    return middle - half, middle + half
-
-
 def margin_of(quantity: str) -> tuple[float, float] | None:
     """Margin of a quantity's verdict."""
     return next((edges for start, edges in MARGINS.items() if quantity.startswith(start)), None)
@@ -201,7 +193,7 @@ def row_of(found: Sequence[Found], setting: Setting) -> dict[str, Any]:
     if one.quantity.endswith("p value"):
         missed, bounded = value < 0.05, np.ones_like(missed)
     count = len(found)
-    ends = wilson(float((~missed).sum()), count)
+    ends = wilson(int((~missed).sum()), count, 0.95)
     error = (value - truth)[np.isfinite(value) & np.isfinite(truth)]
     margin, wrong, rejected = margin_of(one.quantity), math.nan, math.nan
     if margin is not None:

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from statsmodels.stats.proportion import proportion_confint
 
 from gradvar.estimators.groups import GroupMoments
+from gradvar.estimators.intervals import wilson
 from gradvar.runs.records import Estimate
 
 Array = NDArray[np.float64]
@@ -56,9 +56,9 @@ def enough_affected(prompts: Sequence[FewAffected], estimate: Estimate) -> Estim
 def share_of_responses(changed: NDArray[np.bool_], *, level: float, seed: int | None) -> Estimate:
     """Share of the responses (N,) that an extra changes, with Wilson's interval."""
     n, count = len(changed), int(changed.sum())
-    low, high = proportion_confint(count, n, alpha=1.0 - level, method="wilson")
+    low, high = wilson(count, n, level)
     told: dict[str, Any] = {"level": level, "method": "share of responses, Wilson", "n": n, "clusters": 1, "seed": seed}
-    return Estimate(value=count / n, low=min(float(low), count / n), high=max(float(high), count / n), **told)
+    return Estimate(value=count / n, low=min(low, count / n), high=max(high, count / n), **told)
 
 
 def fewer_loud(sampled: Sequence[GroupMoments], shares: Sequence[tuple[float, float]], ratio: Estimate) -> Estimate:

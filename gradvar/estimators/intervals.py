@@ -39,6 +39,15 @@ def t_quantile(level: float, degrees: float) -> float:
     return float(special.stdtrit(degrees, 0.5 + level / 2)) if degrees > 0 else math.nan
 
 
+def wilson(count: int, n: int, level: float) -> tuple[float, float]:
+    """Wilson's interval for a share of which `count` of n were seen (statsmodels' takes a second to import)."""
+    square = float(special.ndtri(0.5 + level / 2.0)) ** 2
+    share = count / n
+    middle = share + square / (2.0 * n)
+    half = math.sqrt(square * (share * (1.0 - share) / n + square / (4.0 * n**2)))
+    return (middle - half) / (1.0 + square / n), (middle + half) / (1.0 + square / n)
+
+
 def jackknife_variance(replicates: Array) -> Any:
     """Delete-one jackknife variance (n - 1)/n sum (theta_(-i) - mean)^2 over the first axis, NaN if one is infinite."""
     n = replicates.shape[0]

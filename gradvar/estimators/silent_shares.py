@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
-from statsmodels.stats.proportion import proportion_confint
 
 from gradvar.estimators.groups import silent_share
 from gradvar.estimators.intervals import (
@@ -22,6 +21,7 @@ from gradvar.estimators.intervals import (
     THESE_PROMPTS,
     effective_degrees,
     t_quantile,
+    wilson,
 )
 from gradvar.runs.records import Estimate, PromptScores, TableRow
 
@@ -38,7 +38,7 @@ def silent_estimate(rewards: Array, group_size: int, *, level: float, seed: int 
     q^n + (1 - q)^n sum_k o_k^n, convex in q: its image of Wilson's interval for q.
     """
     counts = np.sort(np.unique(rewards, return_counts=True)[1])[::-1]
-    ends = proportion_confint(int(counts[0]), len(rewards), alpha=1.0 - level, method="wilson")
+    ends = wilson(int(counts[0]), len(rewards), level)
     others = float(((counts[1:] / max(len(rewards) - int(counts[0]), 1)) ** group_size).sum())
     # Least where q^(n - 1) = (1 - q)^(n - 1) others; where no other reward was seen, one that is as good as any.
     root = (others or 1.0) ** (1.0 / max(group_size - 1, 1))
