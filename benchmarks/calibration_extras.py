@@ -35,6 +35,7 @@ SILENT = {
 """Settings by name: parameters of the beta distribution of a prompt's chance to be right."""
 EXTRAS = ("none", "overlong filtering", "soft overlong punishment", "dynamic sampling")
 RULES = ("grpo", "dapo")
+PERMUTATIONS = 256
 RESPONSES = 960_000
 """Behind every truth."""
 NUMBERS = ("value", "low", "high", "level", "method", "n", "clusters", "seed")
@@ -45,7 +46,8 @@ def extras_intervals(
 ) -> Iterator[tuple[str, float, Estimate]]:
     """Yield quantity, truth and estimate, as `extras_table` makes it, over all prompts together."""
     cut = [replace(s, truncated=s.lengths >= LONGEST, max_length=int(LONGEST)) for s in prompts]
-    table = extras_table(cut, rules=RULES, alphas=(), group_size=GROUP, buffer=BUFFER, seed=seed)
+    options: dict[str, Any] = {"rules": RULES, "alphas": (), "group_size": GROUP, "buffer": BUFFER}
+    table = extras_table(cut, **options, permutations=PERMUTATIONS, seed=seed)
     rows = table[table["estimand"] == THESE_PROMPTS]
     rows = rows[rows["prompt_id"].isna()] if len(prompts) > 1 else rows
     truths = _truths([moments_of_extras(tuple(sorted(law.items()))) for law in laws])
