@@ -211,7 +211,8 @@ class Head:
         if self.weight is None:
             return 9 * chunk  # the graph of the model's own code too
         kind = compute_dtype(dtype)
-        part = min(chunk, max(_IN_CACHE, self.shape()[0] * kind.itemsize)) if self.weight.device.type == "cpu" else chunk
+        in_cache = max(_IN_CACHE, self.shape()[0] * kind.itemsize)
+        part = min(chunk, in_cache) if self.weight.device.type == "cpu" else chunk
         made = 1 if dtype == self.weight.dtype == kind or self.weight.is_cuda else 2  # tiles and what they are put into
         return max(made * chunk, chunk + 3 * part)  # exponentials, logits without -inf, the product of both
 
