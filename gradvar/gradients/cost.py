@@ -17,9 +17,6 @@ from gradvar.gradients.sketch import SketchPlan
 from gradvar.gradients.targets import Target
 from gradvar.gradients.usage import Growth, flop, peak_bytes
 
-_LOGITS = {True: 3, False: 9}
-"""Chunks of logits alive at one time, at most: of a linear head, of the model's own (its graph too)."""
-
 
 def width(dtype: torch.dtype) -> int:
     """Return the bytes of an entry."""
@@ -37,6 +34,7 @@ def work_bytes(job: Job, peak: Growth, token_budget: int, chunk_bytes: int) -> t
     """
     own, kept, wide = width(job.dtype), width(job.factor_dtype), width(compute_dtype(job.dtype))
     vocabulary, hidden = job.head.shape()
+    states = job.dtype if job.autocast.dtype is None else job.autocast.dtype
     direct = [t.in_features * t.out_features * (own + wide) for t in job.targets if t.direct is not None]
     runs, logits = [], []
     for batch in job.batches(token_budget):
@@ -51,7 +49,7 @@ def work_bytes(job: Job, peak: Growth, token_budget: int, chunk_bytes: int) -> t
         runs.append(peak.at(length, rows) + rows * length * hidden * own + copies)
         chunk = min(max(chunk_bytes, vocabulary * wide), predicted * vocabulary * wide)
         columns = predicted * hidden * (own + 3 * wide)
-        logits.append(_LOGITS[job.head.is_linear] * chunk + columns)
+        logits.append(job.head.alive_bytes(chunk, states) + columns)
     if job.head.is_linear and own != wide and job.device.type == "cpu":
         logits = [each + VOCABULARY_TILE * hidden * wide for each in logits]
     return round(max(runs)), max(logits)

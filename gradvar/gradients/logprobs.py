@@ -201,6 +201,21 @@ class Head:
             normaliser=columns[4],
         )
 
+    def alive_bytes(self, chunk: int, dtype: torch.dtype) -> int:
+        """Return the most bytes of logits alive at one time in `token_scores`.
+
+        Args:
+            chunk: Bytes of a chunk.
+            dtype: Of the hidden states.
+        """
+        if self.weight is None:
+            return 9 * chunk  # the graph of the model's own code too
+        kind = compute_dtype(dtype)
+        in_cache = max(_IN_CACHE, self.shape()[0] * kind.itemsize)
+        part = min(chunk, in_cache) if self.weight.device.type == "cpu" else chunk
+        made = 1 if dtype == self.weight.dtype == kind or self.weight.is_cuda else 2  # tiles and what they are put into
+        return max(made * chunk, chunk + 3 * part)  # exponentials, logits without -inf, the product of both
+
     def shape(self) -> tuple[int, int]:
         """Return (vocabulary, hidden width)."""
         width = int(self._template["last_hidden_state"].shape[-1])

@@ -29,7 +29,7 @@ from gradvar.gradients.plan import Block
 from gradvar.gradients.spill import HostMemory
 from gradvar.gradients.tokenwise import Narrowed, NotTokenwiseError
 from gradvar.gradients.trunk import Trunk, choose_forward
-from gradvar.gradients.witness import STRETCH_SHARE, check_stretch, make_witness, turn_back, turns_of
+from gradvar.gradients.witness import STRETCH_SHARE, check_stretch, look_at_longest, make_witness, turn_back, turns_of
 
 _changed_in_batches: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models that were seen to: not every pass looks where it shows."""
@@ -94,7 +94,7 @@ def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool, narrow: bool
     job.resident.make_room(needed)
     witness = make_witness(job, blocks, batches)
     tokens = max(job.lengths) if alone else int(STRETCH_SHARE * sum(job.lengths))
-    stretch = check_stretch(job, blocks, batches, tokens)
+    looks = [witness, check_stretch(job, blocks, batches, tokens), look_at_longest(job, batches, witness)]
     job.resident.make_room(needed)
     host = HostMemory(pinned=job.device.type == "cuda", budget=job.plan.host_memory_budget or None)
     stores = [(block, new_store(job, block, len(job.responses), host)) for block in blocks]
@@ -132,7 +132,7 @@ def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool, narrow: bool
                     # rows of a mask without a single key have made NaN (Gemma 2, eager, float64)
                     hidden = last_hidden(job.head.base, batch)
             job.resident.make_room(needed)
-            for one in (witness, stretch):
+            for one in looks:
                 if one is not None and not alone:  # then they are what they are
                     one.compare_states(batch, hidden)
             seen = predictions(job, batch, hidden)

@@ -1,11 +1,13 @@
-"""How many positions a model has, and rotary angles that depend on the length of the whole sequence.
+"""How many positions a model has, and what depends on the length of the whole sequence.
 
 With "longrope" a sequence longer than the original positions turns by other angles altogether; with "dynamic" the
-angles are those of the longest sequence seen so far. In a batch the longest row decides for all.
+angles are those of the longest sequence seen so far. In a batch the longest row decides for all. Attention to a chosen
+number of keys (DeepSeek V3.2's indexer) takes one or another of equal ones, as the row is long.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +16,8 @@ from torch import nn
 from gradvar.errors import GradvarError
 
 _CHANGING = ("dynamic", "longrope")
+_CHOSEN = ("index_topk", "keep_window_size")
+"""Settings of attention that chooses so many keys: with fewer it takes all."""
 
 
 def position_limit(model: nn.Module) -> int | None:
@@ -35,7 +39,7 @@ def turns_with_length(model: nn.Module) -> bool:
 
 
 def must_go_alone(model: nn.Module, longest: int) -> bool:
-    """Return whether sequences of up to `longest` tokens change each other's angles in a batch.
+    """Return whether sequences of up to `longest` tokens change each other's angles or chosen keys in a batch.
 
     Raises:
         GradvarError: They do even one after another.
@@ -51,7 +55,14 @@ def must_go_alone(model: nn.Module, longest: int) -> bool:
                 )
         elif longest > (one.get("original_max_position_embeddings") or 0):
             return True
-    return False
+    return longest > chosen_keys(model)
+
+
+def chosen_keys(model: nn.Module) -> float:
+    """Return how many keys the model's attention chooses, infinity where it sees all."""
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    found = [getattr(config, name, None) for name in _CHOSEN]
+    return min((keys for keys in found if isinstance(keys, int) and keys > 0), default=math.inf)
 
 
 def _changes(scaling: Mapping[str, Any]) -> bool:

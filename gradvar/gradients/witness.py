@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from gradvar.errors import GradvarError
 from gradvar.gradients.alone import hold_against_autograd, make_alone, narrowest_bytes
-from gradvar.gradients.batches import Batch, ChangedInBatchError
+from gradvar.gradients.batches import Batch, ChangedInBatchError, last_hidden
 from gradvar.gradients.capture import Sink
 from gradvar.gradients.collect import new_store
 from gradvar.gradients.job import Job
@@ -185,6 +185,32 @@ def check_stretch(job: Job, blocks: Sequence[Block], batches: Sequence[Batch], t
         fed=batch.input_ids.shape[1],
         hidden=hidden[0, start:].clone(),
         narrowest=narrowest_bytes(job, torch.empty(0, dtype=torch.float64)),
+    )
+
+
+def look_at_longest(job: Job, batches: Sequence[Batch], witness: Witness) -> Witness | None:
+    """Return the states that a response of the batch of longest rows has at its beginning alone.
+
+    Where rows are longer than in the witness's batch, a model that goes by the row's length may differ there alone.
+    None where they are not.
+    """
+    shared = [batch for batch in batches if len(batch.members) > 1]
+    longest = max(shared, key=lambda batch: batch.input_ids.shape[1], default=None)
+    seen = next(batch for batch in batches if batch.members == witness.batch)
+    if longest is None or longest.input_ids.shape[1] <= seen.input_ids.shape[1]:
+        return None
+    chosen = longest.members[0]
+    alone, batch = make_alone(job, chosen, 0, min(len(job.responses[chosen]), _most(job)))
+    with torch.no_grad(), job.autocast.on():
+        hidden = last_hidden(job.head.base, batch)
+    start = len(alone.prompt) - 1
+    return Witness(
+        response=chosen,
+        batch=longest.members,
+        start=start,
+        fed=batch.input_ids.shape[1],
+        hidden=hidden[0, start:].clone(),
+        narrowest=witness.narrowest,
     )
 
 

@@ -53,6 +53,16 @@ def test_a_wrong_gram_stops_the_run(monkeypatch, reference):
         measure_cell(CELL, ["gradvar"], repeats=1, threads=1, together=1, say=lambda line: None)
 
 
+def test_repeats_take_turns_and_begin_with_another_each_time():
+    told = []
+    timings = measure_cell(CELL, ["gradvar", REFERENCE], repeats=3, threads=1, together=1, say=told.append)
+    names = [re.search(r": (\S+) [0-9.]+ s$", line)[1] for line in told]
+    first, second = names[:2]
+    assert {first, second} == {"gradvar", REFERENCE}
+    assert names == [first, second, second, first, first, second]
+    assert all(len(timing.cpu) == 3 for timing in timings)
+
+
 def test_a_process_says_its_error_and_measures_its_memory():
     with (
         RivalProcess("no such rival", CELL, 1) as process,

@@ -1,13 +1,17 @@
 """Attention of our own for packed sequences: exact on the CPU, chosen where it can be had, refused where it cannot."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from torch.nn.attention import varlen
 
+from gradvar import attention
 from gradvar.attention import VARLEN, choose_attention, register, varlen_attention, why_not
 from gradvar.errors import GradvarError
-from gradvar.gradients import measure_scores
+from gradvar.gradients import measure_scores, resolve_targets
 from gradvar.gradients.batches import last_hidden, make_batches
 from tests.gradients import references
 from tests.gradients.models import make_model, make_prompt_and_responses
@@ -141,8 +145,6 @@ def test_which_attention_a_setting_means():
 
 
 def test_an_older_kernel_without_shared_heads_is_none(monkeypatch):
-    from torch.nn.attention import varlen
-
     def of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
         raise AssertionError("called")
 
@@ -155,3 +157,118 @@ def test_attention_that_only_a_mask_tells_is_not_exchanged():
 
     assert "a mask tells" in str(why_not(Llama4TextConfig()))
     assert choose_attention("auto", Llama4TextConfig(), "cuda", "bfloat16") is None
+
+
+def by_definition(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    """What torch's kernel is said to give, where it does not run: (T, H, D) of packed sequences.
+
+    torch's own code sees the arguments as well, without values, and refuses what it does not take.
+    """
+    shapes = [x.detach().to("meta", torch.bfloat16) for x in (query, key, value)]
+    starts = [x.to("meta") for x in (cu_seq_q, cu_seq_k)]
+    own = varlen.varlen_attn(
+        *shapes, *starts, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=enable_gqa
+    )  # fmt: skip
+    assert own.shape == query.shape
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    assert window_size == (-1, 0), "all that went before, nothing that follows"
+    bounds = list(itertools.pairwise(cu_seq_q.tolist()))
+    assert torch.equal(cu_seq_q, cu_seq_k)
+    assert max_q == max_k == max(b - a for a, b in bounds)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return torch.cat([naive(*(x[a:b] for x in (query, key, value)), scale, max_q) for a, b in bounds])
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Let a function play torch's kernel, on the CPU too."""
+    calls = []
+
+    def play(function):
+        def noted(*args, **options):
+            calls.append(args[0].shape)
+            return function(*args, **options)
+
+        def fits(query, key, value):
+            return attention._agrees(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[-1])
+
+        attention._agrees.cache_clear()
+        monkeypatch.setattr(attention, "_kernel", lambda: noted)
+        monkeypatch.setattr(attention, "_fits_kernel", fits)
+        return calls
+
+    yield play
+    attention._agrees.cache_clear()
+
+
+def test_packed_grams_by_a_kernel_for_all_sequences_at_once(kernel):
+    """How torch's kernel is called: shapes, where sequences begin, shared heads, the model's own scale."""
+    calls = kernel(by_definition)
+    prompt, responses = make_prompt_and_responses((9, 5, 12, 7, 3, 11))
+    for name in ("qwen3", "granite"):  # granite: a scale of its own
+        expected = measure_scores(make_model(name), prompt, responses, ["0:attn", "last:mlp"]).grams
+        register()
+        model = make_model(name)
+        model.set_attn_implementation(VARLEN)
+        found = measure_scores(model, prompt, responses, ["0:attn", "last:mlp"], packing=True).grams
+        assert calls.count((sum(len(r) + 4 for r in responses), 4, 8 if name == "qwen3" else 4)) >= 2
+        for key, gram in expected.items():
+            assert references.error(found[key].gram(), gram.gram()) < 1e-10
+
+
+def without_causality(query, key, value, *args, **options):
+    return by_definition(query.flip(0), key.flip(0), value.flip(0), *args, **options).flip(0)
+
+
+def without_bounds(query, key, value, starts, *args, **options):
+    both = torch.tensor([0, len(query)], dtype=torch.int32)
+    return by_definition(query, key, value, both, both, len(query), len(query), **options)
+
+
+def without_a_gradient(query, key, value, *args, **options):
+    return by_definition(query, key.detach(), value, *args, **options)
+
+
+def half_a_gradient(query, key, value, *args, **options):
+    return by_definition(query, (key + key.detach()) / 2, value, *args, **options)
+
+
+def no_such_kernel(*args, **options):
+    raise NotImplementedError("not on this device")
+
+
+@pytest.mark.parametrize(
+    "function", [without_causality, without_bounds, without_a_gradient, half_a_gradient, no_such_kernel]
+)
+def test_a_kernel_is_tried_before_it_is_trusted(kernel, function):
+    sizes = (torch.device("cpu"), torch.bfloat16, 4, 2, 16)
+    kernel(by_definition)
+    assert attention._agrees(*sizes)
+    kernel(function)
+    assert not attention._agrees(*sizes)
+
+
+def test_a_bfloat16_model_packed_without_padding_is_the_float64_loop_to_its_roundings():
+    """One row of all tokens, no mask; the same weights in float64 are the reference."""
+    register()
+    model = make_model("qwen2", torch.bfloat16)
+    model.set_attn_implementation(VARLEN)
+    prompt, responses = make_prompt_and_responses()
+    fed = []
+
+    def note(module, args, options):
+        fed.append((tuple(options["input_ids"].shape), options.get("attention_mask")))
+
+    hook = model.model.register_forward_pre_hook(note, with_kwargs=True)
+    measured = measure_scores(model, prompt, responses, ["all:qkv", "last:o,mlp"], packing=True, token_budget=200)
+    hook.remove()
+    assert ((1, sum(len(prompt) + len(r) - 1 for r in responses)), None) in fed
+    assert (measured.dtype, measured.attention) == ("bfloat16", VARLEN)
+    exact = make_model("qwen2", torch.bfloat16).double()
+    targets = resolve_targets(exact, ["all:qkv", "last:o,mlp"])
+    for key, scores in references.flat_scores(exact, targets, prompt, responses).items():
+        gram = measured.grams[key].gram()
+        assert gram.dtype == np.float64
+        assert references.error(gram, references.gram_of(scores)) < 0.1

@@ -1,6 +1,7 @@
 """Plans that stay within a memory budget: smaller batches, checkpointing, more passes, and the same Grams."""
 
 import pytest
+import torch
 
 from gradvar.errors import GradvarError
 from gradvar.gradients import measure_scores, plan_measurement
@@ -80,8 +81,6 @@ def test_batches_are_made_smaller_where_that_saves_passes(monkeypatch):
 
 
 def test_a_containers_limit_is_what_is_free(monkeypatch, tmp_path):
-    import torch
-
     from gradvar.gradients.plan import free_memory
 
     host = free_memory(torch.device("cpu"))
@@ -91,3 +90,14 @@ def test_a_containers_limit_is_what_is_free(monkeypatch, tmp_path):
     assert free_memory(torch.device("cpu")) > 10_000 < host
     tmp_path.joinpath("memory.max").write_text("5000\n")
     assert free_memory(torch.device("cpu")) == 4000
+
+
+def test_without_a_budget_it_is_what_is_free_less_a_margin(model, monkeypatch):
+    """Of several devices the fullest counts."""
+    free = {"cpu": 1 << 30, "meta": 1 << 29}
+    monkeypatch.setattr("gradvar.gradients.fit.free_memory", lambda device: free[device.type])
+    request = (model, *make_prompt_and_responses((9, 5)), "last:q")
+    assert 0.7 * free["cpu"] < plan_measurement(*request).memory_budget < 0.9 * free["cpu"]
+    places = {torch.device(name) for name in free}
+    monkeypatch.setattr("gradvar.gradients.fit.devices_of", lambda model: places)
+    assert 0.7 * free["meta"] < plan_measurement(*request).memory_budget < 0.9 * free["meta"]

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from gradvar.gradients.logprobs import Head
+from gradvar.gradients import logprobs
+from gradvar.gradients.logprobs import VOCABULARY_TILE, Head, compute_dtype
+from gradvar.gradients.usage import LiveBytes
 from tests.gradients.models import VOCABULARY, make_model, make_prompt_and_responses
 
 
@@ -102,3 +104,26 @@ def test_odd_heads_are_what_their_own_code_says(make, dtype, found):
     assert head.description.startswith(found)
     limit = (4 if dtype == torch.bfloat16 else 64) * torch.finfo(dtype).eps * float(expected.double().abs().max())
     np.testing.assert_allclose(scores.hidden_gradient.double(), expected.double(), rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("chunk", [1 << 24, 1 << 20])
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "phi"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_logits_alive_at_one_time_are_foretold(name, dtype, chunk, whole, monkeypatch):
+    """Of `whole` chunks as on CUDA; with a logit of -inf, which costs a copy."""
+    if whole:
+        monkeypatch.setattr(logprobs, "_IN_CACHE", 1 << 40)
+    model = make_model(name, dtype, vocab_size=20_000).eval()
+    if name == "phi":
+        model.lm_head.bias.data[7] = -torch.inf
+    head = Head(model, [3, 4, 5])
+    assert head.is_linear
+    tokens, wide = 250, compute_dtype(dtype)
+    states = torch.randn(tokens, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with LiveBytes() as live:
+        head.token_scores(states, torch.full((tokens,), 9), torch.ones(tokens, dtype=wide), 0.7, chunk)
+    columns = tokens * 16 * (dtype.itemsize + 3 * wide.itemsize) + VOCABULARY_TILE * 16 * 4
+    told = head.alive_bytes(min(chunk, tokens * 20_000 * wide.itemsize), dtype)
+    assert live.peak <= told + columns
+    assert told <= live.peak * (1.6 if whole else 1.2 if chunk > 1 << 20 else 2)

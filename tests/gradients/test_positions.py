@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, DeepseekV32Config
 
 from gradvar.errors import GradvarError
 from gradvar.gradients import measure_scores, resolve_targets
 from gradvar.gradients.positions import must_go_alone, position_limit, turns_with_length
 from tests.gradients import references
-from tests.gradients.models import make_model, make_prompt_and_responses
+from tests.gradients.models import CONFIGS, make_model, make_prompt_and_responses
 
 ORIGINAL = {"original_max_position_embeddings": 16}
 SCALED = {
@@ -48,6 +49,36 @@ def test_angles_that_depend_on_what_was_seen_before_are_refused():
     measure_scores(model, prompt, [responses[0]], "last:q")
     with pytest.raises(GradvarError, match="feeds 18 tokens: beyond 16 this model's rotary"):
         measure_scores(model, prompt, responses, "last:q")
+
+
+def choosing(keys, heads):
+    """DeepSeek V3.2, whose indexer chooses so many keys; with few heads many keys are alike to it."""
+    config = {**CONFIGS["deepseek_v3"][1], "index_topk": keys, "index_n_heads": heads, "index_head_dim": 8}
+    model = AutoModelForCausalLM.from_config(DeepseekV32Config(**config), experts_implementation="eager").double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return model
+
+
+@pytest.mark.parametrize(("keys", "budget"), [(6, 1), (64, 200)])
+def test_chosen_keys_are_those_of_each_response_alone(keys, budget):
+    """In a batch a response saw others of equal keys (0.6 of a Gram); where all are taken it goes in batches."""
+    model = choosing(keys, heads=32)
+    prompt, responses = make_prompt_and_responses()
+    measured = measure_scores(model, prompt, responses, "all:o,q", token_budget=200)
+    assert measured.plan.token_budget == budget
+    targets = resolve_targets(model, "all:o,q")
+    for key, scores in references.flat_scores(model, targets, prompt, responses).items():
+        assert references.error(measured.grams[key].gram(), references.gram_of(scores)) < 1e-6
+
+
+def test_keys_chosen_by_what_follows_are_refused():
+    model = choosing(4, heads=2)
+    prompt, responses = make_prompt_and_responses()
+    with pytest.raises(GradvarError, match="not causal beyond 4 tokens: its attention chooses so many keys"):
+        measure_scores(model, prompt, responses, "last:o")
 
 
 @pytest.mark.parametrize(

@@ -73,10 +73,10 @@ def test_probes_equal_the_literal_loop_over_the_same_signs(qwen, options):
     assert (len(measured.plan.passes) > 1) == ("memory_budget" in options)
 
 
-def test_a_probe_costs_one_more_truncated_backward_pass_of_each_batch_and_no_forward():
+def test_a_probe_or_prefix_costs_one_more_truncated_backward_pass_of_each_batch_and_no_forward():
     prompt, responses = make_prompt_and_responses()  # two batches of at most 70 tokens
 
-    def runs(probes):
+    def runs(probes, prefixes=0):
         model = make_model("qwen2", num_hidden_layers=3)
         forward, backward = [], [0, 0, 0]
 
@@ -90,13 +90,14 @@ def test_a_probe_costs_one_more_truncated_backward_pass_of_each_batch_and_no_for
 
         for layer, module in enumerate(model.model.layers):
             module.mlp.register_forward_hook(partial(at_forward, layer=layer))
-        measure_scores(model, prompt, responses, "1:q", token_budget=70, probes=probes, seed=SEED)
+        measure_scores(model, prompt, responses, "1:q", token_budget=70, probes=probes, prefixes=prefixes, seed=SEED)
         return len(forward), *backward
 
     forward, lowest, middle, highest = runs(0)
     assert lowest == 0
     for probes in (1, 4):
         assert runs(probes) == (forward, 0, middle + 2 * probes, highest + 2 * probes)
+    assert runs(0, prefixes=4) == (forward, 0, middle + 2 * 3, highest + 2 * 3), "the last is the whole response"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "gemma", "qwen2_tied"])

@@ -102,6 +102,21 @@ class Mixture(nn.Module):
         return out.view_as(x)
 
 
+def test_rows_longer_than_in_the_fullest_batch_are_looked_at():
+    """Among few responses: a batch of (170, 130), of which the longer decides for both, and a fuller one of short rows.
+
+    As rotary angles do in code of its own that goes by a row's length under no known name.
+    """
+    model = around("llama", 1, lambda mlp, x: mlp(x) * (1.5 if x.shape[1] > 150 else 1.0))
+    model.config.max_position_embeddings = 512
+    prompt, responses = make_prompt_and_responses((170, 130, 67, 67, 67, 66, 66))
+    (target,) = resolve_targets(model, "last:q")
+    measured = measure_scores(model, prompt, responses, "last:q", token_budget=360)
+    flat = references.flat_scores(model, [target], prompt, responses)[target.key]
+    assert references.error(measured.grams[target.key].gram(), references.gram_of(flat)) < 1e-10
+    assert measured.changed_in_batches
+
+
 def test_tokens_in_another_order_are_measured_one_by_one():
     torch.manual_seed(0)
     model = make_model("llama")
