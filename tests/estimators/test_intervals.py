@@ -98,24 +98,27 @@ def test_bent_quantiles():
 def test_reach_of_a_sum():
     u, spread = np.array([1.0, -2.0, 0.5, 0.1]), np.array([0.2, 0.1, 3.0, 2.0])
 
-    def half(part):
+    def degrees(part):
         squares = part**2
-        degrees = 2 * squares.sum() ** 2 / ((squares**2).sum() - squares.sum() ** 2 / 4)
-        return stats.t.ppf(0.975, min(degrees, 3)) * math.sqrt(squares.sum())
+        return 2 * squares.sum() ** 2 / ((squares**2).sum() - squares.sum() ** 2 / 4)
 
-    assert half(spread) > half(u)
+    def half(part, *others):
+        return stats.t.ppf(0.975, min(3, *map(degrees, (part, *others)))) * np.linalg.norm(part)
+
+    assert degrees(u) < degrees(spread)
+    assert np.linalg.norm(spread) > np.linalg.norm(u)
     assert reach_of_sum(u, 0.0 * u, 0.0, most=3, level=0.95) == pytest.approx([half(u)] * 2)
-    assert reach_of_sum(u, spread, 0.0, most=3, level=0.95) == pytest.approx([half(spread)] * 2)
-    assert reach_of_sum(9 * u, spread, 0.0, most=3, level=0.95) == pytest.approx([half(9 * u)] * 2)
+    assert reach_of_sum(u, spread, 0.0, most=3, level=0.95) == pytest.approx([half(spread, u)] * 2)
+    assert reach_of_sum(9 * spread, u, 0.0, most=3, level=0.95) == pytest.approx([half(9 * spread, u)] * 2)
     z, error = stats.norm.ppf(0.975), np.linalg.norm(spread)
-    far = half(spread) + 20.0 / error**2 * (2 * z**2 + 1) / 6
+    far = half(spread, u) + 20.0 / error**2 * (2 * z**2 + 1) / 6
     got = reach_of_sum(u, spread, 20.0, most=3, level=0.95)
     assert got[1] == pytest.approx(far)
-    assert got[1] - half(spread) > half(spread) - got[0] > 0.0
+    assert got[1] - half(spread, u) > half(spread, u) - got[0] > 0.0
     assert reach_of_sum(u, spread, -20.0, most=3, level=0.95) == pytest.approx(got[::-1])
     # However skewed, the nearer end moves no further than a first-order expansion holds.
     assert reach_of_sum(u, spread, 1e6, most=3, level=0.95)[0] == pytest.approx(
-        half(spread) - 0.3 * (z**2 + 1) / 2 * error
+        half(spread, u) - 0.3 * (z**2 + 1) / 2 * error
     )
 
 
