@@ -47,6 +47,7 @@ from gradvar.estimators.law_samples import Sample, sample_of, spread_of
 from gradvar.estimators.length_bins import bin_products, length_bins
 from gradvar.estimators.noise_scale import noise_moments
 from gradvar.estimators.pairs import mean_coefficients, pair_covariance
+from gradvar.estimators.planning import extrapolated_cv
 from gradvar.estimators.prediction import Pair, predictions
 from gradvar.estimators.proxies import prompt_pairs
 from gradvar.estimators.ratios import pooled_cv_ratio
@@ -304,6 +305,7 @@ def _coefficients(s: PromptScores, groups: NDArray[np.intp]) -> Array:
 def _sizes(used: list[PromptScores], rng: np.random.Generator) -> Made:
     """Planning: other group sizes, and beyond a third of the responses by extrapolation."""
     n = len(used[0].lengths)
+    estimated: dict[int, Estimate] = {}
     for size, far in ((4, None), (16, 32)):
         if n < 3 * size:
             continue
@@ -317,11 +319,10 @@ def _sizes(used: list[PromptScores], rng: np.random.Generator) -> Made:
         here, like = pooled_rho(
             parts, group_size=size, level=LEVEL, tails=[_tails(s).alone((find_rule("grpo"), None)) for s in used]
         )
-        yield f"planning: cv at n = {size}", cv_from_rho(here), cv_from_rho(like)
+        estimated[size] = cv_from_rho(here)
+        yield f"planning: cv at n = {size}", estimated[size], cv_from_rho(like)
         if far is not None:
-            cv = cv_from_rho(here)
-            scaled = {end: getattr(cv, end) * math.sqrt(size / far) for end in ("value", "low", "high")}
-            yield f"planning: cv at n = {far}, extrapolated", replace(cv, **scaled), None
+            yield f"planning: cv at n = {far}, extrapolated", extrapolated_cv(estimated, far), None
 
 
 def _audit(prompts: list[Simulated], rng: np.random.Generator) -> Made:

@@ -8,6 +8,8 @@ difference follows from the two runs' own intervals (MOVER, Zou and Donner 2008)
 
     low = d - sqrt((v1 - low1)^2 + (high2 - v2)^2),   high = d + sqrt((high1 - v1)^2 + (v2 - low2)^2)
 
+So also for alpha*, whose interval holds the alphas not told apart from it: the outermost differences of two such sets,
+used before, were covered 99.9%.
 For prompts like these the differences are paired by prompt: their mean with t over K - 1. Shape letters: K prompts.
 """
 
@@ -36,7 +38,6 @@ from gradvar.estimators.run_numbers import COMPARED, FAMILIES, Found, Options, h
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, no_estimate
 
 _RATIOS = ("cv", "noise_scale")
-_SETS = ("alpha_star_eta", "alpha_star_cv")
 
 
 def compare_table(
@@ -63,9 +64,8 @@ def compare_table(
     both runs (`clusters` counts them; silent and too small prompts have none, unresolved ones count):
         "<quantity>_difference", for cv and noise_scale "<quantity>_ratio"; verdict "higher", "lower", "undetermined",
         or "unresolved" where either run's number is or no prompt is left. Pooled for both estimands: these prompts
-        (MOVER on both runs' numbers over those prompts; for alpha* the outermost difference of the two sets), and
-        prompts like these (mean of their own differences, of their logs for ratios, t over K - 1; from 4 prompts on
-        and only where each of them is resolved).
+        (MOVER on both runs' numbers over those prompts), and prompts like these (mean of their own differences, of
+        their logs for ratios, t over K - 1; from 4 prompts on and only where each of them is resolved).
 
     Args:
         runs: Prompts by targets of every run, at least one run. Equal prompt_ids are taken for the same prompt.
@@ -182,12 +182,8 @@ def estimate_difference(quantity: str, one: Estimate, two: Estimate) -> Estimate
         low = 0.0 if logs else -math.inf
         return replace(record, value=math.nan, low=low, high=math.inf, method=f"{record.method}; {UNRESOLVED}")
     value = v1 - v2
-    if quantity in _SETS:
-        low, high = l1 - h2, h1 - l2
-        record = replace(record, method=f"outermost difference of two sets; {one.method}")
-    else:
-        low = value - math.hypot(v1 - l1, h2 - v2)
-        high = value + math.hypot(h1 - v1, v2 - l2)
+    low = value - math.hypot(v1 - l1, h2 - v2)
+    high = value + math.hypot(h1 - v1, v2 - l2)
     if logs:
         value, low, high = (math.exp(min(x, 700.0)) for x in (value, low, high))
     return replace(record, value=value, low=low, high=high)

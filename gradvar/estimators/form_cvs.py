@@ -49,10 +49,15 @@ _CENTRED = ("grpo", "mean", "rloo")
 class GivenLengths(GroupMoments):
     """Noise + signal as `same`, signal as `cross`: all pairs of `cross` are in `same`, whatever n."""
 
+    third: float = 0.0
+    """Third central moment of the noise, lengths given."""
+
     def combined(self, along_same: float, along_cross: float, group_size: int) -> tuple[float, float]:
         """Variance from pairs and bend of an estimate with these slopes."""
         way, slope = np.array([along_same, along_cross]), along_same + along_cross
-        return slope**2 * float(self.pairs[0, 0]), slope * float(way @ self.bend @ way)
+        # Two thirds: what `skew_bend` tends to at high levels.
+        skewed = 2.0 / 3.0 * along_same**3 * self.third
+        return slope**2 * float(self.pairs[0, 0]), slope * float(way @ self.bend @ way) + skewed
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,6 +74,10 @@ class Measured:
     """(N,) V_i."""
     centre: Array
     """(N,) v(L_i) by a fitted law, around which V_i varies."""
+    spread: Array
+    """(N,) standard deviation of V_i given the length, by responses alike in length."""
+    third: Array
+    """(N,) its third central moment."""
     shared: Dependence
     """What the V_i owe to each other."""
     slope: Array
@@ -99,7 +108,8 @@ def form_moments(
         x = _group_weights(measured, variant, group_size)
         whole = float(x.sum()) ** 2
         for form in CV_FORMS:
-            noise, noise_without = _noise(measured, _variance_weights(measured, x, form) * n / group_size, moved)
+            w = _variance_weights(measured, x, form) * n / group_size
+            noise, noise_without = _noise(measured, w, moved)
             same_without, cross_without = noise_without + whole * without, whole * without
             influences = np.stack([same_without.mean() - same_without, cross_without.mean() - cross_without])
             found[variant, form] = GivenLengths(
@@ -112,6 +122,7 @@ def form_moments(
                 kind=0,
                 pairs=whole**2 * pairs,
                 bend=whole * 2.0 / (n * (n - 1.0)) * (influences @ kernel[0] @ influences.T),
+                third=float(w**3 @ measured.third),
             )
     return found
 
@@ -164,10 +175,16 @@ def baseline_moves(measured: Measured) -> Array:
 
 
 def _noise(measured: Measured, w: Array, moved: Array) -> tuple[float, Array]:
-    """Return sum w_i V_i and its delete-one replicates with lengths given."""
+    """Return sum w_i V_i and its delete-one replicates with lengths given.
+
+    Where the V_i that carry it lie closer to their law than those alike in length do, they are spread out as far.
+    """
     n = len(w)
-    gone = w * (measured.within - measured.centre) * n / (n - 1.0) + measured.shared(w[:, None])[:, 0]
-    gone = gone - moved * float(w @ measured.slope)
+    gone = w * (measured.within - measured.centre) * n / (n - 1.0)
+    own, alike = float(np.linalg.norm(gone)), float(np.linalg.norm(w * measured.spread))
+    if 0.0 < own < alike:
+        gone = gone * (alike / own)
+    gone = gone + measured.shared(w[:, None])[:, 0] - moved * float(w @ measured.slope)
     value = float(w @ measured.within)
     return value, value - (gone - gone.mean())
 

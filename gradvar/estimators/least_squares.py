@@ -14,10 +14,9 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
 
 from gradvar.estimators.additive import RARE, Sums, of_these_prompts
-from gradvar.estimators.intervals import effective_degrees, symmetric, t_quantile
+from gradvar.estimators.intervals import effective_degrees, reach_of_sum, symmetric, t_quantile
 from gradvar.estimators.law_estimates import MINIMUM_RESPONSES
 from gradvar.estimators.quasi import Dependence
 from gradvar.runs.records import Estimate
@@ -66,9 +65,8 @@ def least_squares(
         codes: (n,) cluster of each.
         shared: What observations owe to each other.
         level: Nominal coverage.
-        spread: Of y by a fitted law: the error is at least what it makes, its degrees of freedom at most. A line rests
-            on the longest responses, and where their y happen to be small both slope and residuals are. As y is skewed
-            (Gamma), that is the likelier miss: the end on that side moves by Hall's (1992) correction of skewness.
+        spread: Of y by a fitted law, for the ends (`reach_of_sum`). A line rests on the longest responses, and where
+            their y happen to be small both slope and residuals are.
         logs: Of the logs of both, where y is positive.
     """
     members = [np.flatnonzero(codes == k) for k in range(len(shared))]
@@ -125,25 +123,22 @@ def _reach(
 ) -> tuple[float, float]:
     """How far (below, above) sum gain y its interval reaches.
 
-    What the others owe may only widen it, as for the exponent (`quasi`). Where few responses carry it, rarer ones than
-    any seen would move it (`additive.RARE`): lines under a law of L^2.
+    What the others owe may only widen it, as for the exponent (`quasi`). Where few responses carry it and no law tells
+    their spread, rarer ones than any seen would move it (`additive.RARE`).
     """
     alone = gain * freed
     whole = alone.copy()
     for k, change in enumerate(changes):
         whole[codes == k] += change @ gain[codes == k]
     influence = max(alone, whole, key=lambda x: float(x @ x))
-    error = float(np.linalg.norm(influence))
-    own, skew = effective_degrees(influence, degrees), 0.0
     if spread is not None:
         sizes, relative = spread
-        square = float(np.square(gain * sizes).sum())
-        error, own = max(error, math.sqrt(square)), min(own, effective_degrees(gain * sizes, degrees))
-        cube = 2.0 * relative * float(((gain * sizes) ** 3).sum())
-        skew = cube / square * (2.0 * float(special.ndtri(0.5 + level / 2.0)) ** 2 + 1.0) / 6.0 if square > 0.0 else 0.0
+        third = 2.0 * relative * float(((gain * sizes) ** 3).sum())  # a Gamma's
+        return reach_of_sum(influence, gain * sizes, third, most=degrees, level=level)
+    own = effective_degrees(influence, degrees)
     rare: float = max(1.0, len(gain) / (RARE * own)) ** (1.0 / 3.0)
-    half = t_quantile(level, own) * error * rare
-    return half + max(-skew, 0.0), half + max(skew, 0.0)
+    half = t_quantile(level, own) * float(np.linalg.norm(influence)) * rare
+    return half, half
 
 
 def rank_correlation(x: Array, y: Array, codes: NDArray[np.intp], shared: Owed, level: float) -> Estimate:

@@ -17,6 +17,8 @@ Array = NDArray[np.float64]
 
 NEIGHBOURS = 5
 """Default k of the within-length variance."""
+ALIKE = 16
+"""Responses whose values tell the spread at one length: coverage is the same with 12 and 24."""
 
 
 def weighted_gram(gram: Any, advantages: Any | None = None) -> Array:
@@ -171,6 +173,28 @@ def within_dependence(
         reduced = _within(matrix, others) if k > 1 else full
         change[near[:, left], rows] = full - reduced
     return lambda q: change @ q
+
+
+def local_moments(lengths: Any, values: Array, centre: Array, *, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Standard deviations and third central moments (N,) of values, from those of responses alike in length.
+
+    At most `ALIKE` responses, and half of all, itself among them, each divided by a fitted law so that its slope does
+    not count as spread. Their own level stands in for the law's: where E[g | L] moves with L, v(L) rises again at the
+    short end and a power law lies at half of it, with half the relative spread. Third moments are a Gamma's,
+    2 sd^4 / mean.
+
+    Args:
+        lengths: (N,) tokens.
+        values: (N,) at least 0.
+        centre: (N,) the law.
+        rng: Breaks ties in length.
+    """
+    n = len(values)
+    near = nearest_in_length(lengths, max(2, min(ALIKE, n // 2)) - 1, rng=rng)
+    relative = values / np.where(centre > 0.0, centre, 1.0)
+    alike = np.column_stack([relative, relative[near]])
+    mean, deviation = centre * alike.mean(axis=1), centre * alike.std(axis=1, ddof=1)
+    return deviation, 2.0 * deviation**4 / np.where(mean > 0.0, mean, 1.0)
 
 
 def _within(matrix: Array, near: NDArray[np.intp]) -> Array:

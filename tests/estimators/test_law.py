@@ -93,25 +93,31 @@ def reach(x, ols, which, law=None, y=None):
     """How far below and above.
 
     HC3 errors of statsmodels, or the law's spread where that makes more of them or leaves fewer degrees of freedom (of
-    a sum of squares), and on one side Hall's correction of a Gamma's skewness, 2 sd/mean.
+    a sum of squares). With a law both ends move by Hall's correction of a Gamma's skewness, 2 sd/mean, the nearer one
+    by what a studentised mean over pairs moves it.
     """
     design = sm.add_constant(x)
     gain = np.linalg.solve(design.T @ design, design.T)[which]
     influence = gain * ols.resid / (1 - ols.get_influence().hat_matrix_diag)
     assert np.linalg.norm(influence) == pytest.approx(ols.bse[which], rel=1e-9)
-    parts, skew = [influence], 0.0
-    if law is not None:
-        spread = law_spread(law, x, y)
-        parts.append(gain * spread)
-        relative = spread[0] / law.mean(x)[0][0]
-        skew = 2 * relative * np.sum(parts[1] ** 3) / np.sum(parts[1] ** 2) * (2 * stats.norm.ppf(0.975) ** 2 + 1) / 6
-    degrees = len(x) - 2
-    for part in parts:
+
+    def degrees(part):
         squares = part**2
-        degrees = min(degrees, 2 * squares.sum() ** 2 / ((squares**2).sum() - squares.sum() ** 2 / len(x)))
-    error = max(np.linalg.norm(part) for part in parts)
-    half = stats.t.ppf(0.975, degrees) * error * max(1, len(x) / (8 * degrees)) ** (1 / 3)
-    return half + max(-skew, 0), half + max(skew, 0)
+        return min(len(x) - 2, 2 * squares.sum() ** 2 / ((squares**2).sum() - squares.sum() ** 2 / len(x)))
+
+    if law is None:
+        half = stats.t.ppf(0.975, degrees(influence)) * np.linalg.norm(influence)
+        return [half * max(1, len(x) / (8 * degrees(influence))) ** (1 / 3)] * 2
+    spread = law_spread(law, x, y)
+    part, z = gain * spread, stats.norm.ppf(0.975)
+    skewness = 2 * spread[0] / law.mean(x)[0][0] * np.sum(part**3) / np.linalg.norm(part) ** 3
+    moved = abs(skewness) * (2 * z**2 + 1) / 6
+    curve = (z**2 + 1) / 2
+    half = stats.t.ppf(0.975, min(degrees(influence), degrees(part)))
+    half *= max(np.linalg.norm(influence), np.linalg.norm(part))
+    far = half + moved * np.linalg.norm(part)
+    near = far - (moved + curve * min(max(moved / curve - 0.1, 0), 0.3)) * np.linalg.norm(part)
+    return (near, far) if skewness > 0 else (far, near)
 
 
 def test_affine_and_lines_are_statsmodels():

@@ -9,7 +9,7 @@ from scipy import stats
 from gradvar.errors import GradvarError
 from gradvar.estimators import alpha_table, cv_table, planning_table
 from gradvar.estimators.enough import responses_for_cv_1
-from gradvar.estimators.planning import parse_variant
+from gradvar.estimators.planning import extrapolated_cv, parse_variant
 from gradvar.estimators.silent_shares import share_interval
 from gradvar.runs.records import Estimate
 from tests.estimators import references
@@ -55,6 +55,31 @@ def test_a_pool_goes_as_far_as_its_smallest_prompt_and_names_it(groups):
     # Where every prompt ends there, no one ends it.
     both = planning_table(groups, sizes=(8, 64), permutations=32, seed=4)
     assert not both["method"].str.contains("no larger one").any()
+
+
+def test_ends_of_an_extrapolated_cv_go_on_as_n_cv_square_changed():
+    """n CV^2 = a + b/n through the two largest sizes."""
+
+    def cv(size, a, b):
+        value = math.sqrt((a + b / size) / size)
+        return Estimate(
+            value=value, low=0.9 * value, high=1.2 * value, level=0.95, method="m", n=96, clusters=1, seed=0
+        )
+
+    for b in (5.0, -5.0):
+        measured = {4: cv(4, 50.0, 50.0), 8: cv(8, 2.0, b), 16: cv(16, 2.0, b)}
+        for n in (32, 64):
+            far = extrapolated_cv(measured, n)
+            same, true = measured[16].value * math.sqrt(16 / n), cv(n, 2.0, b).value
+            assert far.value == pytest.approx(same)
+            assert (far.low, far.high) == pytest.approx((0.9 * min(same, true), 1.2 * max(same, true)))
+    alone = extrapolated_cv({16: cv(16, 2.0, 5.0)}, 64)
+    assert (alone.low, alone.high) == pytest.approx((0.45 * cv(16, 2.0, 5.0).value, 0.6 * cv(16, 2.0, 5.0).value))
+    # Beyond 0 nothing goes on.
+    assert extrapolated_cv({8: cv(8, 0.1, 50.0), 16: cv(16, 0.1, 1.0)}, 64).low == 0.0
+    unresolved = replace(cv(8, 2.0, 5.0), value=math.nan, high=math.inf)
+    far = extrapolated_cv({8: unresolved, 16: cv(16, 2.0, 5.0)}, 64)
+    assert far.low == pytest.approx(0.45 * cv(16, 2.0, 5.0).value)
 
 
 def test_what_is_extrapolated_from_an_unresolved_cv_is_unresolved():
@@ -216,7 +241,9 @@ def test_prompts_like_these_by_leaving_out_prompts():
     assert at8["value"] < 1
     assert (needed["value"], needed["verdict"]) == (8, "at most")
     assert needed["high"] == pytest.approx(max(8, 8 * at8["high"] ** 2))
-    assert row("cv", 32)["high"] == pytest.approx(at16["high"] / math.sqrt(2))
+    change = (8 * at8["value"] ** 2 / (16 * at16["value"] ** 2) - 1) / (1 / 8 - 1 / 16) * (1 / 32 - 1 / 16)
+    assert row("cv", 32)["high"] == pytest.approx(at16["high"] * math.sqrt(max(1 + change, 1) / 2))
+    assert row("cv", 32)["low"] == pytest.approx(at16["low"] * math.sqrt(min(1 + change, 1) / 2))
     assert row("cv", 32)["verdict"] == "extrapolated"
 
     eta = row("eta", 16)

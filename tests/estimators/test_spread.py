@@ -3,7 +3,7 @@ import pytest
 
 from gradvar.errors import GradvarError
 from gradvar.estimators import deviations, within_length_variance
-from gradvar.estimators.spread import deviation_dependence, nearest_in_length, within_dependence
+from gradvar.estimators.spread import deviation_dependence, local_moments, nearest_in_length, within_dependence
 from tests.estimators import references, simulator
 
 
@@ -121,6 +121,22 @@ def test_dependences_are_what_taking_a_response_away_changes():
     alone = deviation_dependence(gram, subset=subset)(q[subset])
     inside = deviation_dependence(gram)(q * subset[:, None])[subset]
     np.testing.assert_allclose(alone, inside, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("n", "alike"), [(3, 2), (14, 7), (60, 16)])
+def test_local_moments_are_those_of_responses_alike_in_length(n, alike):
+    rng = np.random.default_rng(n)
+    lengths = 100.0 * np.exp(np.sort(rng.normal(size=n)))
+    law = lengths**1.5
+    values = law * rng.exponential(size=n)
+    spread, third = local_moments(lengths, values, law, rng=rng)
+    for i in range(n):
+        near = sorted(range(n), key=lambda j: abs(lengths[j] - lengths[i]))[:alike]
+        relative = [values[j] / law[j] for j in near]
+        deviation, mean = np.std(relative, ddof=1) * law[i], np.mean(relative) * law[i]
+        assert (spread[i], third[i]) == pytest.approx((deviation, 2 * deviation / mean * deviation**3))
+    # Nothing spreads where nothing is.
+    assert not np.any(local_moments(lengths, 0.0 * law, 0.0 * law, rng=rng))
 
 
 @pytest.mark.parametrize(
