@@ -5,7 +5,6 @@ Shape letters: N responses of a prompt, K prompts, n of a group.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -31,8 +30,11 @@ SILENT = {
     "rewards, chances around a half": (2.0, 2.0),
     "rewards, chances near 0 or 1": (0.5, 0.5),
     "rewards, mostly right": (3.0, 0.5),
+    "rewards, mostly wrong": (0.5, 20.0),
+    "rewards, all chances a half": (1e6, 1e6),
+    "rewards of four values": (1.0, 1.0, 1.0, 1.0),
 }
-"""Settings by name: parameters of the beta distribution of a prompt's chance to be right."""
+"""Settings by name: parameters of the Dirichlet distribution of a prompt's chances of each reward."""
 EXTRAS = ("none", "overlong filtering", "soft overlong punishment", "dynamic sampling")
 RULES = ("grpo", "dapo")
 PERMUTATIONS = 256
@@ -114,10 +116,10 @@ def _truths(prompts: Sequence[tuple[Array, Array, Array]]) -> dict[tuple[str, st
 
 def silent_intervals(name: str, prompts: int, n: int, seed: list[int]) -> Iterator[tuple[str, str, float, Estimate]]:
     """Yield quantity, estimand, truth and estimate of K prompts' shares, as `silent_rows` makes them."""
-    a, b = SILENT[name]
+    parameters = np.array(SILENT[name])
     rng = np.random.default_rng(seed)
-    chances = rng.beta(a, b, prompts)
-    rewards = (rng.random((prompts, n)) < chances[:, None]).astype(float)
+    chances = rng.dirichlet(parameters, prompts)
+    rewards = np.stack([rng.choice(len(own), size=n, p=own) for own in chances]).astype(float)
     empty = np.zeros((n, n))
     scores = [
         PromptScores(
@@ -131,10 +133,11 @@ def silent_intervals(name: str, prompts: int, n: int, seed: list[int]) -> Iterat
         )
         for k, own in enumerate(rewards)
     ]
-    # E p^n of a beta distribution is B(a + n, b) / B(a, b).
-    everywhere = sum(math.exp(special.betaln(x + GROUP, y) - special.betaln(a, b)) for x, y in ((a, b), (b, a)))
+    # Each chance is beta distributed, and E p^n = B(a + n, b) / B(a, b).
+    rest = parameters.sum() - parameters
+    everywhere = float(np.exp(special.betaln(parameters + GROUP, rest) - special.betaln(parameters, rest)).sum())
     truths = {
-        THESE_PROMPTS: float((chances**GROUP + (1.0 - chances) ** GROUP).mean()),
+        THESE_PROMPTS: float((chances**GROUP).sum(axis=1).mean()),
         PROMPTS_LIKE_THESE: everywhere,
     }
     for row in silent_rows(scores, (GROUP,), {"target": "layer"}, level=0.95, seed=0):

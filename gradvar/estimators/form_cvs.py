@@ -49,14 +49,14 @@ _CENTRED = ("grpo", "mean", "rloo")
 class GivenLengths(GroupMoments):
     """Noise + signal as `same`, signal as `cross`: all pairs of `cross` are in `same`, whatever n."""
 
-    third: float = 0.0
-    """Third central moment of the noise, lengths given."""
+    third_root: float = 0.0
+    """Cube root of the noise's third central moment, lengths given."""
 
     def combined(self, along_same: float, along_cross: float, group_size: int) -> tuple[float, float]:
         """Variance from pairs and bend of an estimate with these slopes."""
         way, slope = np.array([along_same, along_cross]), along_same + along_cross
         # Two thirds: what `skew_bend` tends to at high levels.
-        skewed = 2.0 / 3.0 * along_same**3 * self.third
+        skewed = 2.0 / 3.0 * (along_same * self.third_root) ** 3
         return slope**2 * float(self.pairs[0, 0]), slope * float(way @ self.bend @ way) + skewed
 
 
@@ -76,8 +76,8 @@ class Measured:
     """(N,) v(L_i) by a fitted law, around which V_i varies."""
     spread: Array
     """(N,) standard deviation of V_i given the length, by responses alike in length."""
-    third: Array
-    """(N,) its third central moment."""
+    skewness: Array
+    """(N,) its skewness."""
     shared: Dependence
     """What the V_i owe to each other."""
     slope: Array
@@ -122,9 +122,15 @@ def form_moments(
                 kind=0,
                 pairs=whole**2 * pairs,
                 bend=whole * 2.0 / (n * (n - 1.0)) * (influences @ kernel[0] @ influences.T),
-                third=float(w**3 @ measured.third),
+                third_root=_third_root(w * measured.spread, measured.skewness),
             )
     return found
+
+
+def _third_root(spread: Array, skewness: Array) -> float:
+    """Cube root of the third central moment of a sum with these standard deviations (N,) and skewness (N,)."""
+    size = float(np.linalg.norm(spread))
+    return size * float(np.cbrt(skewness @ (spread / size) ** 3)) if size > 0.0 else 0.0
 
 
 def squared_gradient(measured: Measured) -> tuple[float, Array, Array]:

@@ -205,7 +205,7 @@ def _measured(scores: PromptScores, advantage: str, neighbours: int, seed: int) 
 
     values = within(0.0)
     centre = _centre(scores.lengths, values)
-    spread, third = local_moments(scores.lengths, values, centre, rng=ties())
+    spread, skewness = local_moments(scores.lengths, values, centre, rng=ties())
     step = float(np.abs(factors).max())  # V is quadratic in A: any step gives the derivative
     return Measured(
         gram=scores.gram,
@@ -216,7 +216,7 @@ def _measured(scores: PromptScores, advantage: str, neighbours: int, seed: int) 
         within=values,
         centre=centre,
         spread=spread,
-        third=third,
+        skewness=skewness,
         shared=within_dependence(scores.gram, scores.lengths, advantages=factors, neighbours=neighbours, rng=ties()),
         slope=(within(step) - within(-step)) / (2.0 * step) if step > 0.0 else np.zeros_like(values),
         max_length=float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max()),
@@ -238,8 +238,8 @@ class LogRatio(NamedTuple):
     """(N,) what each response adds to its error."""
     spread: Array
     """(N,) standard deviation of what its own V_i adds."""
-    third: float
-    """Sum of the third central moments."""
+    skewness: Array
+    """(N,) its skewness."""
 
 
 def _log_ratio(x: Array, reference: Array, measured: Measured) -> LogRatio:
@@ -253,12 +253,12 @@ def _log_ratio(x: Array, reference: Array, measured: Measured) -> LogRatio:
     top, bottom = float(x**2 @ v), float(reference**2 @ v)
     if top <= 0.0 or bottom <= 0.0:
         none = np.full(len(v), math.nan)
-        return LogRatio(math.nan, none, none, math.nan)
+        return LogRatio(math.nan, none, none, none)
     value = 0.5 * math.log(top / bottom) - math.log(float(x.sum() / reference.sum()))
     gain = 0.5 * (x**2 / top - reference**2 / bottom)
     own = gain * (v - measured.centre) / (1.0 - _leverage(measured.lengths))
     others = measured.shared(gain[:, None])[:, 0] - baseline_moves(measured) * float(gain @ measured.slope)
-    return LogRatio(value, own + others, gain * measured.spread, float(gain**3 @ measured.third))
+    return LogRatio(value, own + others, gain * measured.spread, measured.skewness)
 
 
 def _leverage(lengths: Array) -> Array:
@@ -294,8 +294,8 @@ def _form_rows(
     value = float(np.mean([f.value for f in found]))
     influence = np.concatenate([f.influence for f in found]) / clusters
     spread = np.concatenate([f.spread for f in found]) / clusters
-    third, most = sum(f.third for f in found) / clusters**3, len(influence) - clusters
-    below, above = reach_of_sum(influence, spread, third, most=most, level=level)
+    skewness, most = np.concatenate([f.skewness for f in found]), len(influence) - clusters
+    below, above = reach_of_sum(influence, spread, skewness, most=most, level=level)
     none = Estimate(
         value=math.nan,
         low=math.nan,

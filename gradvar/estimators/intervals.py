@@ -40,12 +40,22 @@ def t_quantile(level: float, degrees: float) -> float:
 
 
 def wilson(count: int, n: int, level: float) -> tuple[float, float]:
-    """Wilson's interval for a share of which `count` of n were seen (statsmodels' takes a second to import)."""
+    """Wilson's interval for a share of which `count` of n were seen (statsmodels' takes a second to import).
+
+    With a Poisson's end where 1 to 3 are on one side, to 2 up to n = 50 (Brown, Cai and DasGupta 2001): shares near
+    1/(6 n) are covered 84% without, at least 92% with.
+    """
     square = float(special.ndtri(0.5 + level / 2.0)) ** 2
     share = count / n
     middle = share + square / (2.0 * n)
     half = math.sqrt(square * (share * (1.0 - share) / n + square / (4.0 * n**2)))
-    return (middle - half) / (1.0 + square / n), (middle + half) / (1.0 + square / n)
+    low, high = (middle - half) / (1.0 + square / n), (middle + half) / (1.0 + square / n)
+    few = 2 if n <= 50 else 3
+    if 1 <= count <= few:
+        low = min(low, float(special.gammaincinv(count, 1.0 - level)) / n)
+    if 1 <= n - count <= few:
+        high = max(high, 1.0 - float(special.gammaincinv(n - count, 1.0 - level)) / n)
+    return max(low, 0.0), min(high, 1.0)
 
 
 def jackknife_variance(replicates: Array) -> Any:
@@ -130,7 +140,7 @@ def bent_quantiles(bend: float, quantile: float) -> tuple[float, float]:
     return (-quantile - far, quantile - near) if bend > 0.0 else (near - quantile, quantile + far)
 
 
-def reach_of_sum(influence: Array, spread: Array, third: float, *, most: float, level: float) -> tuple[float, float]:
+def reach_of_sum(influence: Array, spread: Array, skewness: Any, *, most: float, level: float) -> tuple[float, float]:
     """How far (below, above) the interval of a sum of skewed observations reaches, their places given.
 
     Two estimates of its error, of which the larger and the fewer degrees of freedom hold: the observations' own
@@ -142,7 +152,7 @@ def reach_of_sum(influence: Array, spread: Array, third: float, *, most: float, 
     Args:
         influence: (n,) what each observation adds to the error.
         spread: (n,) standard deviations of what they add, by the law.
-        third: Sum of their third central moments, by the law.
+        skewness: Of each, by the law: a number or (n,).
         most: Degrees of freedom at most.
         level: Nominal coverage.
     """
@@ -152,7 +162,7 @@ def reach_of_sum(influence: Array, spread: Array, third: float, *, most: float, 
         return t_quantile(level, degrees) * own, t_quantile(level, degrees) * own
     half = t_quantile(level, min(degrees, effective_degrees(spread, most))) * max(own, error)
     normal = float(special.ndtri(0.5 + level / 2.0))
-    moved = third / error**3 * (2.0 * normal**2 + 1.0) / 6.0
+    moved = float((skewness * (spread / error) ** 3).sum()) * (2.0 * normal**2 + 1.0) / 6.0
     nearer = min(np.abs(bent_quantiles(2.0 * moved / (normal**2 + 1.0), normal)))
     near, far = half - (normal - float(nearer)) * error, half + abs(moved) * error
     return (near, far) if moved > 0.0 else (far, near)

@@ -133,8 +133,8 @@ def _reach(
     influence = max(alone, whole, key=lambda x: float(x @ x))
     if spread is not None:
         sizes, relative = spread
-        third = 2.0 * relative * float(((gain * sizes) ** 3).sum())  # a Gamma's
-        return reach_of_sum(influence, gain * sizes, third, most=degrees, level=level)
+        skewness = 2.0 * relative  # a Gamma's
+        return reach_of_sum(influence, gain * sizes, skewness, most=degrees, level=level)
     own = effective_degrees(influence, degrees)
     rare: float = max(1.0, len(gain) / (RARE * own)) ** (1.0 / 3.0)
     half = t_quantile(level, own) * float(np.linalg.norm(influence)) * rare

@@ -330,7 +330,7 @@ def _rows_of_pool(
     largest = max(estimated)
     for n in sizes:
         if n > largest:
-            note = f"extrapolated from n = {largest}, CV^2 as 1/n{limit}"
+            note = f"extrapolated from n = {largest}, CV^2 as 1/n, ends as n CV^2 changed{limit}"
             far = extrapolated_cv(estimated, n)
             far = replace(far, method=f"{note}; {far.method}")
             rows.append(TableRow(quantity="cv", estimate=far, group_size=n, verdict=_extrapolated(far), **labels))
@@ -347,14 +347,17 @@ def extrapolated_cv(estimated: Mapping[int, Estimate], n: int) -> Estimate:
     """CV at a group size beyond those estimated, CV^2 as 1/n from the largest, n0.
 
     That is exact only for weights and advantages that do not depend on the group. With the group's own baseline,
-    standard deviation and total weight n CV^2 = a + b/n + ..., b from the two largest sizes n1 < n0: an end that b
-    moves outwards goes along. Without, it was covered 90% at n = 32 where ||g||^2 grows like L^2 (N = 512).
+    standard deviation and total weight n CV^2 = a + b/n + ..., b from n0 and the largest size up to its half (sizes
+    closer together tell noise): an end that b moves outwards goes along. Without, it was covered 90% at n = 32 where
+    ||g||^2 grows like L^2 (N = 512).
     """
     sizes = sorted(estimated)
     last = estimated[sizes[-1]]
     whole, change = sizes[-1] * last.value**2, 0.0
-    if len(sizes) > 1 and whole > 0.0:
-        slope = (sizes[-2] * estimated[sizes[-2]].value ** 2 - whole) / (1.0 / sizes[-2] - 1.0 / sizes[-1])
+    earlier = [size for size in sizes if 2 * size <= sizes[-1]]
+    if earlier and whole > 0.0:
+        size = earlier[-1]
+        slope = (size * estimated[size].value ** 2 - whole) / (1.0 / size - 1.0 / sizes[-1])
         change = slope * (1.0 / n - 1.0 / sizes[-1]) / whole if math.isfinite(slope) else 0.0
     factor, moved = math.sqrt(sizes[-1] / n), math.sqrt(max(1.0 + change, 0.0))
     return replace(

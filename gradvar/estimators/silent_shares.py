@@ -20,6 +20,7 @@ from gradvar.estimators.intervals import (
     PROMPTS_LIKE_THESE,
     THESE_PROMPTS,
     effective_degrees,
+    jackknife_variance,
     t_quantile,
     wilson,
 )
@@ -35,7 +36,8 @@ def silent_estimate(rewards: Array, group_size: int, *, level: float, seed: int 
     """Share of silent groups of a prompt with these rewards (N,), n at most N.
 
     With q the chance of the commonest reward and the others' shares among themselves as they are, the share is
-    q^n + (1 - q)^n sum_k o_k^n, convex in q: its image of Wilson's interval for q.
+    q^n + (1 - q)^n sum_k o_k^n, convex in q: its image of Wilson's interval for q. Three rewards and more vary among
+    themselves too: at least as wide as a jackknife (56 to 76% were covered without).
     """
     counts = np.sort(np.unique(rewards, return_counts=True)[1])[::-1]
     ends = wilson(int(counts[0]), len(rewards), level)
@@ -45,10 +47,11 @@ def silent_estimate(rewards: Array, group_size: int, *, level: float, seed: int 
     q = np.array([*ends, np.clip(root / (1.0 + root), *ends)])
     shares = q**group_size + (1.0 - q) ** group_size * (others or 1.0)
     value = silent_share(rewards, group_size)
+    half = jackknife_half(rewards, group_size, level) if len(counts) > 2 else 0.0
     return Estimate(
         value=value,
-        low=min(value, float(shares.min())),
-        high=max(value, float(shares.max())),
+        low=max(min(value - half, float(shares.min())), 0.0),
+        high=min(max(value + half, float(shares.max())), 1.0),
         level=level,
         method=METHOD,
         n=len(rewards),
@@ -57,13 +60,24 @@ def silent_estimate(rewards: Array, group_size: int, *, level: float, seed: int 
     )
 
 
+def jackknife_half(rewards: Array, group_size: int, level: float) -> float:
+    """Half-width of a prompt's share by leaving out one response; 1 where no group is left then."""
+    if len(rewards) <= group_size:
+        return 1.0
+    _, first, counts = np.unique(rewards, return_index=True, return_counts=True)
+    without = np.array([silent_share(np.delete(rewards, i), group_size) for i in first])
+    variance = float(jackknife_variance(np.repeat(without, counts)))
+    return float(special.ndtri(0.5 + level / 2.0)) * math.sqrt(variance)
+
+
 def silent_rows(
     prompts: Sequence[PromptScores], sizes: Sequence[int], labels: dict[str, Any], *, level: float, seed: int
 ) -> list[TableRow]:
     """Mean share of silent groups over all prompts, silent ones among them, for both estimands.
 
-    For these prompts the squares of each prompt's half-widths add (Zou and Donner 2008); for prompts like these
-    `share_interval`, from 4 prompts on.
+    For these prompts the squares of each prompt's half-widths add (Zou and Donner 2008), at least a jackknife's: an
+    interval that ends at 0, or at the least share that a half makes, has nothing on that side, and where many prompts'
+    do 82 to 92% were covered. For prompts like these `share_interval`, from 4 prompts on.
     """
     rows = []
     for n in sizes:
@@ -72,8 +86,9 @@ def silent_rows(
             continue
         own = [silent_estimate(rewards, n, level=level, seed=seed) for rewards in known]
         shares = np.array([one.value for one in own])
+        least = sum(jackknife_half(rewards, n, level) ** 2 for rewards in known)
         below, above = (
-            math.sqrt(sum((end - one.value) ** 2 for end, one in zip(ends, own, strict=True))) / len(own)
+            math.sqrt(max(least, sum((end - one.value) ** 2 for end, one in zip(ends, own, strict=True)))) / len(own)
             for ends in ([one.low for one in own], [one.high for one in own])
         )
         low, high = share_interval(shares, level)

@@ -176,12 +176,11 @@ def within_dependence(
 
 
 def local_moments(lengths: Any, values: Array, centre: Array, *, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Standard deviations and third central moments (N,) of values, from those of responses alike in length.
+    """Standard deviations and skewness (N,) of values, from those of responses alike in length.
 
     At most `ALIKE` responses, and half of all, itself among them, each divided by a fitted law so that its slope does
     not count as spread. Their own level stands in for the law's: where E[g | L] moves with L, v(L) rises again at the
-    short end and a power law lies at half of it, with half the relative spread. Third moments are a Gamma's,
-    2 sd^4 / mean.
+    short end and a power law lies at half of it, with half the relative spread. Skewness is a Gamma's, 2 sd / mean.
 
     Args:
         lengths: (N,) tokens.
@@ -194,7 +193,7 @@ def local_moments(lengths: Any, values: Array, centre: Array, *, rng: np.random.
     relative = values / np.where(centre > 0.0, centre, 1.0)
     alike = np.column_stack([relative, relative[near]])
     mean, deviation = centre * alike.mean(axis=1), centre * alike.std(axis=1, ddof=1)
-    return deviation, 2.0 * deviation**4 / np.where(mean > 0.0, mean, 1.0)
+    return deviation, 2.0 * deviation / np.where(mean > 0.0, mean, 1.0)
 
 
 def _within(matrix: Array, near: NDArray[np.intp]) -> Array:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from statsmodels.stats.proportion import proportion_confint
 
 from gradvar.errors import GradvarError
 from gradvar.estimators import alpha_table, cv_table, extras_table, find_rule, soft_overlong
@@ -142,6 +143,19 @@ def test_direction_is_judged_by_the_plain_reward(table, groups):
                 assert change["value"] == pytest.approx(angles[extra] - angles["none"])
                 checked += 1
     assert checked
+
+
+def test_shares_affected_have_intervals(table, groups):
+    for extra, changed in (
+        (FILTERING, groups[0].truncated),
+        (PUNISHMENT, soft_overlong(groups[0], buffer=BUFFER).rewards < groups[0].rewards),
+    ):
+        row = only(table, quantity="affected", extra=extra, prompt_id="p0")
+        ends = proportion_confint(int(changed.sum()), 48, method="wilson")
+        assert (row["value"], row["low"], row["high"]) == pytest.approx((changed.mean(), *ends))
+    row, silent = only(table, quantity="affected", extra=SAMPLING, prompt_id="p0"), groups[0].rewards
+    assert row["value"] == pytest.approx(silent_share(silent, 8))
+    assert row["low"] < row["value"] < row["high"]
 
 
 def test_what_is_affected_and_what_is_not(groups):

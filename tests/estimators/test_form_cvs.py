@@ -13,14 +13,16 @@ from gradvar.estimators import (
     RULES,
     advantages,
     cv_table,
+    find_rule,
     fit_variance_law,
     form_table,
     total_cv_form,
     within_length_variance,
 )
-from gradvar.estimators.form_cvs import _noise, baseline_moves
-from gradvar.estimators.forms import _measured
+from gradvar.estimators.form_cvs import _group_weights, _noise, baseline_moves, form_moments
+from gradvar.estimators.forms import _log_ratio, _measured
 from gradvar.estimators.inputs import generator
+from gradvar.estimators.intervals import reach_of_sum
 from gradvar.estimators.noise_scale import noise_moments
 from tests.estimators import references, simulator
 from tests.estimators.test_tables import only, pick, prompts
@@ -281,3 +283,57 @@ def test_every_rule_has_both_forms(rule):
     one = prompts(1, n=40, targets=("a",), **LAW)[0]
     table = form_table([one], rules=(rule,), alphas=(1.0,), seed=0)
     assert (table[table["quantity"].isin(FORMS)]["value"] > 0).sum() == 2
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_ends_of_a_ratio_by_hand(count):
+    """The mean of the prompts' log ratios: influences and spreads over K, every V_i with its own skewness."""
+    several = [
+        replace(one, prompt_id=f"q{k}") for k, one in enumerate(prompts(count, n=40, targets=("a",), signal=2.0))
+    ]
+    table = form_table(several, rules=("vl_norm",), alphas=(2.0,), seed=5)
+    name = "q0" if count == 1 else None
+    row = only(table, quantity="cv_ratio_form_2", rule="vl_norm", alpha=2.0, prompt_id=name, estimand="these prompts")
+    logs, influence, spread, skewness = [], [], [], []
+    for one in several:
+        measured = _measured(one, "grpo", 5, 5)
+        x, y = (references.weights(rule, one.lengths, alpha=2.0, max_length=3000) for rule in ("vl_norm", "grpo"))
+        gain = 0.5 * (x**2 / (x**2 @ measured.within) - y**2 / (y**2 @ measured.within))
+        found = _log_ratio(x, y, measured)
+        logs.append(0.5 * math.log((x**2 @ measured.within) / (y**2 @ measured.within)) - math.log(x.sum() / y.sum()))
+        influence.append(found.influence / count)
+        spread.append(gain * measured.spread / count)
+        skewness.append(measured.skewness)
+    below, above = reach_of_sum(
+        np.concatenate(influence), np.concatenate(spread), np.concatenate(skewness), most=39 * count, level=0.95
+    )
+    value = math.exp(sum(logs) / count)
+    assert (row["value"], row["low"], row["high"]) == pytest.approx(
+        (value, value * math.exp(-below), value * math.exp(above))
+    )
+    half = reach_of_sum(np.concatenate(influence), np.concatenate(spread), 0.0, most=39 * count, level=0.95)[0]
+    assert below != pytest.approx(half, rel=0.01)
+
+
+def test_skewed_noise_bends_a_cv():
+    """Beside what pairs bend: 2/3 of the third central moment of sum w V along its slope, cubed."""
+    measured = _measured(prompts(1, n=40, targets=("a",), signal=2.0)[0], "grpo", 5, 5)
+    variant = (find_rule("vl_norm"), 2.0)
+    found = form_moments(measured, [variant], 8)[variant, "cv_form_2"]
+    spread = 40 / 39 * 40 / 8 * _group_weights(measured, variant, 8) ** 2 * measured.spread
+    third = float(measured.skewness @ spread**3)
+    plain = replace(found, third_root=0.0).combined(0.3, -0.7, 8)
+    assert third > 0.0
+    assert found.combined(0.3, -0.7, 8) == (plain[0], pytest.approx(plain[1] + 2 / 3 * 0.3**3 * third))
+
+
+@pytest.mark.parametrize("scale", [1e-85, 1e90])
+def test_ends_do_not_depend_on_the_unit_of_the_gradients(scale):
+    """Further than float32 gradients reach; a third moment is a Gram's third power."""
+    one = prompts(1, n=48, targets=("a",), signal=2.0)[0]
+    mine, far = (
+        form_table([replace(one, gram=one.gram * factor)], rules=("dapo", "vl_norm"), alphas=(2.0,), seed=5)
+        for factor in (1.0, scale)
+    )
+    for end in ("value", "low", "high"):
+        np.testing.assert_allclose(far[end], mine[end], rtol=1e-6, err_msg=end)

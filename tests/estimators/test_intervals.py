@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.proportion import proportion_confint
 
 from gradvar.estimators.intervals import (
     bent_quantiles,
@@ -14,6 +15,7 @@ from gradvar.estimators.intervals import (
     quantiles_of_columns,
     reach_of_sum,
     t_quantile,
+    wilson,
     without_surplus,
 )
 from gradvar.estimators.pairs import centred
@@ -95,6 +97,19 @@ def test_bent_quantiles():
     assert bent_quantiles(5.0, 9.9)[1] == 0.0
 
 
+@pytest.mark.parametrize(("n", "least"), [(16, 0.91), (64, 0.925), (128, 0.925)])
+def test_exact_coverage_of_a_share(n, least):
+    """Wilson's own end misses one share in six near 1/(6 n)."""
+    ends = np.array([wilson(count, n, 0.95) for count in range(n + 1)])
+    theirs = np.array([proportion_confint(count, n, method="wilson") for count in range(n + 1)])
+    assert ends[4:-4] == pytest.approx(theirs[4:-4])
+    assert ends[::-1] == pytest.approx(1.0 - ends[:, ::-1])
+    assert ((ends >= 0.0) & (ends <= 1.0)).all()
+    shares = np.geomspace(0.1 / n, 0.5, 300)
+    held = (ends[:, :1] <= shares) & (shares <= ends[:, 1:])
+    assert (stats.binom.pmf(np.arange(n + 1)[:, None], n, shares) * held).sum(axis=0).min() > least
+
+
 def test_reach_of_a_sum():
     u, spread = np.array([1.0, -2.0, 0.5, 0.1]), np.array([0.2, 0.1, 3.0, 2.0])
 
@@ -112,12 +127,18 @@ def test_reach_of_a_sum():
     assert reach_of_sum(9 * spread, u, 0.0, most=3, level=0.95) == pytest.approx([half(9 * spread, u)] * 2)
     z, error = stats.norm.ppf(0.975), np.linalg.norm(spread)
     far = half(spread, u) + 20.0 / error**2 * (2 * z**2 + 1) / 6
-    got = reach_of_sum(u, spread, 20.0, most=3, level=0.95)
+    cubes = (spread**3).sum()  # so that third central moments sum to 20
+    got = reach_of_sum(u, spread, 20.0 / cubes, most=3, level=0.95)
+    skewness = np.array([1.0, 0.0, 0.0, (20.0 - spread[0] ** 3) / spread[3] ** 3])
+    assert reach_of_sum(u, spread, skewness, most=3, level=0.95) == pytest.approx(got)
+    assert reach_of_sum(1e-150 * u, 1e-150 * spread, skewness, most=3, level=0.95) == pytest.approx(
+        [1e-150 * end for end in got]
+    )
     assert got[1] == pytest.approx(far)
     assert got[1] - half(spread, u) > half(spread, u) - got[0] > 0.0
-    assert reach_of_sum(u, spread, -20.0, most=3, level=0.95) == pytest.approx(got[::-1])
+    assert reach_of_sum(u, spread, -20.0 / cubes, most=3, level=0.95) == pytest.approx(got[::-1])
     # However skewed, the nearer end moves no further than a first-order expansion holds.
-    assert reach_of_sum(u, spread, 1e6, most=3, level=0.95)[0] == pytest.approx(
+    assert reach_of_sum(u, spread, 1e6 / cubes, most=3, level=0.95)[0] == pytest.approx(
         half(spread, u) - 0.3 * (z**2 + 1) / 2 * error
     )
 
@@ -129,7 +150,7 @@ def test_a_sum_of_skewed_observations_is_covered():
     for _ in range(2000):
         y = rng.exponential(size=6)
         u = (y - y.mean()) * 6 / 5 / 6
-        below, above = reach_of_sum(u, np.full(6, 1 / 6), 6 * 2 / 6**3, most=5, level=0.95)
+        below, above = reach_of_sum(u, np.full(6, 1 / 6), 2.0, most=5, level=0.95)
         half = stats.t.ppf(0.975, 5) * np.linalg.norm(u)
         missed = [missed[0] + (y.mean() - below > 1), missed[1] + (y.mean() + above < 1)]
         plain = [plain[0] + (y.mean() - half > 1), plain[1] + (y.mean() + half < 1)]

@@ -8,7 +8,6 @@ from statsmodels.tools.sm_exceptions import DomainWarning
 
 from gradvar.errors import GradvarError
 from gradvar.estimators import deviations, fit_variance_law, within_length_variance
-from gradvar.estimators.baselines import advantage_dependence
 from gradvar.estimators.law import fit_exponent, heterogeneity
 from gradvar.estimators.law_data import checked_data, responses_behind
 from gradvar.estimators.spread import deviation_dependence, within_dependence
@@ -375,30 +374,3 @@ def test_known_laws_are_covered_long(n, beta):
     hits, wrong, _ = coverage(n, beta, 1000, seed=1)
     assert (abs(hits / 1000 - 0.95) < 0.02 + 0.028).all(), hits
     assert wrong <= 50 + 4 * math.sqrt(1000 * 0.05 * 0.95)
-
-
-@pytest.mark.parametrize("kind", ["grpo", "mean", "rloo", "opo", "raw"])
-def test_shared_baseline_by_leaving_each_response_out(kind):
-    """sum over j != i of q_j (D_j - D_j with the baseline of the others), the mean gradient left alone."""
-    rng = np.random.default_rng(8)
-    scores, _, lengths = simulator.draw(9, rng=rng)
-    rewards = rng.integers(0, 4, 9).astype(float)
-    gram = references.gram_of(scores)
-    a = references.advantage(rewards, kind, lengths)
-    whole = references.deviation(a[:, None] * scores)
-    pull = rng.normal(size=(9, 2))
-    chosen = np.arange(9) != 4
-    expected = np.zeros((9, 2))
-    for i in range(9):
-        others = [j for j in range(9) if j != i]
-        inside = references.advantage(rewards[others], kind, lengths[others])
-        # A = p r + q on the others, extended to the one left out.
-        p, q = np.polyfit(rewards[others], inside, 1)
-        moved = references.deviation((p * rewards + q)[:, None] * scores)
-        expected[i] = sum((pull[j] * (whole[j] - moved[j]) for j in others), np.zeros(2))
-    found = advantage_dependence(rewards, kind, lengths, lambda x: deviations(gram, x))(pull)
-    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-8)
-    part = advantage_dependence(rewards, kind, lengths, lambda x: deviations(gram, x)[chosen], subset=chosen)
-    pull[4] = 0.0
-    again = advantage_dependence(rewards, kind, lengths, lambda x: deviations(gram, x))(pull)
-    np.testing.assert_allclose(part(pull[chosen]), again[chosen], rtol=1e-8, atol=1e-8)

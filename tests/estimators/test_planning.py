@@ -51,7 +51,7 @@ def test_a_pool_goes_as_far_as_its_smallest_prompt_and_names_it(groups):
         assert not rows.loc[[4, 8], "method"].str.contains("extrapolated").any()
     own = pick(table, prompt_id="p0", quantity="cv").set_index("group_size")["method"]
     assert "extrapolated" not in own[16]
-    assert own[64].startswith("extrapolated from n = 16, CV^2 as 1/n;")
+    assert own[64].startswith("extrapolated from n = 16, CV^2 as 1/n, ends as n CV^2 changed;")
     # Where every prompt ends there, no one ends it.
     both = planning_table(groups, sizes=(8, 64), permutations=32, seed=4)
     assert not both["method"].str.contains("no larger one").any()
@@ -73,6 +73,10 @@ def test_ends_of_an_extrapolated_cv_go_on_as_n_cv_square_changed():
             same, true = measured[16].value * math.sqrt(16 / n), cv(n, 2.0, b).value
             assert far.value == pytest.approx(same)
             assert (far.low, far.high) == pytest.approx((0.9 * min(same, true), 1.2 * max(same, true)))
+    # A size nearer than half of the largest tells noise, not b.
+    near = {8: cv(8, 2.0, 5.0), 15: cv(15, 9.0, 5.0), 16: cv(16, 2.0, 5.0)}
+    assert extrapolated_cv(near, 64) == extrapolated_cv({8: near[8], 16: near[16]}, 64)
+    assert extrapolated_cv({15: near[15], 16: near[16]}, 64) == extrapolated_cv({16: near[16]}, 64)
     alone = extrapolated_cv({16: cv(16, 2.0, 5.0)}, 64)
     assert (alone.low, alone.high) == pytest.approx((0.45 * cv(16, 2.0, 5.0).value, 0.6 * cv(16, 2.0, 5.0).value))
     # Beyond 0 nothing goes on.
