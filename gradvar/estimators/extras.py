@@ -276,10 +276,13 @@ def _rows_of_direction(pool: Sequence[_Prompt], extras: Sequence[str], level: fl
         surplus=None,
     )
     rows: list[TableRow] = []
-    for k, extra in enumerate(extras):
+    cosines = [
+        cosine_estimate(parts, angles, k, level=level, method=method, tails=turning, known=known)
+        for k in range(len(extras))
+    ]
+    for k, (extra, angle) in enumerate(zip(extras, cosines, strict=True)):
         if extra == NONE and len(extras) == 2:
             continue  # of all prompts, with the other two
-        angle = cosine_estimate(parts, angles, k, level=level, method=method, tails=turning, known=known)
         rows.append(_row("cosine", angle, extra, None))
         if extra != NONE:
             few = [one.affected[extra] for one in pool] if extra != SAMPLING else None
@@ -287,10 +290,21 @@ def _rows_of_direction(pool: Sequence[_Prompt], extras: Sequence[str], level: fl
             if max(abs(turned.low), abs(turned.high)) < ROUNDING:
                 turned = replace(turned, value=0.0, low=0.0, high=0.0)
             if few is not None:
-                turned = enough_affected(few, turned)
+                turned = enough_affected(few, _at_least_mover(turned, angle, cosines[plain]))
             turned = gated(turned, known.direction and bool(known.updates[k] and known.updates[plain]))
             rows.append(_row("cosine_difference", turned, extra, _side(turned, 0.0)))
     return rows
+
+
+def _at_least_mover(turned: Estimate, angle: Estimate, plain: Estimate) -> Estimate:
+    """A difference of cosines with ends that reach as far down as the two cosines' own do (MOVER).
+
+    A cosine near 1 goes with the square of the angle: where the angle happens to be small its slope, and with it a
+    jackknife's error, vanishes (grpo's of -0.009 were covered 87 to 93% at N = 128, with this 95%; dapo's stay at 82 to
+    86%, as its cosine's own lower end rests on as few responses).
+    """
+    down = turned.value - math.hypot(angle.value - angle.low, plain.high - plain.value)
+    return replace(turned, low=min(turned.low, down)) if math.isfinite(down) else turned
 
 
 def _side(estimate: Estimate, same: float) -> str:
