@@ -1,11 +1,15 @@
 """How many positions a model has, and rotary angles that depend on the length of the sequence."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV32Config, DogeConfig
 
 from gradvar.errors import GradvarError
 from gradvar.gradients import measure_scores, plan_measurement, resolve_targets
+from gradvar.gradients.batches import make_batches
+from gradvar.gradients.chosen import ChosenKeys
 from gradvar.gradients.positions import must_go_alone, position_limit, turns_with_length
 from tests.gradients import references
 from tests.gradients.models import CONFIGS, make_model, make_prompt_and_responses
@@ -112,6 +116,17 @@ def test_keys_are_looked_at_in_every_response():
     model = choosing(6, heads=6, seed=8)
     with pytest.raises(GradvarError, match="no log-probability of response 3; leave longer ones out"):
         measure_scores(model, prompt, responses, "last:o")
+
+
+@pytest.mark.parametrize(("fed", "kept"), [(12, 0), (13, 8), (14, 9), (34, 27)])
+def test_where_a_response_is_cut(fed, kept):
+    """Beyond 12 keys; what the last token fed chooses has nothing behind it. Kept from the prompt's last token on."""
+    prompt, (response,) = make_prompt_and_responses((fed - 4,))
+    model = choosing(12, heads=2)
+    job = SimpleNamespace(model=model, head=SimpleNamespace(base=model.model), prompt=prompt)
+    (batch,) = make_batches(prompt, [response], 1, torch.device("cpu"))
+    beginning = ChosenKeys(job).beginning(batch)
+    assert (0 if beginning is None else len(beginning)) == kept
 
 
 def test_windows_that_choose_among_later_keys():

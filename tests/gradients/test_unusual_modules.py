@@ -70,7 +70,14 @@ class Shared(torch.nn.Linear):
         return super().forward(x.unflatten(-1, (2, -1))).flatten(-2)
 
 
-@pytest.mark.parametrize(("kind", "width", "height"), [(Grouped, 8, 16), (Shared, 8, 8)])
+class Twice(torch.nn.Linear):
+    """Gives its output twice, side by side."""
+
+    def forward(self, x):
+        return super().forward(x).repeat(1, 1, 2)
+
+
+@pytest.mark.parametrize(("kind", "width", "height"), [(Grouped, 8, 16), (Shared, 8, 8), (Twice, 16, 8)])
 def test_a_module_of_other_shapes_is_refused(kind, width, height):
     model = make_model("llama")
     model.model.layers[1].self_attn.o_proj = kind(width, height, bias=False).double()
