@@ -122,15 +122,25 @@ def _forget_gradient(leaf: Tensor) -> None:
 
 def _check_linear(path: str, module: nn.Module, value: Tensor, output: Tensor) -> None:
     """Refuse a module whose output is not x W' + b: its weight's gradient would not be sum_t delta_t a_t'."""
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding) or not isinstance(module.weight, Tensor) or module.weight.is_meta:
         return
-    weight, bias = module.weight, module.bias
-    if not isinstance(weight, Tensor) or weight.is_meta:
-        return
-    rows = value.reshape(-1, value.shape[-1])[:2].double()
+    if not _is_linear(module, value, output):
+        raise GradvarError(
+            f"{path} ({type(module).__name__}) does not compute x W' + b with its own weight (an adapter, a scale or "
+            "another hook?), so its gradient cannot be measured: choose other targets"
+        )
+
+
+def _is_linear(module: nn.Module, value: Tensor, output: Tensor) -> bool:
+    """Return whether the output is x W' + b, but for roundings, on the first two tokens."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    bias = module.bias
     matrix = (weight.T if isinstance(module, Conv1D) else weight).detach().double()
-    shift = bias.detach().double() if isinstance(bias, Tensor) else torch.zeros(len(matrix), device=matrix.device)
+    if matrix.shape != (output.shape[-1], value.shape[-1]):
+        return False  # a grouped projection
+    rows = value.reshape(-1, value.shape[-1])[:2].double()
     seen = output.reshape(-1, output.shape[-1])[:2].double()
+    shift = bias.detach().double() if isinstance(bias, Tensor) else torch.zeros(len(matrix), device=matrix.device)
     finite = seen.isfinite()
     gap = (seen - rows @ matrix.T - shift).abs()
     kinds = [output.dtype, weight.dtype]
@@ -139,15 +149,10 @@ def _check_linear(path: str, module: nn.Module, value: Tensor, output: Tensor) -
     epsilon = max(torch.finfo(kind).eps for kind in kinds)
     if epsilon < torch.finfo(torch.float16).eps:
         scale = rows.abs() @ matrix.abs().T + shift.abs()
-        wrong = bool((gap > 32 * epsilon * scale + torch.finfo(output.dtype).tiny)[finite].any())
-    else:  # so many roundings of half precision would hide anything: what they come to together is known better
-        scale = (rows.square() @ matrix.square().T + shift.square()).sqrt()
-        wrong = bool(gap[finite].norm() > 4 * epsilon * scale[finite].norm())
-    if wrong:
-        raise GradvarError(
-            f"{path} ({type(module).__name__}) does not compute x W' + b with its own weight (an adapter, a scale or "
-            "another hook?), so its gradient cannot be measured: choose other targets"
-        )
+        return not bool((gap > 32 * epsilon * scale + torch.finfo(output.dtype).tiny)[finite].any())
+    # so many roundings of half precision would hide anything: what they come to together is known better
+    scale = (rows.square() @ matrix.square().T + shift.square()).sqrt()
+    return not bool(gap[finite].norm() > 4 * epsilon * scale[finite].norm())
 
 
 class ParameterTaps:

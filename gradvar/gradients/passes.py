@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gradvar.errors import GradvarError
 from gradvar.gradients.batches import Batch, ChangedInBatchError, UnalignedTokensError, last_hidden
 from gradvar.gradients.capture import ParameterTaps, Taps, has_gradient_hooks
+from gradvar.gradients.chosen import ChosenKeys
 from gradvar.gradients.collect import Predictions, collector, direct_collector, new_store, predicting, predictions
 from gradvar.gradients.devices import placed
 from gradvar.gradients.experts import is_one_expert
@@ -106,6 +107,7 @@ def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool, narrow: bool
             measured=[job.model.get_submodule(block.target.module) for block in blocks],
             batches=batches, spare_bytes=job.plan.spare_bytes, between_bytes=needed // 2, probe=job.probe,
         )  # fmt: skip
+    chosen = ChosenKeys(job)
     modules = {path: job.model.get_submodule(path) for path in job.tapped_paths(blocks)}
     parameters = job.direct_parameters(blocks)
     for name, parameter in parameters.items():
@@ -127,11 +129,13 @@ def _run_batches(job: Job, blocks: Sequence[Block], *, alone: bool, narrow: bool
             direct.listen(direct_collector(batch.members, stores))
             job.resident.make_room(needed)
             with job.autocast.on():
+                beginning = chosen.beginning(batch) if first_pass else None
                 hidden = forward(batch)
                 if isinstance(forward, Trunk) and not _real_states_finite(batch, hidden):
                     # rows of a mask without a single key have made NaN (Gemma 2, eager, float64)
                     hidden = last_hidden(job.head.base, batch)
             job.resident.make_room(needed)
+            chosen.compare(batch, beginning, hidden)
             for one in looks:
                 if one is not None and not alone:  # then they are what they are
                     one.compare_states(batch, hidden)

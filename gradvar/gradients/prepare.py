@@ -18,10 +18,9 @@ from gradvar.gradients.job import Job, TokenColumns
 from gradvar.gradients.logprobs import Head
 from gradvar.gradients.packing import long_rows_hold, packs, refuse_long_rows
 from gradvar.gradients.plan import DEFAULT_TOKEN_BUDGET, Plan
-from gradvar.gradients.positions import chosen_keys, must_go_alone
+from gradvar.gradients.positions import must_go_alone
 from gradvar.gradients.request import (
     check_causal,
-    check_chosen_keys,
     check_padding,
     check_request,
     check_sharing,
@@ -88,8 +87,7 @@ def planned(
     responses = [whole_numbers(response, f"response {i}") for i, response in enumerate(responses)]
     masks = check_request(model, prompt_ids, responses, loss_masks, temperature, ids)
     chosen = resolve_targets(model, targets)
-    whole, keys = [*prompt_ids, *max(responses, key=len)], chosen_keys(model)
-    if must_go_alone(model, len(whole) - 1):
+    if must_go_alone(model, len(prompt_ids) + max(map(len, responses)) - 1):
         token_budget = min(1, token_budget or 1)
     kind = choose_checkpointing(model, checkpointing)
     with torch.inference_mode(False), torch.enable_grad(), frozen(model), full_precision():
@@ -97,8 +95,6 @@ def planned(
         head = Head(model, few)
         tied, tied_scale = check_sharing(model, chosen, head, include_bias)
         probe = list(prompt_ids)[-_PROBE_TOKENS:]
-        if len(whole) - 1 > keys:
-            check_chosen_keys(head.base, whole, int(keys))
         seen = undisturbed(head.base, few, head.probe_states, padding_side)
         if seen is None:
             check_causal(head.base, probe)

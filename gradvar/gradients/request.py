@@ -21,9 +21,6 @@ from gradvar.gradients.targets import Target, output_embeddings
 _REACH_SHARE = 1 / 8
 """Part of what another token moves that is taken for rounding in half precision."""
 
-_CUTS = 5
-"""Beginnings of the longest sequence that are looked at: each costs its forward pass."""
-
 _NEAR = 2
 """Tokens before another one that are looked at by themselves."""
 
@@ -239,36 +236,6 @@ def check_causal(base: nn.Module, probe: list[int]) -> None:
             f"{type(base).__name__} is not causal: its states at a token depend on later tokens, so it gives no "
             "log-probability of a response; expected a causal language model (is_decoder=True in the configuration?)"
         )
-
-
-def check_chosen_keys(base: nn.Module, ids: Sequence[int], keys: int) -> None:
-    """Refuse attention that chooses so many keys where it may choose others once more tokens follow.
-
-    Which of equal ones it takes depends on the row's length; some choose among later ones too. Short probes, in which
-    all are taken, do not show it.
-
-    Raises:
-        GradvarError: The states of a beginning of the sequence are others in the whole of it.
-    """
-    device = input_device(base)
-    with torch.no_grad():
-        whole = _states(base, ids, device)
-        moved = _states(base, [int(ids[0] == 0), *ids[1:]], device) if is_half(base) else whole
-        for part in range(_CUTS):  # the last without its end
-            cut = keys + 1 + (len(ids) - keys - 2) * part // (_CUTS - 1)
-            states = _states(base, ids[:cut], device)
-            reach = (moved - whole)[:cut]
-            if bool(states.isfinite().all()) and not same_states(whole[:cut], states, reach, base):
-                raise GradvarError(
-                    f"{type(base).__name__} is not causal beyond {keys} tokens: its attention chooses so many keys, "
-                    "and which depends on what follows (equal or later ones are among them), so it gives no "
-                    "log-probability of a longer response; leave these out"
-                )
-
-
-def _states(base: nn.Module, ids: Sequence[int], device: torch.device) -> Tensor:
-    states: Tensor = base(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).last_hidden_state[0]
-    return states.double()
 
 
 def check_padding(base: nn.Module, probe: list[int], side: str) -> bool:

@@ -23,7 +23,7 @@ from torch.nn import functional
 from gradvar.errors import GradvarError
 from gradvar.gradients.batches import Batch, Probe, last_hidden, make_batches
 from gradvar.gradients.devices import input_device
-from gradvar.gradients.positions import turns_with_length
+from gradvar.gradients.positions import chosen_keys, turns_with_length
 from gradvar.gradients.request import is_half, other_start, same_states
 from gradvar.gradients.targets import decoder_layers
 
@@ -112,7 +112,10 @@ def _saves(
     # not on a GPU: there rows are packed, which keeps no keys and values by sequence; padded, queries behind kept keys
     # need a mask, which leaves the flash kernels and takes (tokens x tokens) bytes for what is mostly a small saving
     on_cpu = input_device(model).type == "cpu"
-    return lowest > 0 and saving >= LEAST_SAVING and on_cpu and not turns_with_length(base)
+    # what is behind the prompt runs in groups there, of several lengths
+    longest = len(prompt) + max(map(len, responses)) - 1
+    by_length = turns_with_length(base) or longest > chosen_keys(model)
+    return lowest > 0 and saving >= LEAST_SAVING and on_cpu and not by_length
 
 
 def _same(

@@ -1,11 +1,15 @@
 """How many positions a model has, and rotary angles that depend on the length of the sequence."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV32Config
+from transformers import AutoModelForCausalLM, DeepseekV32Config, DogeConfig
 
 from gradvar.errors import GradvarError
-from gradvar.gradients import measure_scores, resolve_targets
+from gradvar.gradients import measure_scores, plan_measurement, resolve_targets
+from gradvar.gradients.batches import make_batches
+from gradvar.gradients.chosen import ChosenKeys
 from gradvar.gradients.positions import must_go_alone, position_limit, turns_with_length
 from tests.gradients import references
 from tests.gradients.models import CONFIGS, make_model, make_prompt_and_responses
@@ -51,34 +55,88 @@ def test_angles_that_depend_on_what_was_seen_before_are_refused():
         measure_scores(model, prompt, responses, "last:q")
 
 
-def choosing(keys, heads):
-    """DeepSeek V3.2, whose indexer chooses so many keys; with few heads many keys are alike to it."""
-    config = {**CONFIGS["deepseek_v3"][1], "index_topk": keys, "index_n_heads": heads, "index_head_dim": 8}
-    model = AutoModelForCausalLM.from_config(DeepseekV32Config(**config), experts_implementation="eager").double()
+def moved(model, dtype=torch.float64):
+    """The model in a dtype, with larger weights."""
+    model = model.double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return model
+    return model.to(dtype)
 
 
-@pytest.mark.parametrize(("keys", "budget"), [(6, 1), (64, 200)])
-def test_chosen_keys_are_those_of_each_response_alone(keys, budget):
-    """In a batch a response saw others of equal keys (0.6 of a Gram); where all are taken it goes in batches."""
-    model = choosing(keys, heads=32)
+def choosing(keys, heads, dtype=torch.float64, seed=0):
+    """DeepSeek V3.2, whose indexer chooses so many keys; with few heads many keys are alike to it."""
+    config = {**CONFIGS["deepseek_v3"][1], "index_topk": keys, "index_n_heads": heads, "index_head_dim": 8}
+    config = DeepseekV32Config(**config)
+    torch.manual_seed(seed)
+    return moved(AutoModelForCausalLM.from_config(config, experts_implementation="eager"), dtype)
+
+
+def doge(keys, dtype=torch.float64):
+    """Doge, which chooses so many keys among later ones too."""
+    torch.manual_seed(0)
+    return moved(AutoModelForCausalLM.from_config(DogeConfig(**CONFIGS["llama"][1], keep_window_size=keys)), dtype)
+
+
+def assert_exact(model, spec, budget, gap):
     prompt, responses = make_prompt_and_responses()
-    measured = measure_scores(model, prompt, responses, "all:o,q", token_budget=200)
+    measured = measure_scores(model, prompt, responses, spec, token_budget=200)
     assert measured.plan.token_budget == budget
-    targets = resolve_targets(model, "all:o,q")
+    targets = resolve_targets(model, spec)
     for key, scores in references.flat_scores(model, targets, prompt, responses).items():
-        assert references.error(measured.grams[key].gram(), references.gram_of(scores)) < 1e-6
+        assert references.error(measured.grams[key].gram(), references.gram_of(scores)) < gap
 
 
-def test_keys_chosen_by_what_follows_are_refused():
-    model = choosing(4, heads=2)
+@pytest.mark.parametrize("spec", ["all:o,q", "last:o"])
+@pytest.mark.parametrize(("keys", "budget"), [(6, 1), (34, 200)])
+def test_chosen_keys_are_those_of_each_response_alone(keys, budget, spec):
+    """In a batch a response saw others of equal keys (0.6 of a Gram); where all are taken it goes in batches."""
+    assert_exact(choosing(keys, heads=32), spec, budget, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_keys_chosen_by_what_follows_are_refused(dtype):
+    model = choosing(4, heads=2, dtype=dtype)
     prompt, responses = make_prompt_and_responses()
     with pytest.raises(GradvarError, match="not causal beyond 4 tokens: its attention chooses so many keys"):
         measure_scores(model, prompt, responses, "last:o")
+    plan_measurement(model, prompt, responses, "last:o")  # which feeds no response
+
+
+def test_keys_chosen_in_half_precision():
+    """There roundings are larger than what other dtypes may differ by."""
+    measured = measure_scores(choosing(6, heads=32, dtype=torch.bfloat16), *make_prompt_and_responses(), "last:o")
+    assert measured.plan.token_budget == 1
+
+
+def test_keys_are_looked_at_in_every_response():
+    """Some models' choice holds in the longest response (34 tokens are fed) and not in a shorter one."""
+    prompt, responses = make_prompt_and_responses()
+    model = choosing(6, heads=6, seed=8)
+    with pytest.raises(GradvarError, match="no log-probability of response 3; leave longer ones out"):
+        measure_scores(model, prompt, responses, "last:o")
+
+
+@pytest.mark.parametrize(("fed", "kept"), [(12, 0), (13, 8), (14, 9), (34, 27)])
+def test_where_a_response_is_cut(fed, kept):
+    """Beyond 12 keys; what the last token fed chooses has nothing behind it. Kept from the prompt's last token on."""
+    prompt, (response,) = make_prompt_and_responses((fed - 4,))
+    model = choosing(12, heads=2)
+    job = SimpleNamespace(model=model, head=SimpleNamespace(base=model.model), prompt=prompt)
+    (batch,) = make_batches(prompt, [response], 1, torch.device("cpu"))
+    beginning = ChosenKeys(job).beginning(batch)
+    assert (0 if beginning is None else len(beginning)) == kept
+
+
+def test_windows_that_choose_among_later_keys():
+    prompt, responses = make_prompt_and_responses()
+    with pytest.raises(GradvarError, match=r"not causal beyond 32 tokens: .*response 4; leave"):
+        measure_scores(doge(32), prompt, responses, "last:o")
+    # the last of the 34 tokens that are fed sees 33 of its keys, with nothing behind it
+    alone = measure_scores(doge(33), prompt, responses, "last:o", token_budget=200)
+    assert alone.plan.token_budget == 1
+    assert_exact(doge(34), "last:o", 200, 1e-10)
 
 
 @pytest.mark.parametrize(

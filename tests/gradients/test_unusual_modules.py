@@ -55,6 +55,36 @@ def test_a_module_that_computes_something_else_is_refused():
         measure_scores(model, *make_prompt_and_responses(), "last:up")
 
 
+class Grouped(torch.nn.Linear):
+    """Each half of the weight's rows sees its own half of the input, as DeepSeek V4's `o_a_proj`."""
+
+    def forward(self, x):
+        halves = self.weight.view(2, -1, self.in_features)
+        return torch.einsum("...gi,goi->...go", x.unflatten(-1, (2, -1)), halves).flatten(-2)
+
+
+class Shared(torch.nn.Linear):
+    """Each half of the input sees the whole weight, and is half of the output."""
+
+    def forward(self, x):
+        return super().forward(x.unflatten(-1, (2, -1))).flatten(-2)
+
+
+class Twice(torch.nn.Linear):
+    """Gives its output twice, side by side."""
+
+    def forward(self, x):
+        return super().forward(x).repeat(1, 1, 2)
+
+
+@pytest.mark.parametrize(("kind", "width", "height"), [(Grouped, 8, 16), (Shared, 8, 8), (Twice, 16, 8)])
+def test_a_module_of_other_shapes_is_refused(kind, width, height):
+    model = make_model("llama")
+    model.model.layers[1].self_attn.o_proj = kind(width, height, bias=False).double()
+    with pytest.raises(GradvarError, match=r"o_proj \(\w+\) does not compute x W' \+ b"):
+        measure_scores(model, *make_prompt_and_responses(), "last:o")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_module_that_computes_something_else_is_refused_in_half_precision(dtype):
     model = make_model("llama", dtype)
