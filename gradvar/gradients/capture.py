@@ -9,22 +9,21 @@ holds (experts, routers) hand over the gradient that autograd accumulates for th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from gradvar.errors import GradvarError
 from gradvar.gradients.devices import values
+from gradvar.gradients.hooked import Hooked
 
 Sink = Callable[[str, Tensor, Tensor], None]
 """(module path, input a of the call, gradient delta of its output); calls on one tensor hand over that tensor."""
 
 
-class Taps:
+class Taps(Hooked):
     """Forward hooks on modules for the length of a `with` block.
 
     Args:
@@ -32,30 +31,18 @@ class Taps:
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
         self._modules = modules
-        self._hooks: list[RemovableHandle] = []
         self._checked: set[str] = set()
         self._fired: set[str] = set()
         self._sink: Sink | None = None
 
-    def __enter__(self) -> Self:
-        try:
-            for path, module in self._modules.items():
-                self._hooks.append(module.register_forward_hook(self._hook(path), with_kwargs=True))
-        except BaseException:
-            self._remove()
-            raise
-        return self
+    def _put_on(self) -> None:
+        for path, module in self._modules.items():
+            self._hooks.append(module.register_forward_hook(self._hook(path), with_kwargs=True))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._remove()
-
-    def _remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+    def _take_off(self) -> None:
+        super()._take_off()
         self._sink = None
 
     def listen(self, sink: Sink) -> None:
@@ -155,7 +142,7 @@ def _is_linear(module: nn.Module, value: Tensor, output: Tensor) -> bool:
     return not bool(gap[finite].norm() > 4 * epsilon * scale[finite].norm())
 
 
-class ParameterTaps:
+class ParameterTaps(Hooked):
     """Lets autograd make the gradients of parameters and hands them over, for the length of a `with` block.
 
     Args:
@@ -163,36 +150,24 @@ class ParameterTaps:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
         self._parameters = parameters
         self._before: list[tuple[nn.Parameter, bool, Tensor | None]] = []
-        self._hooks: list[RemovableHandle] = []
         self._fired: set[str] = set()
         self._sink: Callable[[str, Tensor], None] | None = None
 
-    def __enter__(self) -> Self:
-        try:
-            for name, parameter in self._parameters.items():
-                self._before.append((parameter, parameter.requires_grad, parameter.grad))
-                parameter.grad = None
-                parameter.requires_grad_(True)
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._hook(name)))  # type: ignore[no-untyped-call]
-        except BaseException:
-            self._restore()
-            raise
-        return self
+    def _put_on(self) -> None:
+        for name, parameter in self._parameters.items():
+            self._before.append((parameter, parameter.requires_grad, parameter.grad))
+            parameter.grad = None
+            parameter.requires_grad_(True)
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._hook(name)))  # type: ignore[no-untyped-call]
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+    def _take_off(self) -> None:
+        super()._take_off()
         for parameter, trainable, gradient in self._before:
             parameter.requires_grad_(trainable)
             parameter.grad = gradient
-        self._hooks.clear()
         self._before.clear()
         self._sink = None
 

@@ -16,14 +16,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from gradvar.errors import GradvarError
 from gradvar.gradients.batches import ChangedInBatchError
+from gradvar.gradients.hooked import Hooked
 from gradvar.gradients.targets import is_linear
 
 _ROUNDINGS = 64
@@ -36,35 +36,7 @@ class NotTokenwiseError(GradvarError):
     """The module that ran on some tokens alone should have run on all."""
 
 
-class _Hooked:
-    """Hooks for the length of a `with` block."""
-
-    def __init__(self) -> None:
-        self._hooks: list[RemovableHandle] = []
-
-    def __enter__(self) -> Self:
-        try:
-            self._hook()
-        except BaseException:
-            self._unhook()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._unhook()
-
-    def _hook(self) -> None:
-        raise NotImplementedError
-
-    def _unhook(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-
-
-class PartsWatch(_Hooked):
+class PartsWatch(Hooked):
     """Notes what a layer's parts take and give, for the length of a `with` block.
 
     Args:
@@ -83,7 +55,7 @@ class PartsWatch(_Hooked):
         """Whether something measured ran since the last of them."""
         self._users = {part for part in self._parts if any(map(_has_hooks, part.modules()))}
 
-    def _hook(self) -> None:
+    def _put_on(self) -> None:
         for part in self._parts:
             self._hooks.append(part.register_forward_hook(self._note, with_kwargs=True, prepend=True))
         for module in self._measured:
@@ -133,7 +105,7 @@ def _close(output: Any, expected: Tensor) -> bool:
     return float((output - expected).abs().max()) <= limit
 
 
-class Narrowed(_Hooked):
+class Narrowed(Hooked):
     """Runs a module on some positions alone, in reverse, for the length of a `with` block; elsewhere it gives 0.
 
     A ChangedInBatchError inside may be its doing: where it ran, a NotTokenwiseError takes that one's place.
@@ -152,7 +124,7 @@ class Narrowed(_Hooked):
         self._inside = False
         self._checked = False
 
-    def _hook(self) -> None:
+    def _put_on(self) -> None:
         if self._module is not None:
             self._hooks.append(self._module.register_forward_pre_hook(self._narrow, with_kwargs=True))
             self._hooks.append(self._module.register_forward_hook(self._widen, prepend=True))
