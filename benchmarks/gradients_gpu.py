@@ -6,6 +6,7 @@ Qwen2.5-7B's shape with random weights made on the device in bfloat16, 128 respo
 layer-14 QKV + MLP in one pass. A card with less than 75 GB free gets a smaller shape and says so. Nothing is
 downloaded.
 `--mixed` takes responses of many lengths (lognormal, the longest as long) and packs them one after another into rows.
+`--memory 80` is the most that the model and the measurement may take of the card, in GB; more makes larger batches.
 `--device cpu --tiny` runs the same code on a model of a few thousand parameters. Writes benchmarks/gradients_gpu.md, or
 gradients_gpu_mixed.md.
 """
@@ -32,6 +33,7 @@ from benchmarks.gradients.shapes import MODELS
 from gradvar.attention import VARLEN, choose_attention
 from gradvar.gradients import ScoreMeasurement, measure_scores, resolve_targets
 from gradvar.gradients import passes as engine
+from gradvar.gradients.fit import default_budget
 from gradvar.gradients.gram import GradientStore
 from gradvar.gradients.logprobs import Head
 from gradvar.gradients.targets import decoder_layers
@@ -252,14 +254,16 @@ def flop(model: nn.Module, shape: Shape, lowest: int, entries: int) -> float:
     return forward + backward + head + 2 * tokens * entries + 2 * shape.responses**2 * entries
 
 
-def measure(model: nn.Module, shape: Shape, watch: Stopwatch, lowest: int) -> ScoreMeasurement:
-    """Run the measurement once with the stopwatch."""
+def measure(model: nn.Module, shape: Shape, watch: Stopwatch, lowest: int, budget: int | None) -> ScoreMeasurement:
+    """Run the measurement once with the stopwatch, in `budget` bytes beside the model."""
     rng = np.random.default_rng(0)
     vocabulary = shape.model["vocab_size"]
     prompt = rng.integers(0, vocabulary, shape.prompt).tolist()
     responses = [rng.integers(0, vocabulary, length).tolist() for length in shape.lengths()]
     with marked(model, lowest, watch):
-        return measure_scores(model, prompt, responses, list(shape.targets), packing=shape.mixed or None)
+        return measure_scores(
+            model, prompt, responses, list(shape.targets), packing=shape.mixed or None, memory_budget=budget
+        )
 
 
 def report(shape: Shape, parts: dict[str, float], *, total: float, peak: float, rate: float, work: float) -> list[str]:
@@ -287,6 +291,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, cpu (cuda)")
     parser.add_argument("--tiny", action="store_true", help="a model of a few thousand parameters")
     parser.add_argument("--mixed", action="store_true", help="responses of many lengths, packed into rows")
+    parser.add_argument("--memory", type=float, default=80, help="GB of the card, the model's too (80)")
     parser.add_argument("--out", type=Path, help="the page (beside this script)")
     options = parser.parse_args(arguments)
     try:
@@ -308,29 +313,36 @@ def main(arguments: Sequence[str]) -> int:
     targets = resolve_targets(model, list(shape.targets))
     lowest = min(target.layer for target in targets if target.layer is not None)
     entries = sum(target.out_features * target.in_features for target in targets)
-    measure(
-        model, shape if options.tiny else replace(shape, responses=2), Stopwatch(device), lowest
-    )  # kernels are chosen at a first run
+    budget = None
+    if device.type == "cuda":
+        room = 1e9 * options.memory - torch.cuda.memory_allocated(device)
+        budget = max(1, min(int(room), default_budget(model)))
+    first = shape if options.tiny else replace(shape, responses=2)
+    measure(model, first, Stopwatch(device), lowest, budget)  # kernels are chosen at a first run
     rate = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 512)
     watch = Stopwatch(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    found = measure(model, shape, watch, lowest)
+    found = measure(model, shape, watch, lowest, budget)
     parts = watch.totals()
     total = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else float("nan")
+    asked = [f"--device {options.device}"] * (options.device != "cuda")
+    asked += ["--tiny"] * options.tiny + ["--mixed"] * options.mixed
+    asked += [f"--memory {options.memory:g}"] * (options.memory != parser.get_default("memory"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     lines = [
         f"# Score Grams on {name}",
         "",
-        f"Made by `{' '.join(['python -m benchmarks.gradients_gpu', *arguments])}` on "
+        f"Made by `{' '.join(['python -m benchmarks.gradients_gpu', *asked])}` on "
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}: torch {torch.__version__}, {os.cpu_count()} cores. "
         f"{shape.name}, random weights, {str(dtype).removeprefix('torch.')}, {shape.responses} responses of "
         f"{'up to ' * shape.mixed}{shape.length} tokens "
         f"({sum(shape.lengths())} in all) behind a prompt of {shape.prompt}, "
         f"{' and '.join(shape.targets)} in "
-        f"{len(found.plan.passes)} pass{'es' * (len(found.plan.passes) > 1)}, attention {found.attention}.",
+        f"{len(found.plan.passes)} pass{'es' * (len(found.plan.passes) > 1)} of batches of {found.plan.token_budget} "
+        f"tokens at most, attention {found.attention}.",
         "",
         *report(shape, parts, total=total, peak=peak, rate=rate, work=flop(model, shape, lowest, entries)),
         "",

@@ -1,7 +1,7 @@
 """Which attention a model runs with, and one of our own that takes sequences of several lengths in one row.
 
 `gradvar_varlen` needs no flash-attn wheel: on CUDA in half precision it is torch's own kernel
-(torch.nn.attention.varlen, torch 2.12 and later; tried on small numbers, gradients too, before it is trusted),
+(torch.nn.attention.varlen, torch 2.10 and later; tried on small numbers, gradients too, before it is trusted),
 elsewhere each sequence alone in torch's scaled_dot_product_attention. transformers hands on `cu_seq_lens_q` and
 `max_length_q` as it does for flash attention, so nothing is read back from the device at each layer.
 
@@ -176,21 +176,30 @@ def _one_by_one(
 
 
 def _kernel() -> Any:
-    """Return torch's variable-length attention, None in an older torch (2.10 and 2.11 take no shared heads)."""
+    """Return torch's variable-length attention, None in an older torch."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn if {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys() else None
+    return varlen_attn
 
 
 def _by_kernel(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float | None) -> Tensor:
     """Return the attention (T, H, D) of packed (T, H, D) by torch's kernel."""
+    kernel = _kernel()
+    takes = inspect.signature(kernel).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
+    groups = query.shape[1] // key.shape[1]
+    if "enable_gqa" in takes:
+        options["enable_gqa"] = groups > 1
+    elif groups > 1:  # torch 2.10 and 2.11 do not share heads
+        key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
+    if "scale" in takes:
+        options["scale"] = scale
+    elif scale is not None:  # torch 2.10 always takes 1/sqrt(D)
+        query = query * (scale * query.shape[-1] ** 0.5)
     starts = starts.to(query.device, torch.int32)
-    grouped = query.shape[1] != key.shape[1]
-    output: Tensor = _kernel()(
-        query, key, value, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=grouped
-    )
+    output: Tensor = kernel(query, key, value, starts, starts, longest, longest, **options)
     return output
 
 

@@ -12,7 +12,7 @@ from gradvar.gradients.gram import piece
 from gradvar.gradients.job import Job
 from gradvar.gradients.lane import IN_FLIGHT
 from gradvar.gradients.logprobs import VOCABULARY_TILE, compute_dtype
-from gradvar.gradients.plan import Block, Cost, Plan, device_bytes, host_bytes
+from gradvar.gradients.plan import Block, Cost, Plan, aligned_rows, device_bytes, host_bytes
 from gradvar.gradients.sketch import SketchPlan
 from gradvar.gradients.targets import Target
 from gradvar.gradients.usage import Growth, flop, peak_bytes
@@ -73,6 +73,11 @@ def staging_bytes(job: Job) -> int:
     return at_once * max(job.lengths) * sides * width(job.factor_dtype) + product * width(compute_dtype(job.dtype))
 
 
+def transfer_bytes(job: Job, plan: Plan) -> int:
+    """Return the bytes that a plan copies to the host's memory and back."""
+    return sum(_transfer(job, block, plan.host_tile_bytes) for blocks in plan.passes for block in blocks)
+
+
 def _transfer(job: Job, block: Block, tile_bytes: int) -> int:
     """Return the bytes that are copied to the host and, for each tile of the Gram, back."""
     if block.home == "device":
@@ -80,7 +85,7 @@ def _transfer(job: Job, block: Block, tile_bytes: int) -> int:
     if block.keep == "matrices":
         return 2 * block.bytes
     rows, row = block.stop - block.start, len(job.lengths) * block.target.in_features * width(compute_dtype(job.dtype))
-    tiles = -(-rows // max(1, min(rows, tile_bytes // row)))
+    tiles = -(-rows // aligned_rows(rows, max(1, tile_bytes // row)))
     tokens = sum(job.lengths) * width(job.factor_dtype)
     return block.bytes + tokens * (tiles * block.target.in_features + rows)
 
@@ -148,7 +153,7 @@ def cost_of(job: Job, plan: Plan, extra: int, sketches: int = 0) -> Cost:
         padded_tokens=sum(rows * length for rows, length in shapes),
         kept_bytes=max(device_bytes(blocks, n) for blocks in plan.passes) + own,
         host_bytes=max(host_bytes(blocks) for blocks in plan.passes),
-        transfer_bytes=sum(_transfer(job, block, plan.host_tile_bytes) for blocks in plan.passes for block in blocks),
+        transfer_bytes=transfer_bytes(job, plan),
         tile_bytes=min(plan.tile_bytes, tallest["device"]) + tile_casts(job),
         host_tile_bytes=host_tile if any(hosted) else 0,
         activation_bytes=run + plan.trunk_bytes + staging,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from gradvar.errors import GradvarError
-from gradvar.gradients.cost import fixed_bytes, sketch_bytes, staging_bytes, tile_casts, work_bytes
+from gradvar.gradients.cost import fixed_bytes, sketch_bytes, staging_bytes, tile_casts, transfer_bytes, work_bytes
 from gradvar.gradients.devices import devices_of
 from gradvar.gradients.job import Job
 from gradvar.gradients.logprobs import chunk_bytes
@@ -18,6 +18,7 @@ from gradvar.gradients.plan import (
     Plan,
     device_bytes,
     free_memory,
+    host_bytes,
     least_bytes,
     smallest_tile,
     split_work,
@@ -43,9 +44,14 @@ _TILE_LIMIT = {"cpu": 256 << 20, "cuda": 2 << 30}
 """Bytes of a tile, at most: on a GPU products of few rows leave most of it idle."""
 _SHRINK = 0.7
 """Batches of so many times the tokens are tried next, for the passes that they save."""
-_A_BATCH = {"cpu": 16, "cuda": 1000}
-"""What a batch costs beside its tokens, in tokens: on the CPU as measured (27 M parameters, one thread: 0.02 s); on
-CUDA a guess at the time it takes to launch some thousand kernels."""
+_A_BATCH = {"cpu": (16, 0.0), "cuda": (0, 8e12)}
+"""What a batch costs beside its tokens: in tokens, and in tokens of a model of one parameter. On the CPU as measured
+(27 M parameters, one thread: 0.02 s); on an H200 some 50 ms to launch its kernels, against 7e-15 s for a parameter and
+token (0.5 and 7.6 billion parameters)."""
+_A_HOST_BYTE = {"cuda": 50_000}
+"""What a byte kept on the host costs, in tokens of a model of one parameter: on an H200 0.3 ns to lock its page."""
+_A_TRANSFERRED_BYTE = {"cuda": 24_000}
+"""What a byte on its way costs, likewise: 0.16 ns there, what waits for it counted."""
 _TOO_MUCH = 1 << 62
 """More bytes than any budget."""
 _CHUNK_SHARE = 1 / 32
@@ -117,15 +123,17 @@ def choose_plan(
     host = default_host_budget(job.device) if host_memory_budget is None else host_memory_budget
     host = int(FILLED * host) if job.device.type == "cuda" else host - host // _SLACK
     search = _Search(job=job, given=given, total=total, host=host, trunk=_trunk(job))
+    searches = [search, *([replace(search, host=0)] if job.device.type in _A_HOST_BYTE and host > 0 else [])]
     plans: list[Plan] = []
     kinds = [checkpointing, *(["non_reentrant"] if may_checkpoint and checkpointing == "off" else [])]
     for kind in kinds:
         tokens, chunk, work = search.batching(token_budget, kind)
-        plan = search.split(tokens, chunk, work, kind)
-        if plan is not None:
-            plans += [plan, *search.smaller(plan)]
-            if 2 * work <= total:
-                break
+        for one in searches:
+            plan = one.split(tokens, chunk, work, kind)
+            if plan is not None:
+                plans += [plan, *one.smaller(plan)]
+        if plans and 2 * work <= total:
+            break
     if plans:
         return min(plans, key=lambda plan: _work(job, plan))
     needed = min(_least(job, kind) for kind in kinds) + sketches  # probed beyond the budget, to say what would do
@@ -171,11 +179,14 @@ class _Search:
     def smaller(self, plan: Plan) -> list[Plan]:
         """Return plans with smaller batches, which leave more room for gradients, down to each response alone.
 
-        None where one pass does: larger batches are faster.
+        None where one pass does, on the device alone: larger batches are faster.
         """
         plans: list[Plan] = []
         tokens, last = plan.token_budget, len(self.job.batches(plan.token_budget))
-        while len((plans or [plan])[-1].passes) > 1 and last < len(self.job.responses):
+        while last < len(self.job.responses):
+            largest = (plans or [plan])[-1]
+            if len(largest.passes) == 1 and not host_bytes(largest.passes[0]):
+                break
             tokens = int(_SHRINK * tokens)
             count = len(self.job.batches(tokens))
             if count == last:
@@ -260,9 +271,14 @@ def _trunk(job: Job) -> tuple[int, int]:
 
 def _work(job: Job, plan: Plan) -> float:
     """Return about how long a plan takes, in tokens: layers made again cost about a third of a pass."""
+    kind = job.device.type
     batches = job.batches(plan.token_budget)
-    fed = sum(batch.input_ids.numel() for batch in batches) + len(batches) * _A_BATCH.get(job.device.type, 0)
-    return len(plan.passes) * fed * (1 if plan.checkpointing == "off" else 4 / 3)
+    parameters = max(1, sum(parameter.numel() for parameter in job.model.parameters()))
+    tokens, ones = _A_BATCH.get(kind, (0, 0.0))
+    fed = sum(batch.input_ids.numel() for batch in batches) + len(batches) * (tokens + ones / parameters)
+    held = sum(host_bytes(blocks) for blocks in plan.passes) * _A_HOST_BYTE.get(kind, 0)
+    moved = transfer_bytes(job, plan) * _A_TRANSFERRED_BYTE.get(kind, 0)
+    return len(plan.passes) * fed * (1 if plan.checkpointing == "off" else 4 / 3) + (held + moved) / parameters
 
 
 def _least(job: Job, kind: str) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gradvar.errors import GradvarError
 from gradvar.gradients.curve import Curve
+from gradvar.gradients.plan import aligned_rows
 
 _STRETCH = 1 << 16
 """Longest inner product taken without float64 in between, in entries; a quarter of it on a GPU, to occupy all of it."""
@@ -88,7 +89,7 @@ class GradientStore(ABC):
             on_tile: Shown the first row and the gradients (N, rows I) of every tile.
         """
         width = torch.finfo(self.dtype).bits // 8
-        height = max(1, min(self.rows, tile_bytes // (self.responses * self.columns * width)))
+        height = aligned_rows(self.rows, max(1, tile_bytes // (self.responses * self.columns * width)))
         total = torch.zeros((self.responses, self.responses), dtype=torch.float64, device=self._wide)
         buffer = torch.empty((self.responses, height * self.columns), dtype=self.dtype, device=self.device)
         for start in range(0, self.rows, height):
@@ -111,7 +112,7 @@ class GradientStore(ABC):
     def squared_norms(self, include_bias: bool, tile_bytes: int) -> Tensor:
         """Return each response's (N,) float64 squared norm, on the CPU: the Gram's diagonal alone."""
         width = torch.finfo(self.dtype).bits // 8
-        height = max(1, min(self.rows, tile_bytes // (self.columns * width)))
+        height = aligned_rows(self.rows, max(1, tile_bytes // (self.columns * width)))
         total = torch.zeros(self.responses, dtype=torch.float64, device=self._wide)
         buffer = torch.empty((height, self.columns), dtype=self.dtype, device=self.device)
         for response in range(self.responses):
@@ -231,7 +232,7 @@ class HeadStore(GradientStore):
 
     def _pieces(self, response: int, start: int, stop: int) -> list[tuple[int, int]]:
         """Return rows [begin, end) whose delta over all positions is at most one `piece`."""
-        height = max(1, piece(self.device) // self._outputs[response][0].shape[0])
+        height = aligned_rows(self.rows, max(1, piece(self.device) // len(self._outputs[response][0])))
         return [(begin, min(begin + height, stop)) for begin in range(start, stop, height)]
 
     def _delta(self, response: int, start: int, stop: int) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from gradvar.gradients.targets import Target
 
 DEFAULT_TOKEN_BUDGET = {"cpu": 512, "cuda": 16384}
+_ALIGNED = 64
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -147,7 +148,7 @@ def split_work(
         while start < stop:
             block = _fit(target, start, stop, lengths, dtype, left["device"], inputs["device"])
             if block is None and host_room > 0 and target.kind != "head" and target.direct is None:
-                end = min(stop, start + left[biases] // (8 * len(lengths)))
+                end = start + aligned_rows(stop - start, left[biases] // (8 * len(lengths)))
                 block = _fit(target, start, end, lengths, dtype, left["host"], inputs["host"], "host")
             if block is None:
                 if not passes[-1]:
@@ -179,6 +180,14 @@ def host_bytes(blocks: Sequence[Block]) -> int:
 def least_bytes(targets: Sequence[Target], lengths: Sequence[int], dtype: torch.dtype) -> int:
     """Return the bytes in which one row of every target can be kept, one at a time."""
     return max(min(fixed + a_row for fixed, a_row in _costs(target, lengths, dtype).values()) for target in targets)
+
+
+def aligned_rows(rows: int, most: int) -> int:
+    """Return how many of the rows to take at one time, `most` at most: all, or a number that begins aligned blocks.
+
+    On CUDA a product whose operands begin at odd addresses, or have rows of odd lengths, is many times slower.
+    """
+    return rows if rows <= most else most - most % _ALIGNED if most > _ALIGNED else most
 
 
 def smallest_tile(targets: Sequence[Target], count: int, dtype: torch.dtype) -> int:
@@ -222,7 +231,7 @@ def _fit(
     for keep, (fixed, a_row) in _costs(target, lengths, dtype).items():
         shared = keep == "factors" and _input_of(target) in inputs  # q, k and v have one input
         fixed = 0 if shared else fixed
-        rows = min(stop - start, (room - fixed) // a_row)
+        rows = aligned_rows(stop - start, (room - fixed) // a_row)
         if rows < 1:
             continue
         block = Block(

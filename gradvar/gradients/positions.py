@@ -33,6 +33,15 @@ def position_limit(model: nn.Module) -> int | None:
     return int(max([limit, *scaled]))
 
 
+def row_limit(model: nn.Module) -> int | None:
+    """Return how many tokens a row may have, packed ones too, None where there is no limit.
+
+    GPT-Neo keeps its causal mask in a buffer of as many positions as it has.
+    """
+    limit = position_limit(model)
+    return limit if any(limit in buffer.shape[-2:] for buffer in model.buffers()) else None
+
+
 def turns_with_length(model: nn.Module) -> bool:
     """Return whether positions turn by angles that depend on the whole sequence's length."""
     return any(_changes(one) for one in _rotary(getattr(model, "config", None)))

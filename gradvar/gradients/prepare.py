@@ -18,7 +18,7 @@ from gradvar.gradients.job import Job, TokenColumns
 from gradvar.gradients.logprobs import Head
 from gradvar.gradients.packing import long_rows_hold, packs, refuse_long_rows
 from gradvar.gradients.plan import DEFAULT_TOKEN_BUDGET, Plan
-from gradvar.gradients.positions import must_go_alone
+from gradvar.gradients.positions import must_go_alone, row_limit
 from gradvar.gradients.request import (
     check_causal,
     check_padding,
@@ -135,6 +135,9 @@ def planned(
                 trunk_bytes=0, passes=(),
             ),
         )  # fmt: skip
+        widest = row_limit(model) if job.packed else None
+        if widest is not None:
+            token_budget = min(widest, token_budget or widest)
         before = settled_bytes() if device.type == "cpu" else None
         job.plan = choose_plan(
             job,

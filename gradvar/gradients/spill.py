@@ -25,6 +25,8 @@ FILLED = 0.75
 _LEFT_OVER = 4
 """At most one part in so many of a slab is left over where a tensor did not fit into it."""
 _ALIGNED = 64
+_EVEN = 16
+"""Tokens of which rows kept on the host hold a multiple: CUDA's fast products want rows of whole 16 bytes."""
 
 
 class HostMemory:
@@ -110,9 +112,11 @@ class HostFactorStore(FactorStore):
         self._host = host
 
     def _keep(self, response: int, a: Tensor, delta: Tensor) -> None:
-        # transposed, so that the rows of a tile lie together
-        a, delta = self._host.copy_once(a, self.key), self._host.copy(delta.T.contiguous(), self.key)
-        self._factors[response].append((a, delta))
+        # transposed, so that the rows of a tile lie together; on CUDA each begins at an aligned address
+        tokens = len(delta)
+        rows = delta.new_zeros((delta.shape[1], tokens + (-tokens % _EVEN if delta.is_cuda else 0)))
+        rows[:, :tokens] = delta.T
+        self._factors[response].append((self._host.copy_once(a, self.key), self._host.copy(rows, self.key)))
 
     def _wanted(self, response: int, start: int, stop: int) -> list[Tensor]:
         return [part for a, rows in self._factors[response] for part in (rows[start:stop], a)]
@@ -128,10 +132,8 @@ class HostFactorStore(FactorStore):
         if not parts:
             out.zero_()
         for i in range(0, len(parts), 2):
-            if i == 0:
-                multiply(parts[i], parts[i + 1], out)
-            else:
-                add_product(parts[i], parts[i + 1], out)
+            rows, a = parts[i : i + 2]
+            (add_product if i else multiply)(rows[:, : len(a)], a, out)
         lane.give_back(name)
 
 

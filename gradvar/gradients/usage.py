@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from gradvar.gradients.batches import Batch, last_hidden, make_batches
 from gradvar.gradients.capture import ParameterTaps, Taps
@@ -281,17 +281,43 @@ def _steps(job: Job) -> list[int]:
 
 
 def counter() -> FlopCounterMode:
-    """Return a counter that knows the attention operators of the CPU too."""
+    """Return a counter that knows attention on the CPU, shared heads and packed sequences too: older torch does not."""
     operators = torch.ops.aten
-
-    def forth(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-        return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
-
-    def back(gradient: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-        return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
-
-    known = {
-        operators._scaled_dot_product_flash_attention_for_cpu: forth,
-        operators._scaled_dot_product_flash_attention_for_cpu_backward: back,
-    }
+    known: dict[Any, Any] = {}
+    for name in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
+        known[getattr(operators, f"_scaled_dot_product_{name}")] = _attention_flop
+        known[getattr(operators, f"_scaled_dot_product_{name}_backward")] = _attention_backward_flop
+    packed = getattr(torch.ops.torch_attn, "_varlen_attn", None)  # known once it was imported
+    if packed is not None:
+        known[packed] = _packed_flop
+        known[torch.ops.torch_attn._varlen_attn_backward] = _packed_backward_flop
     return FlopCounterMode(display=False, custom_mapping=known)
+
+
+def _attention_flop(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """Return the FLOP of attention, causality left out as torch leaves it out; arguments are shapes (B, H, T, D)."""
+    (rows, heads, length, width), seen = query, key[2]
+    return int(2 * rows * heads * length * seen * (width + value[3]))
+
+
+def _attention_backward_flop(gradient: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    (rows, heads, length, width), seen = query, key[2]
+    return int(2 * rows * heads * length * seen * (3 * width + 2 * value[3]))
+
+
+def _packed_flop(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, *args: Any, **kwargs: Any) -> int:
+    """Return the FLOP of attention over packed sequences: (T, H, D) tensors, (sequences + 1,) where each begins."""
+    squares = int(starts.diff().square().sum())
+    return 2 * query.shape[1] * squares * (query.shape[2] + value.shape[2])
+
+
+def _packed_backward_flop(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, starts: Tensor,
+    *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    squares = int(starts.diff().square().sum())
+    return 2 * query.shape[1] * squares * (3 * query.shape[2] + 2 * value.shape[2])
+
+
+_packed_flop._get_raw = _packed_backward_flop._get_raw = True  # type: ignore[attr-defined]
+"""The counter hands them the tensors, not their shapes."""

@@ -31,7 +31,7 @@ def test_mixed_lengths_are_packed(tmp_path):
     shape = replace(gpu.TINY, mixed=True)
     assert max(shape.lengths()) == 20 > min(shape.lengths())
     model = gpu.build(shape, torch.device("cpu"), torch.float32)
-    packed = gpu.measure(model, shape, gpu.Stopwatch(torch.device("cpu")), 1)
+    packed = gpu.measure(model, shape, gpu.Stopwatch(torch.device("cpu")), 1, None)
     model.set_attn_implementation("eager")
     rng = np.random.default_rng(0)
     vocabulary = shape.model["vocab_size"]
@@ -47,7 +47,7 @@ def test_every_part_takes_time_and_the_grams_are_those_of_a_plain_call():
     device = torch.device("cpu")
     model = gpu.build(gpu.TINY, device, torch.float32)
     watch = gpu.Stopwatch(device)
-    found = gpu.measure(model, gpu.TINY, watch, 1)
+    found = gpu.measure(model, gpu.TINY, watch, 1, None)
     assert all(value > 0 for value in watch.totals().values())
     assert len(found.grams) == 3 + 6
     again = measure_scores(model, [1, 2], [[3, 4, 5], [6]], list(gpu.TINY.targets))

@@ -11,7 +11,7 @@ import torch
 
 def token_log_probs(model, prompt, response, temperature=1.0):
     """(L,) log pi of each response token, with its graph."""
-    ids = torch.tensor([list(prompt) + list(response)])
+    ids = torch.tensor([list(prompt) + list(response)], device=model.device)
     logits = model(input_ids=ids, use_cache=False).logits[0].to(torch.float64)
     log_pi = torch.log_softmax(logits / temperature, dim=-1)
     first = len(prompt) - 1
@@ -41,12 +41,13 @@ def score_gradients(model, prompt, responses, names, *, masks=None, temperature=
     found = {name: [] for name in names}
     for i, response in enumerate(responses):
         mask = torch.ones(len(response)) if masks is None or masks[i] is None else torch.tensor(masks[i])
-        total = (token_log_probs(model, prompt, response, temperature) * mask.double()).sum()
+        log_probs = token_log_probs(model, prompt, response, temperature)
+        total = (log_probs * mask.double().to(log_probs.device)).sum()
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
         for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
             assert gradient is not None or ".experts." in name, f"{name} is not used"
             gradient = torch.zeros_like(parameter) if gradient is None else gradient
-            found[name].append(gradient.detach().double().clone())
+            found[name].append(gradient.detach().cpu().double().clone())
     for p, was in before:
         p.requires_grad_(was)
     model.train(training)

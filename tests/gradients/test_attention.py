@@ -1,5 +1,6 @@
 """Attention of our own for packed sequences: exact on the CPU, chosen where it can be had, refused where it cannot."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -144,14 +145,6 @@ def test_which_attention_a_setting_means():
         choose_attention("flex_attention", qwen, "cpu", "float32")
 
 
-def test_an_older_kernel_without_shared_heads_is_none(monkeypatch):
-    def of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-        raise AssertionError("called")
-
-    monkeypatch.setattr(varlen, "varlen_attn", of_torch_2_10)
-    assert choose_attention("auto", make_model("qwen2").config, "cuda", "bfloat16") in (None, "flash_attention_2")
-
-
 def test_attention_that_only_a_mask_tells_is_not_exchanged():
     from transformers import Llama4TextConfig
 
@@ -187,6 +180,7 @@ def kernel(monkeypatch):
     calls = []
 
     def play(function):
+        @functools.wraps(by_definition)  # its parameters
         def noted(*args, **options):
             calls.append(args[0].shape)
             return function(*args, **options)
@@ -201,6 +195,28 @@ def kernel(monkeypatch):
 
     yield play
     attention._agrees.cache_clear()
+
+
+def of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    window = (-1, 0) if is_causal else (-1, -1)
+    return by_definition(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window)
+
+
+def of_torch_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    return by_definition(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+
+@pytest.mark.parametrize("older", [of_torch_2_10, of_torch_2_11])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_older_kernels_get_every_head_its_keys(monkeypatch, older, scale):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(9, heads, 8, generator=generator) for heads in (4, 2, 2))
+    starts = torch.tensor([0, 5, 9], dtype=torch.int32)
+    expected = by_definition(query, key, value, starts, starts, 5, 5, scale=scale, window_size=(-1, 0), enable_gqa=True)
+    monkeypatch.setattr(attention, "_kernel", lambda: older)
+    torch.testing.assert_close(attention._by_kernel(query, key, value, starts, 5, scale), expected)
 
 
 def test_packed_grams_by_a_kernel_for_all_sequences_at_once(kernel):

@@ -207,6 +207,13 @@ def test_packed_sequences_give_the_same_grams_or_are_refused(name):
     assert largest_gap(packed, padded) < (2e-5 if name in FLOAT32_INSIDE else 1e-10)
 
 
+def test_a_packed_row_is_no_longer_than_a_mask_that_the_model_keeps():
+    model = make_model("gpt_neo")
+    packed = measure_scores(model, *make_prompt_and_responses(), SPECS, packing=True)
+    assert packed.plan.token_budget == 64
+    assert largest_gap({key: gram.gram() for key, gram in packed.grams.items()}, grams(model)) < 2e-5
+
+
 def test_attention_in_chunks_longer_than_a_probe_is_not_packed():
     """Chunks are counted from the row's beginning: the second sequence is cut where alone it is not."""
     model = make_model("llama4", attention_chunk_size=64, max_position_embeddings=512)

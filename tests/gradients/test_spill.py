@@ -114,6 +114,31 @@ def test_the_cpu_spills_nothing_unless_told(models):
         plan_measurement(model, prompt, responses, "all:mlp", host_memory_budget=-1)
 
 
+def test_what_the_host_s_memory_costs_decides_for_smaller_batches(monkeypatch):
+    """Without a cost the host is taken; at a GPU's, batches small enough for all gradients on the device."""
+    model = make_model("qwen2", hidden_size=64, intermediate_size=192, max_position_embeddings=512)
+    prompt, responses = make_prompt_and_responses([100] * 16)
+    asked = (model, prompt, responses, "last:qkv,mlp")
+    options = {"memory_budget": 12_000_000, "host_memory_budget": AMPLE, "checkpointing": "off"}
+    free = plan_measurement(*asked, **options)
+    assert homes(free) == {"device", "host"}
+    monkeypatch.setattr("gradvar.gradients.fit._A_HOST_BYTE", {"cpu": 50_000})
+    plan = plan_measurement(*asked, **options)
+    assert homes(plan) == {"device"}
+    assert len(plan.passes) == 1
+    assert plan.token_budget < free.token_budget
+    assert plan.cost.peak_bytes <= options["memory_budget"]
+
+
+def test_blocks_of_rows_begin_at_aligned_addresses():
+    targets = make_targets(3)
+    room = int(1.3 * least_bytes(targets, LENGTHS, torch.float32))
+    for host_room in (0, 5 * room):
+        passes = split_work(targets, LENGTHS, torch.float32, room, host_room)
+        tall = [block for blocks in passes for block in blocks if block.stop - block.start > 64]
+        assert all(block.start % 64 == 0 or block.target.rows for block in tall), [(b.start, b.stop) for b in tall]
+
+
 @pytest.mark.parametrize("times", [1, 1.5, 4])
 @pytest.mark.parametrize("host_times", [0.5, 3, 20, 1000])
 def test_both_rooms_are_kept(times, host_times):
