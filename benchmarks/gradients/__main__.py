@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
     def write() -> None:
         """Write what there is: what a long run has measured is kept when it is broken off."""
         spent = f"{(time.monotonic() - start) / 60:.0f} minutes in all"
-        where = f"{machine(options.threads, 1 if options.only_memory else options.together)}; {spent}"
+        where = f"{machine(options.threads, options.together)}; {spent}"
         if options.only_memory:
             replace_growth(options.out / "gradients.md", growth, made=made_by(command, where, options.note))
             return
@@ -101,7 +101,9 @@ def main(arguments: Sequence[str]) -> int:
         if not options.no_memory:
             counts = COUNTS[:2] if options.tiny else COUNTS
             model, targets = ("tiny", TARGETS[:1]) if options.tiny else ("27M", TARGETS)
-            growth += measure_growth(model, counts, targets, threads=options.threads, say=say)
+            growth += measure_growth(
+                model, counts, targets, threads=options.threads, together=options.together, say=say
+            )
             write()
     except RivalError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ the first N responses, N growing. Before each the C library gives freed blocks b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from benchmarks.gradients.process import RivalProcess
@@ -47,32 +48,53 @@ def target_parameters(cell: Cell) -> int:
 
 
 def measure_growth(
-    model: str, counts: Sequence[int], targets: Sequence[str], *, threads: int, say: Callable[[str], None]
+    model: str,
+    counts: Sequence[int],
+    targets: Sequence[str],
+    *,
+    threads: int,
+    together: int,
+    say: Callable[[str], None],
 ) -> list[Growth]:
-    """Return the memory of both at every N, for every choice of targets; each in a process of its own."""
-    found = []
+    """Return the memory of every way at every N, for every choice of targets; each in a process of its own.
+
+    Args:
+        model: A name in MODELS.
+        counts: N, growing.
+        targets: Choices of targets.
+        threads: Of each process.
+        together: How many processes work at a time.
+        say: Takes a line on the progress.
+    """
     responses = "tiny" if MODELS[model]["vocab_size"] < 100 else "short"
-    for target in targets:
-        cell = Cell(model=model, responses=responses, targets=(target,), count=max(counts))
-        parameters = target_parameters(cell)
-        for name in NAMES:
-            with RivalProcess(name, cell, threads) as process:
-                process.wait_ready()
-                process.run([0])
-                before = None
-                for count in counts:
-                    message, _ = process.run(range(count))
-                    before = message["before"] if before is None else before
-                    memory = message["peak"] - before
-                    found.append(
-                        Growth(
-                            cell=replace(cell, count=count),
-                            rival=name,
-                            parameters=parameters,
-                            memory=memory,
-                            first_call=before - process.baseline,
-                            cpu=message["cpu"],
-                        )
-                    )
-                    say(f"memory, {target}, N = {count}: {name} {memory / 2**20:.0f} MiB")
+    cells = [Cell(model=model, responses=responses, targets=(target,), count=max(counts)) for target in targets]
+    ways = [(cell, name, target_parameters(cell)) for cell in cells for name in NAMES]
+    with ThreadPoolExecutor(together) as pool:
+        grown = [pool.submit(_grow, *way, counts, threads, say) for way in ways]
+        return [growth for one in grown for growth in one.result()]
+
+
+def _grow(
+    cell: Cell, name: str, parameters: int, counts: Sequence[int], threads: int, say: Callable[[str], None]
+) -> list[Growth]:
+    found: list[Growth] = []
+    with RivalProcess(name, cell, threads) as process:
+        process.wait_ready()
+        process.run([0])
+        before: int | None = None
+        for count in counts:
+            message, _ = process.run(range(count))
+            before = int(message["before"]) if before is None else before
+            memory = message["peak"] - before
+            found.append(
+                Growth(
+                    cell=replace(cell, count=count),
+                    rival=name,
+                    parameters=parameters,
+                    memory=memory,
+                    first_call=before - process.baseline,
+                    cpu=message["cpu"],
+                )
+            )
+            say(f"memory, {cell.targets[0]}, N = {count}: {name} {memory / 2**20:.0f} MiB")
     return found

@@ -90,7 +90,7 @@ def measure_cell(
         order = sorted(range(cell.count), key=draw_lengths(cell).__getitem__)
         _compare(processes, found, order[:_CHECKED])
         for repeat in range(repeats):
-            names = list(processes)
+            names = [name for name in processes if repeat == 0 or not RIVALS[name].once]
             turned = names[repeat % len(names) :] + names[: repeat % len(names)]
             grams: dict[str, Grams] = {}
             with ThreadPoolExecutor(together) as pool:
