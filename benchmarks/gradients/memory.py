@@ -70,8 +70,10 @@ def measure_growth(
     cells = [Cell(model=model, responses=responses, targets=(target,), count=max(counts)) for target in targets]
     ways = [(cell, name, target_parameters(cell)) for cell in cells for name in NAMES]
     with ThreadPoolExecutor(together) as pool:
-        grown = [pool.submit(_grow, *way, counts, threads, say) for way in ways]
-        return [growth for one in grown for growth in one.result()]
+        # the longest first, so that no process is left to work alone at the end
+        order = sorted(ways, key=lambda way: (way[1] != BOUNDED.name, -way[2]))
+        grown = {way[:2]: pool.submit(_grow, *way, counts, threads, say) for way in order}
+        return [growth for way in ways for growth in grown[way[:2]].result()]
 
 
 def _grow(
