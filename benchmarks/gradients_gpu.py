@@ -31,6 +31,7 @@ from torch import nn
 
 from benchmarks.gradients.shapes import MODELS
 from gradvar.attention import VARLEN, choose_attention
+from gradvar.errors import GradvarError
 from gradvar.gradients import ScoreMeasurement, measure_scores, resolve_targets
 from gradvar.gradients import passes as engine
 from gradvar.gradients.fit import default_budget
@@ -190,14 +191,14 @@ def marked(model: nn.Module, lowest: int, watch: Stopwatch) -> Iterator[None]:
             hook.remove()
 
 
-def choose_shape(device: torch.device, tiny: bool) -> Shape:
-    """Return the largest shape that the card holds."""
+def choose_shape(device: torch.device, tiny: bool, most: float) -> Shape:
+    """Return the largest shape that the card holds, or that `most` GB of it do."""
     if tiny:
         return TINY
     if device.type != "cuda":
         return SHAPES[-1]
     memory = torch.cuda.mem_get_info(device)[0] / 1e9  # others may use the card too
-    return next(shape for shape in SHAPES if memory >= shape.needs)
+    return next(shape for shape in SHAPES if min(memory, most) >= shape.needs)
 
 
 def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -303,12 +304,12 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # the stopwatch marks the current device's stream
-    chosen = choose_shape(device, options.tiny)
+    chosen = choose_shape(device, options.tiny, options.memory)
     shape = replace(chosen, mixed=options.mixed)
     page = options.out or Path(__file__).with_name(f"gradients_gpu{'_mixed' * options.mixed}.md")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if chosen is not SHAPES[0] and not options.tiny:
-        print(f"the device is too small for {SHAPES[0].name} in full: {shape.name}, {shape.responses} responses")
+        print(f"too little memory for {SHAPES[0].name} in full: {shape.name}, {shape.responses} responses")
     model = build(shape, device, dtype)
     targets = resolve_targets(model, list(shape.targets))
     lowest = min(target.layer for target in targets if target.layer is not None)
@@ -318,7 +319,11 @@ def main(arguments: Sequence[str]) -> int:
         room = 1e9 * options.memory - torch.cuda.memory_allocated(device)
         budget = max(1, min(int(room), default_budget(model)))
     first = shape if options.tiny else replace(shape, responses=2)
-    measure(model, first, Stopwatch(device), lowest, budget)  # kernels are chosen at a first run
+    try:
+        measure(model, first, Stopwatch(device), lowest, budget)  # kernels are chosen at a first run
+    except GradvarError as error:
+        print(f"error: --memory {options.memory:g}: {error}", file=sys.stderr)
+        return 2
     rate = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 512)
     watch = Stopwatch(device)
     if device.type == "cuda":

@@ -138,7 +138,7 @@ def varlen_attention(
         return _attend(query, key, value, scaling, sliding_window).transpose(1, 2).contiguous(), None
     longest = query.shape[2] if max_length_q is None else int(max_length_q)
     windowed = sliding_window is not None and sliding_window < longest
-    if not windowed and _fits_kernel(query, key, value):
+    if not windowed and _fits_kernel(query, key, value, scaling):
         q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
         return _by_kernel(q, k, v, cu_seq_lens_q, longest, scaling)[None], None
     return _one_by_one(query, key, value, cu_seq_lens_q, scaling, sliding_window).contiguous(), None
@@ -196,14 +196,14 @@ def _by_kernel(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longes
         key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
     if "scale" in takes:
         options["scale"] = scale
-    elif scale is not None:  # torch 2.10 always takes 1/sqrt(D)
+    elif scale is not None and abs(scale * query.shape[-1] ** 0.5 - 1) > 1e-6:  # torch 2.10 always takes 1/sqrt(D)
         query = query * (scale * query.shape[-1] ** 0.5)
     starts = starts.to(query.device, torch.int32)
     output: Tensor = kernel(query, key, value, starts, starts, longest, longest, **options)
     return output
 
 
-def _fits_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def _fits_kernel(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> bool:
     width = query.shape[-1]
     return (
         query.is_cuda
@@ -211,12 +211,14 @@ def _fits_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and query.dtype in _HALVES
         and width == value.shape[-1] <= _WIDEST_HEAD
         and width % 8 == 0
-        and _agrees(query.device, query.dtype, query.shape[1], key.shape[1], width)
+        and _agrees(query.device, query.dtype, query.shape[1], key.shape[1], width, scale)
     )
 
 
 @lru_cache(maxsize=64)
-def _agrees(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int) -> bool:
+def _agrees(
+    device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int, scale: float | None = None
+) -> bool:
     """Return whether the kernel gives the attention and the gradients of each sequence alone, on small numbers."""
     if _kernel() is None:
         return False
@@ -231,9 +233,9 @@ def _agrees(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int
                 q, k, v = (x.to(device, dtype).to(torch.float32 if exact else dtype).requires_grad_() for x in values)
                 if exact:
                     rows = [x.transpose(0, 1)[None] for x in (q, k, v)]
-                    output = _one_by_one(rows[0], rows[1], rows[2], starts, None, None)[0]
+                    output = _one_by_one(rows[0], rows[1], rows[2], starts, scale, None)[0]
                 else:
-                    output = _by_kernel(q, k, v, starts, max(lengths), None)
+                    output = _by_kernel(q, k, v, starts, max(lengths), scale)
                 weights = torch.linspace(-1, 1, output.numel(), device=device).view(output.shape)
                 gradients = torch.autograd.grad((output.float() * weights).sum(), (q, k, v))
                 found.append([output.detach().float(), *(gradient.float() for gradient in gradients)])

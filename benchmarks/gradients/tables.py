@@ -29,9 +29,10 @@ AIMS = {"autograd.grad": {"mixed": 1.0, "short": 1.5}, "full backward": {"mixed"
 
 _HOW = """
 Every way gives the N x N Gram of the same targets' weights and biases, in float32 (ours sums in float64). Each runs in
-a process of its own that keeps its model; a repeat runs all of them once, in turned order, after their Grams of four
-responses were found the same. CPU time is the process's, the median of the repeats; "times ours" is the median of the
-ratio within a repeat. Memory is the peak beyond what is resident with the model built. Gram error: the largest
+a process of its own that keeps its model; a repeat runs all of them once (the second not what is timed once), in
+turned order, after their Grams of four responses were found the same. CPU time is the process's, the median of the
+repeats; "times ours" is the median of the ratio within a repeat. Memory is the peak beyond what is resident with the
+model built. Gram error: the largest
 difference of an entry from autograd.grad's, relative to the largest entry (more than the tolerance stops the run); D
 error: the largest relative difference of ||g_i - mean g||^2.
 """

@@ -7,14 +7,15 @@ block.
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from gradvar.gradients.gram import piece
 from gradvar.gradients.job import Job
 from gradvar.gradients.lane import IN_FLIGHT
 from gradvar.gradients.logprobs import VOCABULARY_TILE, compute_dtype
-from gradvar.gradients.plan import Block, Cost, Plan, aligned_rows, device_bytes, host_bytes
+from gradvar.gradients.plan import Block, Cost, Plan, aligned_rows, aligned_tokens, device_bytes, host_bytes
 from gradvar.gradients.sketch import SketchPlan
-from gradvar.gradients.targets import Target
+from gradvar.gradients.targets import Target, decoder_layers
 from gradvar.gradients.usage import Growth, flop, peak_bytes
 
 
@@ -70,7 +71,9 @@ def staging_bytes(job: Job) -> int:
     sides = max((_sides(target) for target in targets), default=0)
     product = min(piece(job.device), max((target.in_features * target.out_features for target in targets), default=0))
     at_once = IN_FLIGHT if job.device.type == "cuda" else 1
-    return at_once * max(job.lengths) * sides * width(job.factor_dtype) + product * width(compute_dtype(job.dtype))
+    return at_once * aligned_tokens(max(job.lengths)) * sides * width(job.factor_dtype) + product * width(
+        compute_dtype(job.dtype)
+    )
 
 
 def transfer_bytes(job: Job, plan: Plan) -> int:
@@ -86,8 +89,35 @@ def _transfer(job: Job, block: Block, tile_bytes: int) -> int:
         return 2 * block.bytes
     rows, row = block.stop - block.start, len(job.lengths) * block.target.in_features * width(compute_dtype(job.dtype))
     tiles = -(-rows // aligned_rows(rows, max(1, tile_bytes // row)))
-    tokens = sum(job.lengths) * width(job.factor_dtype)
-    return block.bytes + tokens * (tiles * block.target.in_features + rows)
+    inputs = sum(job.lengths) * block.target.in_features * width(job.factor_dtype)
+    deltas = sum(map(aligned_tokens, job.lengths)) * rows * width(job.factor_dtype)
+    return block.bytes + tiles * inputs + deltas
+
+
+def token_flop(job: Job) -> float:
+    """Return about what a token takes forward and back to the lowest target, from the parameters that it meets."""
+    lowest = min((target.layer for target in job.targets if target.layer is not None), default=0)
+    met = [_met(job.model, layer) for _, layer in decoder_layers(job.model)]
+    vocabulary, hidden = job.head.shape()
+    return 2 * (sum(met) + sum(met[lowest:])) + 4 * vocabulary * hidden
+
+
+def _met(model: nn.Module, layer: nn.Module) -> float:
+    """Return how many of a layer's parameters a token meets: of experts those that it is sent to."""
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    counts = [getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")]
+    all_of_them = max((count for count in counts if isinstance(count, int)), default=0)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    share = chosen / all_of_them if isinstance(chosen, int) and 0 < chosen < all_of_them else 1.0
+    return sum(
+        parameter.numel() * (share if ".experts." in f".{name}." else 1.0)
+        for name, parameter in layer.named_parameters()
+    )
+
+
+def offloaded_bytes(model: nn.Module) -> int:
+    """Return the bytes of the weights that accelerate brings to the device for every batch."""
+    return sum(parameter.numel() * parameter.itemsize for parameter in model.parameters() if parameter.is_meta)
 
 
 def fixed_bytes(job: Job) -> int:

@@ -8,7 +8,16 @@ import torch
 from torch import nn
 
 from gradvar.errors import GradvarError
-from gradvar.gradients.cost import fixed_bytes, sketch_bytes, staging_bytes, tile_casts, transfer_bytes, work_bytes
+from gradvar.gradients.cost import (
+    fixed_bytes,
+    offloaded_bytes,
+    sketch_bytes,
+    staging_bytes,
+    tile_casts,
+    token_flop,
+    transfer_bytes,
+    work_bytes,
+)
 from gradvar.gradients.devices import devices_of
 from gradvar.gradients.job import Job
 from gradvar.gradients.logprobs import chunk_bytes
@@ -44,14 +53,15 @@ _TILE_LIMIT = {"cpu": 256 << 20, "cuda": 2 << 30}
 """Bytes of a tile, at most: on a GPU products of few rows leave most of it idle."""
 _SHRINK = 0.7
 """Batches of so many times the tokens are tried next, for the passes that they save."""
-_A_BATCH = {"cpu": (16, 0.0), "cuda": (0, 8e12)}
-"""What a batch costs beside its tokens: in tokens, and in tokens of a model of one parameter. On the CPU as measured
-(27 M parameters, one thread: 0.02 s); on an H200 some 50 ms to launch its kernels, against 7e-15 s for a parameter and
-token (0.5 and 7.6 billion parameters)."""
-_A_HOST_BYTE = {"cuda": 50_000}
-"""What a byte kept on the host costs, in tokens of a model of one parameter: on an H200 0.3 ns to lock its page."""
-_A_TRANSFERRED_BYTE = {"cuda": 24_000}
-"""What a byte on its way costs, likewise: 0.16 ns there, what waits for it counted."""
+_A_BATCH_TOKENS = 16
+"""What a batch costs beside its tokens on the CPU, in tokens, as measured (27 M parameters, one thread: 0.02 s)."""
+_SPEED = 4.5e14
+_A_BATCH = 0.05
+_A_LOCKED_BYTE = 1e-10
+_A_COPIED_BYTE = 1.6e-10
+"""Of an H200, as measured (benchmarks/gradients_gpu_plans.md): FLOP of a dense model a second; seconds for a batch
+beside its tokens (its kernels' launches), for a byte of the host's memory (0.3 ns to lock it, once a process: a third
+is counted), for a byte copied to the host or back, what waits for it counted."""
 _TOO_MUCH = 1 << 62
 """More bytes than any budget."""
 _CHUNK_SHARE = 1 / 32
@@ -103,7 +113,7 @@ def choose_plan(
         host_memory_budget: Bytes of the host's memory for gradients that do not fit; None takes a part of what is free
             where the device has memory of its own.
         checkpointing: "off", "reentrant" or "non_reentrant".
-        may_checkpoint: Switch it on where nothing else would do.
+        may_checkpoint: Switch it on where nothing else would do, or would be slower.
         sketch: What is kept of every gradient beside.
 
     Raises:
@@ -123,16 +133,17 @@ def choose_plan(
     host = default_host_budget(job.device) if host_memory_budget is None else host_memory_budget
     host = int(FILLED * host) if job.device.type == "cuda" else host - host // _SLACK
     search = _Search(job=job, given=given, total=total, host=host, trunk=_trunk(job))
-    searches = [search, *([replace(search, host=0)] if job.device.type in _A_HOST_BYTE and host > 0 else [])]
+    searches = [search, *([replace(search, host=0)] if job.device.type == "cuda" and host > 0 else [])]
     plans: list[Plan] = []
     kinds = [checkpointing, *(["non_reentrant"] if may_checkpoint and checkpointing == "off" else [])]
+    usual = token_budget or DEFAULT_TOKEN_BUDGET.get(job.device.type, DEFAULT_TOKEN_BUDGET["cpu"])
     for kind in kinds:
-        tokens, chunk, work = search.batching(token_budget, kind)
+        tokens, chunk, work = search.batching(usual, kind)
         for one in searches:
             plan = one.split(tokens, chunk, work, kind)
             if plan is not None:
                 plans += [plan, *one.smaller(plan)]
-        if plans and 2 * work <= total:
+        if len(job.batches(tokens)) == len(job.batches(usual)) and any(map(_all_at_once, plans)):
             break
     if plans:
         return min(plans, key=lambda plan: _work(job, plan))
@@ -159,14 +170,13 @@ class _Search:
     trunk: tuple[int, int]
     """What the trunk takes: fixed, and for a token of the largest batch."""
 
-    def batching(self, token_budget: int | None, kind: str) -> tuple[int, int, int]:
+    def batching(self, tokens: int, kind: str) -> tuple[int, int, int]:
         """Return (token budget, chunk of logits, bytes of the largest batch), at most half of the total if it can be.
 
         Args:
-            token_budget: The limit, None for the usual one.
+            tokens: The limit.
             kind: Activation checkpointing.
         """
-        tokens = token_budget or DEFAULT_TOKEN_BUDGET.get(self.job.device.type, DEFAULT_TOKEN_BUDGET["cpu"])
         chunk = min(chunk_bytes(self.job.device), int(_CHUNK_SHARE * self.total))
         while True:
             work = self._work(tokens, chunk, kind)
@@ -179,14 +189,11 @@ class _Search:
     def smaller(self, plan: Plan) -> list[Plan]:
         """Return plans with smaller batches, which leave more room for gradients, down to each response alone.
 
-        None where one pass does, on the device alone: larger batches are faster.
+        None where one pass does, on the device alone.
         """
         plans: list[Plan] = []
         tokens, last = plan.token_budget, len(self.job.batches(plan.token_budget))
-        while last < len(self.job.responses):
-            largest = (plans or [plan])[-1]
-            if len(largest.passes) == 1 and not host_bytes(largest.passes[0]):
-                break
+        while last < len(self.job.responses) and not _all_at_once((plans or [plan])[-1]):
             tokens = int(_SHRINK * tokens)
             count = len(self.job.batches(tokens))
             if count == last:
@@ -269,16 +276,34 @@ def _trunk(job: Job) -> tuple[int, int]:
         return trunk_bytes(job.model, job.head.base, job.prompt, job.responses, max(layers, default=None))
 
 
+def _all_at_once(plan: Plan) -> bool:
+    """Return whether one pass does, with all gradients on the device."""
+    return len(plan.passes) == 1 and not host_bytes(plan.passes[0])
+
+
 def _work(job: Job, plan: Plan) -> float:
-    """Return about how long a plan takes, in tokens: layers made again cost about a third of a pass."""
-    kind = job.device.type
+    """Return about how long a plan takes, in a unit of the device's own."""
+    return _seconds_on_cuda(job, plan) if job.device.type == "cuda" else _tokens_on_a_cpu(job, plan)
+
+
+def _tokens_on_a_cpu(job: Job, plan: Plan) -> float:
     batches = job.batches(plan.token_budget)
-    parameters = max(1, sum(parameter.numel() for parameter in job.model.parameters()))
-    tokens, ones = _A_BATCH.get(kind, (0, 0.0))
-    fed = sum(batch.input_ids.numel() for batch in batches) + len(batches) * (tokens + ones / parameters)
-    held = sum(host_bytes(blocks) for blocks in plan.passes) * _A_HOST_BYTE.get(kind, 0)
-    moved = transfer_bytes(job, plan) * _A_TRANSFERRED_BYTE.get(kind, 0)
-    return len(plan.passes) * fed * (1 if plan.checkpointing == "off" else 4 / 3) + (held + moved) / parameters
+    fed = sum(batch.input_ids.numel() for batch in batches)
+    return _passes(plan) * (fed + len(batches) * _A_BATCH_TOKENS)
+
+
+def _seconds_on_cuda(job: Job, plan: Plan) -> float:
+    batches = job.batches(plan.token_budget)
+    fed = sum(batch.input_ids.numel() for batch in batches)
+    a_batch = _A_BATCH + 2 * offloaded_bytes(job.model) * _A_COPIED_BYTE  # forward and backward
+    held = max(host_bytes(blocks) for blocks in plan.passes) * _A_LOCKED_BYTE
+    moved = transfer_bytes(job, plan) * _A_COPIED_BYTE
+    return _passes(plan) * (fed * token_flop(job) / _SPEED + len(batches) * a_batch) + held + moved
+
+
+def _passes(plan: Plan) -> float:
+    """Return the passes; one that makes layers again counts a third more."""
+    return len(plan.passes) * (1 if plan.checkpointing == "off" else 4 / 3)
 
 
 def _least(job: Job, kind: str) -> int:

@@ -18,7 +18,10 @@ import torch
 from gradvar.gradients.targets import Target
 
 DEFAULT_TOKEN_BUDGET = {"cpu": 512, "cuda": 16384}
-_ALIGNED = 64
+_ALIGNED = 8
+"""Rows or tokens of which 16 bytes hold a whole number, in half precision too."""
+_LEAST_ROWS = 64
+"""Rows for which a block begins in memory that others take a part of, unless it is all of its target's."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -143,21 +146,24 @@ def split_work(
     biases = "biases" if held else "device"
     left = {"device": room - held, "biases": held, "host": host_room}
     inputs: dict[str, set[str]] = {"device": set(), "host": set()}
+    taken: set[str] = set()
     for target in targets:
         start, stop = target.rows or (0, target.out_features)
         while start < stop:
-            block = _fit(target, start, stop, lengths, dtype, left["device"], inputs["device"])
+            least = {home: min(stop - start, _LEAST_ROWS) if home in taken else 1 for home in inputs}
+            block = _fit(target, start, stop, lengths, dtype, left["device"], inputs["device"], least["device"])
             if block is None and host_room > 0 and target.kind != "head" and target.direct is None:
                 end = start + aligned_rows(stop - start, left[biases] // (8 * len(lengths)))
-                block = _fit(target, start, end, lengths, dtype, left["host"], inputs["host"], "host")
+                block = _fit(target, start, end, lengths, dtype, left["host"], inputs["host"], least["host"], "host")
             if block is None:
                 if not passes[-1]:
                     raise ValueError(f"{room} bytes are too few for one row of {target.key}")
                 passes.append([])
                 left = {"device": room - held, "biases": held, "host": host_room}
-                inputs = {"device": set(), "host": set()}
+                inputs, taken = {"device": set(), "host": set()}, set()
                 continue
             passes[-1].append(block)
+            taken.add(block.home)
             left[block.home] -= block.bytes
             if block.home == "host":
                 left[biases] -= device_bytes([block], len(lengths))
@@ -183,11 +189,17 @@ def least_bytes(targets: Sequence[Target], lengths: Sequence[int], dtype: torch.
 
 
 def aligned_rows(rows: int, most: int) -> int:
-    """Return how many of the rows to take at one time, `most` at most: all, or a number that begins aligned blocks.
+    """Return how many of the rows to take at one time: all, or a multiple of 8 up to `most` (below 8, `most`).
 
-    On CUDA a product whose operands begin at odd addresses, or have rows of odd lengths, is many times slower.
+    On CUDA a product in half precision whose operands begin at odd addresses, or have rows of odd lengths, runs without
+    the fast kernels.
     """
     return rows if rows <= most else most - most % _ALIGNED if most > _ALIGNED else most
+
+
+def aligned_tokens(tokens: int) -> int:
+    """Return the length of a row of so many tokens in the host's memory, where each begins at an aligned address."""
+    return tokens + -tokens % _ALIGNED
 
 
 def smallest_tile(targets: Sequence[Target], count: int, dtype: torch.dtype) -> int:
@@ -203,7 +215,9 @@ def _input_of(target: Target) -> str:
     return target.module
 
 
-def _costs(target: Target, lengths: Sequence[int], dtype: torch.dtype) -> dict[str, tuple[int, int]]:
+def _costs(
+    target: Target, lengths: Sequence[int], dtype: torch.dtype, home: str = "device"
+) -> dict[str, tuple[int, int]]:
     """Return (fixed bytes, bytes a row) of each way to keep a target."""
     width = torch.finfo(dtype).bits // 8
     wide = 8 if dtype == torch.float64 else 4
@@ -213,7 +227,8 @@ def _costs(target: Target, lengths: Sequence[int], dtype: torch.dtype) -> dict[s
     matrices = (0, count * (target.in_features * wide + 8))
     if target.direct is not None:
         return {"matrices": matrices}
-    return {"factors": (tokens * target.in_features * width, tokens * width + count * 8), "matrices": matrices}
+    row = tokens if home == "device" else sum(map(aligned_tokens, lengths))
+    return {"factors": (tokens * target.in_features * width, row * width + count * 8), "matrices": matrices}
 
 
 def _fit(
@@ -224,15 +239,16 @@ def _fit(
     dtype: torch.dtype,
     room: int,
     inputs: set[str],
+    least: int,
     home: str = "device",
 ) -> Block | None:
-    """Return the block from `start` that fits the room and costs least, as tall as it can be."""
+    """Return the block from `start` that fits the room and costs least, as tall as it can be; `least` rows or none."""
     best: Block | None = None
-    for keep, (fixed, a_row) in _costs(target, lengths, dtype).items():
+    for keep, (fixed, a_row) in _costs(target, lengths, dtype, home).items():
         shared = keep == "factors" and _input_of(target) in inputs  # q, k and v have one input
         fixed = 0 if shared else fixed
         rows = aligned_rows(stop - start, (room - fixed) // a_row)
-        if rows < 1:
+        if rows < least:
             continue
         block = Block(
             target=target, start=start, stop=start + int(rows), keep=keep, bytes=int(fixed + rows * a_row), home=home

@@ -39,7 +39,7 @@ def row_limit(model: nn.Module) -> int | None:
     GPT-Neo keeps its causal mask in a buffer of as many positions as it has.
     """
     limit = position_limit(model)
-    return limit if any(limit in buffer.shape[-2:] for buffer in model.buffers()) else None
+    return limit if any(tuple(buffer.shape[-2:]) == (limit, limit) for buffer in model.buffers()) else None
 
 
 def turns_with_length(model: nn.Module) -> bool:

@@ -101,6 +101,8 @@ def planned(
             if not check_padding(head.base, probe, padding_side):
                 token_budget = min(1, token_budget or 1)
         n, device = len(responses), input_device(model)
+        usual = token_budget or DEFAULT_TOKEN_BUDGET.get(device.type, DEFAULT_TOKEN_BUDGET["cpu"])
+        widest = min(usual, row_limit(model) or usual)
         job = Job(
             model=model,
             targets=chosen,
@@ -116,7 +118,7 @@ def planned(
             packed=packs(
                 model, head.base, probe, packing,
                 longest=min(
-                    token_budget or DEFAULT_TOKEN_BUDGET.get(device.type, DEFAULT_TOKEN_BUDGET["cpu"]),
+                    widest,
                     sum(len(prompt_ids) + len(response) - 1 for response in responses),
                 ),
             ),
@@ -135,9 +137,8 @@ def planned(
                 trunk_bytes=0, passes=(),
             ),
         )  # fmt: skip
-        widest = row_limit(model) if job.packed else None
-        if widest is not None:
-            token_budget = min(widest, token_budget or widest)
+        if job.packed and widest < usual:
+            token_budget = widest
         before = settled_bytes() if device.type == "cpu" else None
         job.plan = choose_plan(
             job,

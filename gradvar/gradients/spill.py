@@ -2,8 +2,8 @@
 
 Copies run beside what is computed (`Lane`), in order with what makes and what uses them, so nothing waits for them on
 the host: it must not read what was copied without waiting. They are asynchronous from and to page-locked memory alone.
-To lock pages is slow (of the order of a millisecond for 10 MB; to be measured on a GPU), so memory is locked in large
-slabs, which torch's host allocator keeps for the next pass and the next prompt.
+To lock pages is slow (some 3 ms for 10 MB beside an H200), so memory is locked in large slabs, which torch's host
+allocator keeps for the next pass and the next prompt.
 
 Shape letters: N responses, T tokens, I inputs, O outputs.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gradvar.gradients.gram import FactorStore, GradientStore, add_product, multiply, piece
 from gradvar.gradients.lane import Lane
+from gradvar.gradients.plan import aligned_tokens
 
 SLAB = 256 << 20
 FILLED = 0.75
@@ -25,8 +26,6 @@ FILLED = 0.75
 _LEFT_OVER = 4
 """At most one part in so many of a slab is left over where a tensor did not fit into it."""
 _ALIGNED = 64
-_EVEN = 16
-"""Tokens of which rows kept on the host hold a multiple: CUDA's fast products want rows of whole 16 bytes."""
 
 
 class HostMemory:
@@ -112,10 +111,9 @@ class HostFactorStore(FactorStore):
         self._host = host
 
     def _keep(self, response: int, a: Tensor, delta: Tensor) -> None:
-        # transposed, so that the rows of a tile lie together; on CUDA each begins at an aligned address
-        tokens = len(delta)
-        rows = delta.new_zeros((delta.shape[1], tokens + (-tokens % _EVEN if delta.is_cuda else 0)))
-        rows[:, :tokens] = delta.T
+        # transposed, so that the rows of a tile lie together
+        rows = delta.new_empty((delta.shape[1], aligned_tokens(len(delta))))
+        rows[:, : len(delta)] = delta.T
         self._factors[response].append((self._host.copy_once(a, self.key), self._host.copy(rows, self.key)))
 
     def _wanted(self, response: int, start: int, stop: int) -> list[Tensor]:

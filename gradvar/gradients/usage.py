@@ -285,8 +285,10 @@ def counter() -> FlopCounterMode:
     operators = torch.ops.aten
     known: dict[Any, Any] = {}
     for name in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
-        known[getattr(operators, f"_scaled_dot_product_{name}")] = _attention_flop
-        known[getattr(operators, f"_scaled_dot_product_{name}_backward")] = _attention_backward_flop
+        for ending, formula in (("", _attention_flop), ("_backward", _attention_backward_flop)):
+            operator = getattr(operators, f"_scaled_dot_product_{name}{ending}", None)
+            if operator is not None:
+                known[operator] = formula
     packed = getattr(torch.ops.torch_attn, "_varlen_attn", None)  # known once it was imported
     if packed is not None:
         known[packed] = _packed_flop
@@ -307,7 +309,7 @@ def _attention_backward_flop(gradient: Any, query: Any, key: Any, value: Any, *a
 
 def _packed_flop(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, *args: Any, **kwargs: Any) -> int:
     """Return the FLOP of attention over packed sequences: (T, H, D) tensors, (sequences + 1,) where each begins."""
-    squares = int(starts.diff().square().sum())
+    squares = int(starts.long().diff().square().sum())
     return 2 * query.shape[1] * squares * (query.shape[2] + value.shape[2])
 
 
@@ -315,7 +317,7 @@ def _packed_backward_flop(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, starts: Tensor,
     *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
-    squares = int(starts.diff().square().sum())
+    squares = int(starts.long().diff().square().sum())
     return 2 * query.shape[1] * squares * (3 * query.shape[2] + 2 * value.shape[2])
 
 

@@ -82,4 +82,6 @@ def test_a_device_that_is_none_is_refused(capsys):
 @pytest.mark.parametrize(("memory", "index"), [(140e9, 0), (80e9, 0), (24e9, 1), (8e9, 2)])
 def test_a_small_card_gets_a_small_shape(memory, index, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory, 192e9))
-    assert gpu.choose_shape(torch.device("cuda"), tiny=False) is gpu.SHAPES[index]
+    assert gpu.choose_shape(torch.device("cuda"), tiny=False, most=192) is gpu.SHAPES[index]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (192e9, 192e9))
+    assert gpu.choose_shape(torch.device("cuda"), tiny=False, most=memory / 1e9) is gpu.SHAPES[index]

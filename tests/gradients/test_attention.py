@@ -185,8 +185,8 @@ def kernel(monkeypatch):
             calls.append(args[0].shape)
             return function(*args, **options)
 
-        def fits(query, key, value):
-            return attention._agrees(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[-1])
+        def fits(query, key, value, scale):
+            return attention._agrees(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[-1], scale)
 
         attention._agrees.cache_clear()
         monkeypatch.setattr(attention, "_kernel", lambda: noted)
@@ -209,7 +209,7 @@ def of_torch_2_11(
 
 
 @pytest.mark.parametrize("older", [of_torch_2_10, of_torch_2_11])
-@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("scale", [None, 0.7, 8**-0.5])
 def test_older_kernels_get_every_head_its_keys(monkeypatch, older, scale):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(9, heads, 8, generator=generator) for heads in (4, 2, 2))

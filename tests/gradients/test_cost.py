@@ -5,6 +5,8 @@ import torch
 
 from gradvar.errors import GradvarError
 from gradvar.gradients import measure_scores, plan_measurement
+from gradvar.gradients.cost import token_flop
+from gradvar.gradients.prepare import planned
 from gradvar.gradients.usage import Growth, LiveBytes, counter
 from tests.gradients.models import CONFIGS, least_budget, make_model, make_prompt_and_responses, state, uneven
 
@@ -202,6 +204,20 @@ def test_growth_of_several_moments_is_that_of_the_largest_at_each_length():
     assert growth.at(9) == pytest.approx(109)
     assert growth.at(100) == pytest.approx(5005)
     assert Growth.through([(t, values[:n]) for n, (t, values) in enumerate(moments, 1)]).at(9) >= 109
+
+
+@pytest.mark.parametrize("targets", ["0:q", "1:q"])
+def test_the_work_of_a_token_is_that_of_the_weights_it_meets(targets):
+    """Forward, back to the lowest target, the head twice; of three experts two, and their biases and norms too."""
+    for name, share in (("qwen2", 1.0), ("qwen2_moe", 2 / 3)):
+        model = make_model(name)
+        with planned(model, *make_prompt_and_responses(), targets) as job:
+            found = token_flop(job)
+        met = [
+            sum(p.numel() * (share if ".experts." in name else 1) for name, p in layer.named_parameters())
+            for layer in model.model.layers
+        ]
+        assert found == pytest.approx(2 * sum(met) + 2 * sum(met[int(targets[0]) :]) + 4 * 37 * 16)
 
 
 def test_what_is_known_of_a_model_is_not_measured_again():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gradvar.errors import GradvarError
-from gradvar.gradients import measure_scores, plan_measurement
+from gradvar.gradients import fit, measure_scores, plan_measurement
 from tests.gradients import references
 from tests.gradients.models import least_budget, make_model, make_prompt_and_responses
 
@@ -78,6 +78,26 @@ def test_batches_are_made_smaller_where_that_saves_passes(monkeypatch):
     assert fitted.plan.passes == plan.passes
     for key, gram in whole.grams.items():
         assert references.error(fitted.grams[key].gram(), gram.gram()) < 1e-12
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_more_memory_is_never_slower_by_the_plan_s_own_reckoning(monkeypatch, device):
+    """Checkpointing is weighed against more passes and smaller batches."""
+    size = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 8, "max_position_embeddings": 1024}
+    model = make_model("qwen2", torch.float32, **size)
+    request = (model, *make_prompt_and_responses([400] * 40), "1:qkv,mlp")
+    if device == "cuda":
+        monkeypatch.setattr(fit, "_work", fit._seconds_on_cuda)
+    reckoned, own = [], fit._work
+    monkeypatch.setattr(fit, "_work", lambda job, plan: seen.append(own(job, plan)) or seen[-1])
+    kinds = set()
+    for mebibytes in range(40, 76, 6):
+        seen = []
+        plan = plan_measurement(*request, memory_budget=mebibytes << 20)
+        kinds.add((plan.checkpointing, len(plan.passes) > 1))
+        reckoned.append(min(seen))
+    assert reckoned == sorted(reckoned, reverse=True)
+    assert len(kinds) > 1
 
 
 def test_a_containers_limit_is_what_is_free(monkeypatch, tmp_path):

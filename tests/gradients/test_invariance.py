@@ -7,7 +7,7 @@ from torch import nn
 from transformers import BertConfig, BertLMHeadModel
 
 from gradvar.errors import GradvarError
-from gradvar.gradients import list_targets, measure_scores
+from gradvar.gradients import list_targets, measure_scores, plan_measurement
 from gradvar.gradients.gram import FactorStore, MatrixStore
 from gradvar.gradients.logprobs import Head
 from gradvar.gradients.request import undisturbed
@@ -212,6 +212,9 @@ def test_a_packed_row_is_no_longer_than_a_mask_that_the_model_keeps():
     packed = measure_scores(model, *make_prompt_and_responses(), SPECS, packing=True)
     assert packed.plan.token_budget == 64
     assert largest_gap({key: gram.gram() for key, gram in packed.grams.items()}, grams(model)) < 2e-5
+    many = make_model("gpt_neo", max_position_embeddings=1024)
+    request = (many, *make_prompt_and_responses([40] * 20), SPECS)
+    assert plan_measurement(*request, packing=True).token_budget == plan_measurement(*request).token_budget == 512
 
 
 def test_attention_in_chunks_longer_than_a_probe_is_not_packed():

@@ -1,5 +1,7 @@
 """What the planner says a pass keeps, against a recount; every row measured once."""
 
+import math
+
 import pytest
 import torch
 
@@ -25,8 +27,11 @@ def make_targets(layers):
     ]  # fmt: skip
 
 
-def recount(blocks, lengths, width=4):
-    """Bytes of float32 factors or matrices and float64 bias sums; each input that factors need, once."""
+def recount(blocks, lengths, width=4, host=False):
+    """Bytes of float32 factors or matrices and float64 bias sums; each input that factors need, once.
+
+    On the host the outputs' side of each response is a multiple of 8 tokens long.
+    """
     inputs, total = {}, 0
     for block in blocks:
         rows, target = block.stop - block.start, block.target
@@ -34,7 +39,7 @@ def recount(blocks, lengths, width=4):
         if block.keep == "matrices":
             total += len(lengths) * rows * target.in_features * width
         else:
-            total += sum(lengths) * rows * width
+            total += sum(math.ceil(n / 8) * 8 if host else n for n in lengths) * rows * width
             inputs[target.layer, SHARED.get(target.kind, target.kind)] = sum(lengths) * target.in_features * width
     return total + sum(inputs.values())
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from gradvar.errors import GradvarError
-from gradvar.gradients import measure_scores, plan_measurement
+from gradvar.gradients import fit, measure_scores, plan_measurement
 from gradvar.gradients.gram import FactorStore, MatrixStore
 from gradvar.gradients.plan import device_bytes, least_bytes, split_work
 from gradvar.gradients.spill import HostFactorStore, HostMatrixStore, HostMemory
+from gradvar.gradients.targets import Target
 from gradvar.gradients.usage import LiveBytes
 from tests.gradients import references
 from tests.gradients.models import least_budget, make_model, make_prompt_and_responses
@@ -115,14 +116,15 @@ def test_the_cpu_spills_nothing_unless_told(models):
 
 
 def test_what_the_host_s_memory_costs_decides_for_smaller_batches(monkeypatch):
-    """Without a cost the host is taken; at a GPU's, batches small enough for all gradients on the device."""
+    """Without a cost the host is taken; by a GPU's, batches small enough for all gradients on the device."""
     model = make_model("qwen2", hidden_size=64, intermediate_size=192, max_position_embeddings=512)
     prompt, responses = make_prompt_and_responses([100] * 16)
     asked = (model, prompt, responses, "last:qkv,mlp")
     options = {"memory_budget": 12_000_000, "host_memory_budget": AMPLE, "checkpointing": "off"}
     free = plan_measurement(*asked, **options)
     assert homes(free) == {"device", "host"}
-    monkeypatch.setattr("gradvar.gradients.fit._A_HOST_BYTE", {"cpu": 50_000})
+    monkeypatch.setattr(fit, "_work", fit._seconds_on_cuda)
+    monkeypatch.setattr(fit, "_A_BATCH", 0.0)  # of so small a model it would be all that counts
     plan = plan_measurement(*asked, **options)
     assert homes(plan) == {"device"}
     assert len(plan.passes) == 1
@@ -130,13 +132,26 @@ def test_what_the_host_s_memory_costs_decides_for_smaller_batches(monkeypatch):
     assert plan.cost.peak_bytes <= options["memory_budget"]
 
 
-def test_blocks_of_rows_begin_at_aligned_addresses():
-    targets = make_targets(3)
-    room = int(1.3 * least_bytes(targets, LENGTHS, torch.float32))
-    for host_room in (0, 5 * room):
-        passes = split_work(targets, LENGTHS, torch.float32, room, host_room)
-        tall = [block for blocks in passes for block in blocks if block.stop - block.start > 64]
-        assert all(block.start % 64 == 0 or block.target.rows for block in tall), [(b.start, b.stop) for b in tall]
+@pytest.mark.parametrize("host_share", [0.0, 0.6, 1.3])
+def test_blocks_of_rows_begin_at_aligned_addresses(host_share):
+    """None of a few rows either, that room was just left for: each is filled response by response."""
+    targets = [
+        Target(
+            key=kind, module=kind, rows=None, in_features=columns, out_features=rows, has_bias=False, kind=kind, layer=0
+        )
+        for kind, rows, columns in (("gate", 1800, 300), ("up", 1800, 300), ("down", 300, 1800))
+    ]
+    room = 203 * len(LENGTHS) * (300 * 4 + 8) + 1000
+    passes = split_work(targets, LENGTHS, torch.float32, room, int(host_share * room))
+    blocks = [block for each in passes for block in each]
+    assert len(blocks) > 5
+    assert sum(block.stop - block.start for block in blocks) == 3900
+    assert all(block.start % 8 == 0 for block in blocks)
+    for each in passes:
+        for home in ("device", "host"):
+            own = [block for block in each if block.home == home]
+            assert all(block.stop - block.start >= 64 or block.stop == block.target.out_features for block in own[1:])
+            assert len({block.target.key for block in own}) == len(own)
 
 
 @pytest.mark.parametrize("times", [1, 1.5, 4])
@@ -149,7 +164,7 @@ def test_both_rooms_are_kept(times, host_times):
     for blocks in passes:
         there = [block for block in blocks if block.home == "host"]
         here = [block for block in blocks if block.home == "device"]
-        assert recount(there, LENGTHS) == sum(block.bytes for block in there) <= host_room
+        assert recount(there, LENGTHS, host=True) == sum(block.bytes for block in there) <= host_room
         assert device_bytes(blocks, len(LENGTHS)) <= room
         assert recount(here, LENGTHS) == device_bytes(here, len(LENGTHS))
     assert sum(block.stop - block.start for blocks in passes for block in blocks) == sum(
