@@ -183,3 +183,14 @@ def test_rollout_ids_name_the_rows(qwen):
     prompt, responses = make_prompt_and_responses()
     measured = measure_scores(qwen, prompt, responses, "last:v", rollout_ids=[3, 1, 4, 15, 9, 2])
     assert next(iter(measured.grams.values())).rollout_ids == (3, 1, 4, 15, 9, 2)
+
+
+@pytest.mark.slow
+def test_responses_of_20_to_16_000_tokens():
+    model = make_model("qwen2", max_position_embeddings=16384)
+    prompt, responses = make_prompt_and_responses((16_000, 20, 900))
+    flat = references.flat_scores(model, resolve_targets(model, SPECS), prompt, responses)
+    for options in ({"memory_budget": 400 << 20}, {"checkpointing": "non_reentrant"}):
+        measured = measure_scores(model, prompt, responses, SPECS, **options)
+        for key, scores in flat.items():
+            assert references.error(measured.grams[key].gram(), references.gram_of(scores)) < 1e-10
