@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +43,14 @@ class Layout:
     def means(self) -> Array:
         """(K, N) `mean_coefficients`."""
         return mean_coefficients(self.groups, self.kinds, self.n_responses)
+
+    @functools.cached_property
+    def parts(self) -> list[tuple[slice, sparse.csc_array]]:
+        """Either half of the permutations and an odd one: which they are, and whom their groups hold (N, p B)."""
+        half = len(self.groups) // 2
+        cuts = [slice(0, half), slice(half, 2 * half), slice(2 * half, len(self.groups))]
+        cuts = [cut for cut in cuts if cut.stop > cut.start]
+        return [(cut, _holders(self.groups[cut], self.n_responses)) for cut in cuts]
 
     @functools.cached_property
     def chunks(self) -> list[_Chunk]:
@@ -135,16 +145,41 @@ def without_rounding(means: Array, sizes: Array) -> Array:
     return np.where(np.abs(means) <= ROUNDING * sizes, 0.0, means)
 
 
+def _holders(groups: NDArray[np.intp], n: int) -> sparse.csc_array:
+    """(N, P B) 1 where a group (P, B, n) holds a response."""
+    size, members = groups.shape[2], groups.reshape(-1)
+    ends = np.arange(0, members.size + 1, size)
+    return sparse.csc_array((np.ones(members.size), members, ends), shape=(n, members.size // size))
+
+
 def sums_by_response(groups: NDArray[np.intp], n: int, values: Array) -> Array:
     """(N, V): for every response the sum of the values (P, B, V) of the groups that hold it."""
-    size = groups.shape[2]
-    members = groups.reshape(-1)
-    ends = np.arange(0, members.size + 1, size)
-    held = sparse.csc_array((np.ones(members.size), members, ends), shape=(n, members.size // size))
-    return np.asarray(held @ values.reshape(-1, values.shape[-1]))
+    return np.asarray(_holders(groups, n) @ values.reshape(-1, values.shape[-1]))
 
 
-def half_differences(permutations: int, replicates: Callable[[slice], Sequence[Array]]) -> list[Array]:
+class Tally(NamedTuple):
+    """Sums of groups' values over some permutations."""
+
+    totals: Array
+    """(V,) over all groups."""
+    gone: Array
+    """(N, V) over the groups that hold a response (`sums_by_response`)."""
+
+    def __add__(self, other: Tally) -> Tally:  # type: ignore[override]
+        """Over both."""
+        return Tally(self.totals + other.totals, self.gone + other.gone)
+
+
+def tallies(layout: Layout, values: Array) -> list[Tally]:
+    """Tally the values (P, B, V) of all permutations, then of either half (none where P < 2)."""
+    found = [
+        Tally(values[where].sum(axis=(0, 1)), holders @ values[where].reshape(-1, values.shape[-1]))
+        for where, holders in layout.parts
+    ]
+    return [functools.reduce(operator.add, found), *(found[:2] if len(values) > 1 else ())]
+
+
+def half_differences(permutations: int, replicates: Sequence[Sequence[Array]]) -> list[Array]:
     """How far the choice of permutations moves delete-one replicates: half the difference between two halves.
 
     A response's replicate rests on its own few groups. What they differ in from the other responses' by chance of
@@ -155,16 +190,15 @@ def half_differences(permutations: int, replicates: Callable[[slice], Sequence[A
 
     Args:
         permutations: P.
-        replicates: Some permutations to arrays (1 + N, ...): estimates, then delete-one replicates.
+        replicates: Arrays (1 + N, ...), estimates, then delete-one replicates: of each of the `tallies`.
 
     Returns:
         For every array (N, ...), centred; 0 where P < 2.
     """
     if permutations < 2:
-        return [np.zeros_like(one[1:]) for one in replicates(slice(0, permutations))]
-    middle = permutations // 2
-    first, second = replicates(slice(0, middle)), replicates(slice(middle, 2 * middle))
-    factor = 0.5 * math.sqrt(2.0 * middle / permutations)
+        return [np.zeros_like(one[1:]) for one in replicates[0]]
+    _, first, second = replicates
+    factor = 0.5 * math.sqrt(2.0 * (permutations // 2) / permutations)
     found = [factor * (a[1:] - b[1:]) for a, b in zip(first, second, strict=True)]
     return [one - one.mean(axis=0) for one in found]
 

@@ -24,10 +24,11 @@ from gradvar.estimators.advantages import advantages
 from gradvar.estimators.aggregation import Rule, scope_weights
 from gradvar.estimators.group_products import (
     Layout,
+    Tally,
     dot,
     half_differences,
     reaches,
-    sums_by_response,
+    tallies,
     without_rounding,
 )
 from gradvar.estimators.pairs import WeightedKernels, mean_coefficients
@@ -165,11 +166,9 @@ def moments_of_kinds(gram: Array, layout: Layout, kept: NDArray[np.bool_] | None
         values[reach.where, :, count : 2 * count] = dot(reach.coefficients, reach.beyond)
     values[..., -2], values[..., -1] = held, held * (held.sum(axis=1, keepdims=True) - 1.0)
 
-    def replicates(where: slice) -> tuple[Array, Array]:
-        """Both moments of the K kinds, (1 + N, K) each: over the permutations chosen, then without each response."""
-        chosen = values[where]
-        totals = chosen.sum(axis=(0, 1))
-        gone = sums_by_response(groups[where], n, chosen)
+    def replicates(tally: Tally) -> tuple[Array, Array]:
+        """Both moments of the K kinds, (1 + N, K) each: over the permutations, then without each response."""
+        totals, gone = tally
         means = []
         for own, counts, twice in ((slice(0, count), -2, 1.0), (slice(count, 2 * count), -1, 2.0)):
             left = np.append(totals[counts], totals[counts] - twice * gone[:, counts])
@@ -177,11 +176,11 @@ def moments_of_kinds(gram: Array, layout: Layout, kept: NDArray[np.bool_] | None
             means.append(kept_sums / np.where(left > 0.5, left, np.nan)[:, None])
         return means[0], without_rounding(means[1], means[0][0])
 
-    everything = slice(0, len(groups))
-    same, cross = replicates(everything)
+    found = [replicates(tally) for tally in tallies(layout, values)]
+    same, cross = found[0]
     means = layout.means if kept is None else mean_coefficients(groups, layout.kinds, n, held)
     covariances, bends = pairs_of_kinds(gram, means, same[1:], cross[1:])
-    same_noise, cross_noise = half_differences(len(groups), replicates)
+    same_noise, cross_noise = half_differences(len(groups), found)
     return [
         GroupMoments(
             same=float(same[0, k]),
