@@ -40,7 +40,7 @@ from gradvar.estimators.intervals import (
     reach_of_sum,
     t_quantile,
 )
-from gradvar.estimators.law import fit_variance_law
+from gradvar.estimators.law import fitted_means
 from gradvar.estimators.noise_scale import LEAST
 from gradvar.estimators.paper_order import (
     BY_ALGEBRA,
@@ -272,7 +272,7 @@ def _leverage(lengths: Array) -> Array:
 def _centre(lengths: Array, v: Array) -> Array:
     """v(L_i) by the fitted power law; the mean where none can be fitted."""
     try:
-        fitted = fit_variance_law(lengths, v).mean(lengths)[0]
+        fitted = fitted_means(lengths, v)
     except GradvarError:
         fitted = np.full_like(v, math.nan)
     return fitted if np.isfinite(fitted).all() else np.full_like(v, v.mean())

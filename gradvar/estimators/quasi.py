@@ -170,7 +170,7 @@ def _finish(
     determined = m == 0 or (
         bool(np.isfinite(total).all())
         and bool((np.diagonal(total) > 1e-12 * np.diagonal(size)).all())
-        and np.linalg.cond(total / np.sqrt(np.outer(np.diagonal(total), np.diagonal(total)))) < 1e12
+        and (m == 1 or np.linalg.cond(total / np.sqrt(np.outer(np.diagonal(total), np.diagonal(total)))) < 1e12)
     )
     converged = converged and determined and bool(np.isfinite(eta).all())
     if converged:
@@ -193,9 +193,10 @@ def _finish(
         constants_influence = np.full((n, count), np.nan)
     positive = y > 0
     deviance = 2.0 * float(r.sum() - np.log(y[positive] / mu[positive]).sum())
-    scores = np.stack([per_cluster(column * r) for column in z.T], axis=1) if m else np.zeros((count, 0))
-    pieces = np.zeros((count, m, m))
-    np.add.at(pieces, codes, z[:, :, None] * z[:, None, :])
+    scores, pieces = np.zeros((count, m)), np.zeros((count, m, m))
+    for j, column in enumerate(z.T):
+        scores[:, j] = per_cluster(column * r)
+        pieces[:, j] = np.stack([per_cluster(column * other) for other in z.T], axis=1)
     return QuasiFit(
         shape=shape_now,
         constants=eta,

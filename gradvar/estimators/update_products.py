@@ -109,12 +109,13 @@ def products(gram: Array, layout: Layout, directions: int) -> Products:
     aimed = np.zeros(h)
     for reach in reaches(gram, layout):
         c, beyond = reach.coefficients, reach.beyond
-        values[reach.where, :, :r] = dot(c[..., :r], reach.inside[..., :r])
-        values[reach.where, :, r : 2 * r] = 2.0 * dot(c[..., :r], beyond[..., :r])
+        inside, between = dot(c, reach.inside), 2.0 * dot(c, beyond)
         mixed = dots(c[..., :r], beyond[..., r:]) + dots(beyond[..., :r], c[..., r:])
+        values[reach.where, :, :r] = inside[..., :r]
+        values[reach.where, :, r : 2 * r] = between[..., :r]
         values[reach.where, :, 2 * r : 2 * r + r * h] = mixed.reshape(*mixed.shape[:2], r * h)
-        values[reach.where, :, 2 * r + r * h : -1] = 2.0 * dot(c[..., r:], beyond[..., r:])
-        aimed += dot(c[..., r:], reach.inside[..., r:]).sum(axis=(0, 1))
+        values[reach.where, :, 2 * r + r * h : -1] = between[..., r:]
+        aimed += inside[..., r:].sum(axis=(0, 1))
     own = slice(0, r)
     squares = np.concatenate([values[..., own].sum(axis=(0, 1)), aimed]) / values[..., 0].size
     between = np.sqrt(np.outer(squares[:r], squares[r:])).reshape(-1)
