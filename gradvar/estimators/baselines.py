@@ -65,13 +65,8 @@ def _affine(rewards: Array, kind: str, lengths: Array) -> tuple[Array, Array]:
 
 
 def advantage_dependence(
-    rewards: Array,
-    kind: str,
-    lengths: Array,
-    spread: Callable[[Array], Array],
-    *,
-    subset: NDArray[np.bool_] | None = None,
-) -> Dependence:
+    rewards: Array, kind: str, lengths: Array, *, subset: NDArray[np.bool_] | None = None
+) -> Callable[[Callable[[Array], Array]], Dependence]:
     """How squared distances of g_i = A_i s_i share the baseline, for `fit_variance_law`.
 
     Without response i the advantages of all others are A = p r + q with another p and q, so their distances move,
@@ -82,27 +77,27 @@ def advantage_dependence(
         rewards: (N,) verified rewards.
         kind: Of `advantages`.
         lengths: (N,) tokens.
-        spread: Factors (N,) to the distances (N,) or those of the subset, quadratic in the factors.
         subset: (N,) True for the responses that are fitted.
 
     Returns:
-        q (n, m) to sum over j != i of q_j (D_j - D_j without i), (n, m).
+        A kind of distance, factors (N,) to the distances (N,) or those of the subset, quadratic in the factors, to its
+        dependence: q (n, m) to sum over j != i of q_j (D_j - D_j without i), (n, m).
     """
     centred = rewards - rewards.mean()
+    ones = np.ones_like(centred)
     p, q = affine_advantage(rewards, kind, lengths)
     q = q + p * rewards.mean()
-    ones = np.ones_like(centred)
-    squares, flat, both = (spread(x) for x in (centred, ones, centred + ones))
-    parts = np.stack([squares, both - squares - flat, flat], axis=1)
     change = np.stack([p[0] ** 2 - p[1:] ** 2, p[0] * q[0] - p[1:] * q[1:], q[0] ** 2 - q[1:] ** 2], axis=1)
     if subset is not None:
         change = change[subset]
 
-    def shared(pull: Array) -> Array:
+    def of_distances(spread: Callable[[Array], Array]) -> Dependence:
+        squares, flat, both = (spread(x) for x in (centred, ones, centred + ones))
+        parts = np.stack([squares, both - squares - flat, flat], axis=1)
         own = (change * parts).sum(axis=1)
-        return np.asarray(change @ (parts.T @ pull) - own[:, None] * pull)
+        return lambda pull: np.asarray(change @ (parts.T @ pull) - own[:, None] * pull)
 
-    return shared
+    return of_distances
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -23,7 +23,7 @@ from gradvar.estimators.baselines import affine_advantage
 from gradvar.estimators.inputs import arrange, generator, why_nothing
 from gradvar.estimators.intervals import check_level
 from gradvar.estimators.prediction import Numbers, Pair, predictions
-from gradvar.estimators.spread import NEIGHBOURS, within_length_variance
+from gradvar.estimators.spread import NEIGHBOURS, nearest_in_length, variance_among, weighted_gram
 from gradvar.runs.records import PromptScores, TableRow, estimate_table, no_estimate
 
 Array = NDArray[np.float64]
@@ -148,14 +148,11 @@ def prompt_pairs(
         weighted = {f"advantage_square_{name}": squares * values for name, values in bare.items()}
         return {**bare, "advantage_square": squares, **weighted}
 
+    ties = generator(seed, raw.prompt_id, "neighbours")
+    near = nearest_in_length(lengths, min(neighbours, len(lengths) - 1), rng=ties)
+
     def truths_of(factors: Array) -> dict[str, Array]:
-        within = within_length_variance(
-            scores.gram,
-            lengths,
-            advantages=factors,
-            neighbours=neighbours,
-            rng=generator(seed, raw.prompt_id, "neighbours"),
-        )
+        within = variance_among(weighted_gram(scores.gram, factors), near)
         return {"norm_square": factors**2 * np.diagonal(scores.gram), "within": within}
 
     known = raw.rewards[~np.isnan(raw.rewards)]
