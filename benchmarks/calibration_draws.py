@@ -251,7 +251,8 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
     for k in REWARDED:
         name = label(*RULES[k])
         turning = [prompt.angle(variants[k]) for prompt in described]
-        yield f"eta {name}", eta_estimate(pool, noise, k, level=LEVEL, method="", tails=tails[k], known=known), None
+        eta = eta_estimate(pool, noise, k, level=LEVEL, method="", tails=tails[k], known=known.direction)
+        yield f"eta {name}", eta, None
         yield (
             f"cosine {name}",
             cosine_estimate(pool, angle, k, level=LEVEL, method="", tails=turning, known=known),

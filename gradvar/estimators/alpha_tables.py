@@ -259,12 +259,13 @@ def _rows_of_pool(
     for k, variant in enumerate(variants):
         noisier, turning = [s.tails.alone(variant) for s in studied], [s.tails.angle(variant) for s in studied]
         labels: dict[str, Any] = {"target": "", "rule": variant[0].name, "alpha": variant[1]}
-        spoken: dict[str, Any] = {"level": level, "across": across, "known": known}
-        eta = eta_estimate(pool, noise, k, method=f"{way} of log(1 - eta)", tails=noisier, **spoken)
+        spoken: dict[str, Any] = {"level": level, "across": across}
+        way_of_eta = f"{way} of log(1 - eta)"
+        eta = eta_estimate(pool, noise, k, method=way_of_eta, tails=noisier, known=known.direction, **spoken)
         upward = estimate_of(gained, k, level=level, method=way)
         for name, estimate in (
             ("eta", eta),
-            ("cosine", cosine_estimate(pool, angle, k, method=way, tails=turning, **spoken)),
+            ("cosine", cosine_estimate(pool, angle, k, method=way, tails=turning, known=known, **spoken)),
             ("scale", gated(estimate_of(along, k, level=level, method=way), known.direction)),
         ):
             verdict = UNRESOLVED if math.isnan(estimate.value) else "resolved"

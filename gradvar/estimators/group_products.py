@@ -237,7 +237,7 @@ def pair_covariances(gram: Array, means: Array, directions: int, group_size: int
     return np.stack(found)
 
 
-def reward_pairs(groups: NDArray[np.intp], n: int, direction: Array, values: Array) -> Array:
+def reward_pairs(layout: Layout, direction: int, values: Array) -> Array:
     """Standard deviations (V,), with sign, of the part of means over groups that pairs of rewards explain.
 
     e_i = n (mean coefficient of i), for grad J the reward less its mean, and q_b = sum_(i<j) e_i e_j of a group, which
@@ -245,15 +245,13 @@ def reward_pairs(groups: NDArray[np.intp], n: int, direction: Array, values: Arr
     times the mean of e_i e_j over all pairs, whose variance is Var(e)^2 / C(N, 2).
 
     Args:
-        groups: (P, B, n).
-        n: N.
-        direction: (P, B, n) coefficients of grad J.
+        layout: Whose kinds hold grad J.
+        direction: Which of them it is.
         values: (P, B, V) of every group.
     """
-    size, members = groups.shape[2], groups.reshape(-1)
-    times = np.maximum(np.bincount(members, minlength=n), 1)
-    e = size * np.bincount(members, weights=direction.reshape(-1), minlength=n) / times
-    e = (e - e.mean())[groups]
+    n, size = layout.n_responses, layout.groups.shape[2]
+    e = layout.means[direction]
+    e = (e - e.mean())[layout.groups]
     q = ((e.sum(axis=-1) ** 2 - (e**2).sum(axis=-1)) / 2.0).reshape(-1)
     q = q - q.mean()
     size_of_q = float(q @ q)

@@ -144,10 +144,7 @@ def products(gram: Array, layout: Layout, directions: int) -> Products:
         noise=(noise[0], noise[1], noise[2], noise[3]),
         pairs=pair_covariances(gram, layout.means, h, groups.shape[2]),
         curved=reward_pairs(
-            groups,
-            n,
-            layout.kinds[r],
-            values[..., [*range(2 * r, 2 * r + r * h, h), 2 * r + r * h]] / max(count - 1, 1),
+            layout, r, values[..., [*range(2 * r, 2 * r + r * h, h), 2 * r + r * h]] / max(count - 1, 1)
         ),
     )
 
