@@ -89,7 +89,7 @@ def fit_quasi(
         eta = np.log(per_cluster(y) / per_cluster(a * np.exp(law)))
         rise = a * np.exp(eta[codes] + law)
         mu = rise + b
-        loss = float(np.mean(np.log(mu) + y / mu))
+        loss = float((np.log(mu) + y / mu).sum()) / len(y)
         converged = False
         for _ in range(MAXIMUM_STEPS):
             eta_step, shape_step = _newton_step(y, codes, mu, rise, slope, per_cluster)
@@ -99,7 +99,7 @@ def fit_quasi(
                 trial_law, trial_slope = shape(trial_shape)
                 trial_rise = a * np.exp(trial_eta[codes] + trial_law)
                 trial_mu = trial_rise + b
-                trial_loss = float(np.mean(np.log(trial_mu) + y / trial_mu))
+                trial_loss = float((np.log(trial_mu) + y / trial_mu).sum()) / len(y)
                 if trial_loss <= loss + 1e-13 * (1.0 + abs(loss)):
                     break
                 length /= 2
@@ -116,9 +116,11 @@ def fit_quasi(
 
 def _centres(weight: Array, slope: Array, per_cluster: Callable[[Array], Array]) -> Array:
     """Weighted mean (K, m) of the slope inside each cluster."""
-    columns = [per_cluster(weight * column) for column in slope.T]
     total = per_cluster(weight)
-    return np.stack(columns, axis=1) / total[:, None] if columns else np.zeros((len(total), 0))
+    found = np.empty((len(total), slope.shape[1]))
+    for j, column in enumerate(slope.T):
+        found[:, j] = per_cluster(weight * column) / total
+    return found
 
 
 def _newton_step(
