@@ -20,8 +20,8 @@ from gradvar.estimators.pairs import WeightedKernels, mean_coefficients
 
 Array = NDArray[np.float64]
 
-CHUNK = 16
-"""Permutations worked on together: few enough for a processor's cache."""
+PLACES = 2**15
+"""Places in a Gram looked up together, those of some permutations: few enough for a processor's cache."""
 MOST_PLACES = 2**23
 """Places in a Gram kept between targets; more are found anew for each."""
 ROUNDING = 1e-12
@@ -57,9 +57,10 @@ class Layout:
         """Some permutations at a time."""
         n, count = self.n_responses, len(self.kinds)
         keep = self.groups.size * self.groups.shape[2] <= MOST_PLACES
+        together = max(1, PLACES // math.prod((*self.groups.shape[1:], self.groups.shape[2])))
         found = []
-        for start in range(0, len(self.groups), CHUNK):
-            where = slice(start, start + CHUNK)
+        for start in range(0, len(self.groups), together):
+            where = slice(start, start + together)
             part, chosen = self.groups[where], np.ascontiguousarray(np.moveaxis(self.kinds[:, where], 0, -1))
             permutations = len(part)
             rows, each = part.reshape(permutations, -1), np.arange(permutations)[:, None]

@@ -181,7 +181,7 @@ def _rank_sums(x: Array, y: Array, changes: Array) -> Sums:
         """(n, n - 1) of (n, n): every row without its own response."""
         return values[others].reshape(n, n - 1)
 
-    fewer = of_others(ranks_of(x) - np.heaviside(x - x[:, None], 0.5)) / (n - 1)
+    fewer = of_others(ranks_of(x) - 0.5 * (np.sign(x - x[:, None]) + 1.0)) / (n - 1)
     ranks = _ranks_of_rows(_one_if_close(of_others(y - changes), y.max())) / (n - 1)
     return Sums(value=whole, without=_centred_sums(fewer, ranks))
 

@@ -129,11 +129,13 @@ class Numbers:
 
         A smaller one left out moves a rank by 1, an equal one by 1/2.
         """
-        n = len(self.values)
-        values, ranks = self._moved_ranks
+        n, (values, ranks) = len(self.values), self._moved_ranks
         own = values[self.codes, np.arange(n)][:, None]
-        fewer = ranks[self.codes] - np.heaviside(values[self.codes] - own, 0.5)
-        return Deviations.of(fewer / (n - 1), _others(n))
+        # The others' ranks are 1 to n - 1, of mean n / 2.
+        around = ranks[self.codes] - 0.5 * (np.sign(values[self.codes] - own) + 1.0) - 0.5 * n
+        np.fill_diagonal(around, 0.0)
+        around /= n - 1
+        return Deviations(around, (around**2).sum(axis=-1))
 
     @functools.cached_property
     def _moved_ranks(self) -> tuple[Array, Array]:
