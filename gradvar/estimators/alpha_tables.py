@@ -32,7 +32,7 @@ from gradvar.estimators.bias import (
 from gradvar.estimators.cv import NO_GRADIENT, SILENT, UNRESOLVED
 from gradvar.estimators.eta_ratios import eta_ratios
 from gradvar.estimators.group_products import Layout
-from gradvar.estimators.groups import PERMUTATIONS, draw_groups, group_coefficients
+from gradvar.estimators.groups import PERMUTATIONS, draw_groups, variant_coefficients
 from gradvar.estimators.inputs import arrange, generator, has_gradient, is_silent
 from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
 from gradvar.estimators.pairs import pair_covariance
@@ -137,13 +137,8 @@ def alpha_table(
         else:
             chosen = draw_groups(n, group_size, permutations, rng=generator(seed, name, "groups"))
             limit = float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max())
-            updates = np.stack(
-                [
-                    group_coefficients(
-                        chosen, scores.rewards, scores.lengths, rule, advantage=advantage, alpha=alpha, max_length=limit
-                    )
-                    for rule, alpha in variants
-                ]
+            updates = variant_coefficients(
+                chosen, scores.rewards, scores.lengths, variants, advantage=advantage, max_length=limit
             )
             aims = [reward_direction(scores.rewards, chosen), length_direction(scores.lengths, chosen)]
             if scores.log_probs is not None:

@@ -14,6 +14,7 @@ B = floor(N/n) groups, P permutations.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +60,26 @@ def draw_groups(n_responses: int, group_size: int, permutations: int, *, rng: np
     return order[:, : count * group_size].reshape(permutations, count, group_size)
 
 
+def variant_coefficients(
+    groups: NDArray[np.intp],
+    rewards: Array,
+    lengths: Array,
+    variants: Sequence[tuple[Rule, float | None]],
+    *,
+    advantage: str,
+    max_length: float | None = None,
+) -> Array:
+    """Coefficients c = x A (K, P, B, n) of the updates of K rules with their alphas, on the same groups."""
+    inside = lengths[groups]
+    factors = advantages(rewards[groups], advantage, lengths=inside)
+
+    def total(values: Array) -> Array:
+        return np.asarray(values.sum(axis=-1, keepdims=True))
+
+    weights = [scope_weights(rule, inside, total, alpha=alpha, max_length=max_length) for rule, alpha in variants]
+    return np.stack([one * factors for one in weights])
+
+
 def group_coefficients(
     groups: NDArray[np.intp],
     rewards: Array,
@@ -75,13 +96,12 @@ def group_coefficients(
     `masked` (N,) marks responses whose tokens carry no loss (DAPO's overlong filtering of truncated ones): their reward
     still enters the group's advantage, they neither add to the update nor count in the weights (verl's reading).
     """
+    if masked is None:
+        one = [(rule, alpha)]
+        found = variant_coefficients(groups, rewards, lengths, one, advantage=advantage, max_length=max_length)
+        return np.asarray(found[0])
     inside = lengths[groups]
     factors = advantages(rewards[groups], advantage, lengths=inside)
-    if masked is None:
-        weights = scope_weights(
-            rule, inside, lambda x: x.sum(axis=-1, keepdims=True), alpha=alpha, max_length=max_length
-        )
-        return np.asarray(weights * factors)
     kept = ~masked[groups]
     # A group without a response left has no update: its sums are kept from 0 and its weights are 0.
     some = kept | ~kept.any(axis=-1, keepdims=True)

@@ -31,7 +31,7 @@ from gradvar.estimators.bias import Statistic, eta_estimate, is_direction_known,
 from gradvar.estimators.cv import UNRESOLVED, cv_from_rho, pooled_rho, resolution
 from gradvar.estimators.enough import responses_for_cv_1
 from gradvar.estimators.group_products import Layout
-from gradvar.estimators.groups import PERMUTATIONS, GroupMoments, draw_groups, group_coefficients, pairs_of_kinds
+from gradvar.estimators.groups import PERMUTATIONS, GroupMoments, draw_groups, pairs_of_kinds, variant_coefficients
 from gradvar.estimators.inputs import arrange, generator, has_gradient, is_silent, why_nothing
 from gradvar.estimators.intervals import (
     MINIMUM_PROMPTS,
@@ -221,14 +221,7 @@ def _products_of_targets(
 ) -> dict[str, list[tuple[GroupMoments, Products]]]:
     """One prompt's moments and products on the same groups for every target."""
     limit = float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max())
-    c = np.stack(
-        [
-            group_coefficients(
-                groups, scores.rewards, scores.lengths, rule, advantage=advantage, alpha=alpha, max_length=limit
-            )
-            for rule, alpha in variants
-        ]
-    )
+    c = variant_coefficients(groups, scores.rewards, scores.lengths, variants, advantage=advantage, max_length=limit)
     aim = reward_direction(scores.rewards, groups)[None]
     layout = Layout(groups=groups, kinds=np.concatenate([c, aim]), n_responses=len(scores.lengths))
     made: dict[str, list[tuple[GroupMoments, Products]]] = {}
