@@ -231,11 +231,9 @@ def pair_covariances(gram: Array, means: Array, directions: int, group_size: int
     # same is (n - 1)/n of cross.
     spread = np.insert(np.eye(size + 1), 0, 0.0, axis=0)
     spread[0, 0] = (group_size - 1) / group_size
-    found = []
-    for update in updates:
-        mine = np.append(np.arange(size) + size * update, len(whole) - 1)
-        found.append(spread @ whole[np.ix_(mine, mine)] @ spread.T)
-    return np.stack(found)
+    last = np.full((len(updates), 1), len(whole) - 1)
+    mine = np.concatenate([size * updates[:, None] + np.arange(size), last], axis=1)
+    return np.asarray(spread @ whole[mine[:, :, None], mine[:, None, :]] @ spread.T)
 
 
 def reward_pairs(layout: Layout, direction: int, values: Array) -> Array:
