@@ -20,7 +20,7 @@ from benchmarks.calibration_lines import line_intervals
 from benchmarks.calibration_truths import ALPHAS, GRID, GROUP, LAW, LONGEST, RULES, Truths, eta_ratio_truth, label
 from gradvar.estimators import find_rule
 from gradvar.estimators.additive import of_prompts_like_these, of_these_prompts, ratio_of_signals
-from gradvar.estimators.baselines import baseline_sums, log_independence_ratio
+from gradvar.estimators.baselines import Baselines, log_independence_ratio
 from gradvar.estimators.best_alpha import best_of_curve
 from gradvar.estimators.bias import (
     cosine,
@@ -251,7 +251,8 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
     for k in REWARDED:
         name = label(*RULES[k])
         turning = [prompt.angle(variants[k]) for prompt in described]
-        yield f"eta {name}", eta_estimate(pool, noise, k, level=LEVEL, method="", tails=tails[k], known=known), None
+        eta = eta_estimate(pool, noise, k, level=LEVEL, method="", tails=tails[k], known=known.direction)
+        yield f"eta {name}", eta, None
         yield (
             f"cosine {name}",
             cosine_estimate(pool, angle, k, level=LEVEL, method="", tails=turning, known=known),
@@ -339,14 +340,13 @@ def _audit(prompts: list[Simulated], rng: np.random.Generator) -> Made:
     used = [p.scores for p in prompts if not is_silent(p.scores)]
     if used and len(used[0].lengths) >= 3 * GROUP:
         sums = [
-            baseline_sums(
-                s.gram,
+            Baselines.of(
                 draw_groups(len(s.lengths), GROUP, _permutations(len(s.lengths)), rng=rng),
                 s.rewards,
                 s.lengths,
                 find_rule("grpo"),
                 advantage="grpo",
-            )
+            ).sums(s.gram)
             for s in used
         ]
         arguments: dict[str, Any] = {"level": LEVEL, "method": "", "back": lambda x: math.exp(min(x, 700.0))}

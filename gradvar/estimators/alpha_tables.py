@@ -32,7 +32,7 @@ from gradvar.estimators.bias import (
 from gradvar.estimators.cv import NO_GRADIENT, SILENT, UNRESOLVED
 from gradvar.estimators.eta_ratios import eta_ratios
 from gradvar.estimators.group_products import Layout
-from gradvar.estimators.groups import PERMUTATIONS, draw_groups, group_coefficients
+from gradvar.estimators.groups import PERMUTATIONS, draw_groups, variant_coefficients
 from gradvar.estimators.inputs import arrange, generator, has_gradient, is_silent
 from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
 from gradvar.estimators.pairs import pair_covariance
@@ -137,13 +137,8 @@ def alpha_table(
         else:
             chosen = draw_groups(n, group_size, permutations, rng=generator(seed, name, "groups"))
             limit = float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max())
-            updates = np.stack(
-                [
-                    group_coefficients(
-                        chosen, scores.rewards, scores.lengths, rule, advantage=advantage, alpha=alpha, max_length=limit
-                    )
-                    for rule, alpha in variants
-                ]
+            updates = variant_coefficients(
+                chosen, scores.rewards, scores.lengths, variants, advantage=advantage, max_length=limit
             )
             aims = [reward_direction(scores.rewards, chosen), length_direction(scores.lengths, chosen)]
             if scores.log_probs is not None:
@@ -259,12 +254,13 @@ def _rows_of_pool(
     for k, variant in enumerate(variants):
         noisier, turning = [s.tails.alone(variant) for s in studied], [s.tails.angle(variant) for s in studied]
         labels: dict[str, Any] = {"target": "", "rule": variant[0].name, "alpha": variant[1]}
-        spoken: dict[str, Any] = {"level": level, "across": across, "known": known}
-        eta = eta_estimate(pool, noise, k, method=f"{way} of log(1 - eta)", tails=noisier, **spoken)
+        spoken: dict[str, Any] = {"level": level, "across": across}
+        way_of_eta = f"{way} of log(1 - eta)"
+        eta = eta_estimate(pool, noise, k, method=way_of_eta, tails=noisier, known=known.direction, **spoken)
         upward = estimate_of(gained, k, level=level, method=way)
         for name, estimate in (
             ("eta", eta),
-            ("cosine", cosine_estimate(pool, angle, k, method=way, tails=turning, **spoken)),
+            ("cosine", cosine_estimate(pool, angle, k, method=way, tails=turning, known=known, **spoken)),
             ("scale", gated(estimate_of(along, k, level=level, method=way), known.direction)),
         ):
             verdict = UNRESOLVED if math.isnan(estimate.value) else "resolved"

@@ -23,6 +23,7 @@ from gradvar.estimators.audit_rows import (
     Audit,
     Taus,
     baseline_rows,
+    baseline_sums,
     identity_rows,
     law_rows,
     length_rows,
@@ -101,12 +102,13 @@ def audit_table(
     found, a = expand_rules((rule,), () if alpha is None else (alpha,))[0]
     audit = Audit(advantage=advantage, group_size=group_size, level=level, seed=seed)
     targets = arrange(groups)
+    baselines = baseline_sums(audit, targets, found, a, permutations)
     for target, prompts in targets.items():
         identity_rows(audit, target, prompts, identity_margin)
         token_rows(audit, target, prompts, taus_of(target, targets, taus), token_margin, tau_errors or {})
         usable: dict[str, PromptScores] = {}
         for name, raw in prompts.items():
-            scores = raw if advantage == "score" else raw.verified()
+            scores = audit.studied(raw)
             if (why := why_nothing(raw, advantage)) is not None:
                 for assumption, quantity in ((3, "baseline_ratio"), (4, "between_length_share")):
                     audit.nothing(
@@ -121,7 +123,7 @@ def audit_table(
                     )
             else:
                 usable[name] = scores
-        baseline_rows(audit, target, usable, baseline_margin, found, a, permutations)
+        baseline_rows(audit, target, usable, baselines[target], baseline_margin, found, a)
         length_rows(audit, target, usable, length_margin)
     law_rows(audit, groups, exponent_margin)
     table = estimate_table(audit.rows)

@@ -15,7 +15,7 @@ import numpy as np
 from gradvar.estimators.additive import Sums, of_prompts_like_these, of_these_prompts, ratio_of_signals
 from gradvar.estimators.aggregation import Rule
 from gradvar.estimators.baselines import (
-    baseline_sums,
+    Baselines,
     log_independence_ratio,
     log_norm_ratio,
     log_variance_ratio,
@@ -33,7 +33,7 @@ from gradvar.estimators.identity import (
     identity_parts,
 )
 from gradvar.estimators.identity_tables import why_no_identity
-from gradvar.estimators.inputs import SUM_TARGET, generator, has_gradient
+from gradvar.estimators.inputs import SUM_TARGET, generator, has_gradient, why_nothing
 from gradvar.estimators.intervals import (
     PROMPTS_LIKE_THESE,
     THESE_PROMPTS,
@@ -69,6 +69,10 @@ class Audit:
     level: float
     seed: int
     rows: list[TableRow] = field(default_factory=list)
+
+    def studied(self, scores: PromptScores) -> PromptScores:
+        """The responses that an advantage is defined for."""
+        return scores if self.advantage == "score" else scores.verified()
 
     def add(
         self,
@@ -278,37 +282,58 @@ def law_rows(audit: Audit, groups: Sequence[PromptScores], margin: float) -> Non
         )
 
 
+def baseline_sums(
+    audit: Audit,
+    targets: Mapping[str, Mapping[str, PromptScores]],
+    rule: Rule,
+    alpha: float | None,
+    permutations: int,
+) -> dict[str, dict[str, Sums]]:
+    """Sums of assumption 3 by target and prompt, of prompts with three groups and an advantage.
+
+    All targets of a prompt at once, so that only one prompt's groups are held at a time.
+    """
+    found: dict[str, dict[str, Sums]] = {target: {} for target in targets}
+    everyone = {name: scores for prompts in targets.values() for name, scores in prompts.items()}
+    for name, raw in everyone.items():
+        one = audit.studied(raw)
+        n = len(one.lengths)
+        mine = {target: prompts[name] for target, prompts in targets.items() if name in prompts}
+        mine = {target: scores for target, scores in mine.items() if why_nothing(scores, audit.advantage) is None}
+        if n < 3 * audit.group_size or not mine:
+            continue
+        baselines = Baselines.of(
+            draw_groups(n, audit.group_size, permutations, rng=generator(audit.seed, name, "groups")),
+            np.zeros(n) if audit.advantage == "score" else one.rewards,
+            one.lengths,
+            rule,
+            advantage=audit.advantage,
+            alpha=alpha,
+            max_length=float(one.max_length) if one.max_length > 0 else float(one.lengths.max()),
+        )
+        for target, scores in mine.items():
+            found[target][name] = baselines.sums(audit.studied(scores).gram)
+    return found
+
+
 def baseline_rows(
     audit: Audit,
     target: str,
     prompts: Mapping[str, PromptScores],
+    parts: Mapping[str, Sums],
     margin: float,
     rule: Rule,
     alpha: float | None,
-    permutations: int,
 ) -> None:
-    """Assumption 3."""
+    """Assumption 3, from the target's `baseline_sums`."""
     edges = (1.0 - margin, 1.0 + margin)
     common: dict[str, Any] = {"target": target, "group_size": audit.group_size, "rule": rule.name, "alpha": alpha}
-    parts: dict[str, Sums] = {}
     for name, scores in prompts.items():
-        n = len(scores.lengths)
-        if n < 3 * audit.group_size:
+        if name not in parts:
             why = f"fewer than {3 * audit.group_size} verified responses"
-            audit.nothing(3, "baseline_ratio", why, UNDETERMINED, n, prompt_id=name, margin=edges, **common)
-            continue
-        limit = float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max())
-        drawn = draw_groups(n, audit.group_size, permutations, rng=generator(audit.seed, name, "groups"))
-        parts[name] = baseline_sums(
-            scores.gram,
-            drawn,
-            np.zeros(n) if audit.advantage == "score" else scores.rewards,
-            scores.lengths,
-            rule,
-            advantage=audit.advantage,
-            alpha=alpha,
-            max_length=limit,
-        )
+            audit.nothing(
+                3, "baseline_ratio", why, UNDETERMINED, len(scores.lengths), prompt_id=name, margin=edges, **common
+            )
     pools: list[tuple[str | None, list[Sums]]] = [(name, [own]) for name, own in parts.items()]
     if len(parts) > 1:
         pools.append((None, list(parts.values())))

@@ -19,6 +19,7 @@ baseline too. Shape letters: N responses, n of a group, B groups, P permutations
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -64,13 +65,8 @@ def _affine(rewards: Array, kind: str, lengths: Array) -> tuple[Array, Array]:
 
 
 def advantage_dependence(
-    rewards: Array,
-    kind: str,
-    lengths: Array,
-    spread: Callable[[Array], Array],
-    *,
-    subset: NDArray[np.bool_] | None = None,
-) -> Dependence:
+    rewards: Array, kind: str, lengths: Array, *, subset: NDArray[np.bool_] | None = None
+) -> Callable[[Callable[[Array], Array]], Dependence]:
     """How squared distances of g_i = A_i s_i share the baseline, for `fit_variance_law`.
 
     Without response i the advantages of all others are A = p r + q with another p and q, so their distances move,
@@ -81,96 +77,113 @@ def advantage_dependence(
         rewards: (N,) verified rewards.
         kind: Of `advantages`.
         lengths: (N,) tokens.
-        spread: Factors (N,) to the distances (N,) or those of the subset, quadratic in the factors.
         subset: (N,) True for the responses that are fitted.
 
     Returns:
-        q (n, m) to sum over j != i of q_j (D_j - D_j without i), (n, m).
+        A kind of distance, factors (N,) to the distances (N,) or those of the subset, quadratic in the factors, to its
+        dependence: q (n, m) to sum over j != i of q_j (D_j - D_j without i), (n, m).
     """
     centred = rewards - rewards.mean()
+    ones = np.ones_like(centred)
     p, q = affine_advantage(rewards, kind, lengths)
     q = q + p * rewards.mean()
-    ones = np.ones_like(centred)
-    squares, flat, both = (spread(x) for x in (centred, ones, centred + ones))
-    parts = np.stack([squares, both - squares - flat, flat], axis=1)
     change = np.stack([p[0] ** 2 - p[1:] ** 2, p[0] * q[0] - p[1:] * q[1:], q[0] ** 2 - q[1:] ** 2], axis=1)
     if subset is not None:
         change = change[subset]
 
-    def shared(pull: Array) -> Array:
+    def of_distances(spread: Callable[[Array], Array]) -> Dependence:
+        squares, flat, both = (spread(x) for x in (centred, ones, centred + ones))
+        parts = np.stack([squares, both - squares - flat, flat], axis=1)
         own = (change * parts).sum(axis=1)
-        return np.asarray(change @ (parts.T @ pull) - own[:, None] * pull)
+        return lambda pull: np.asarray(change @ (parts.T @ pull) - own[:, None] * pull)
 
-    return shared
+    return of_distances
 
 
-def baseline_sums(
-    gram: Array,
-    groups: NDArray[np.intp],
-    rewards: Array,
-    lengths: Array,
-    rule: Rule,
-    *,
-    advantage: str,
-    alpha: float | None = None,
-    max_length: float | None = None,
-) -> Sums:
-    """Four parts: variance with the group's baseline, with everyone's, and the norms of both.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Baselines:
+    """Groups of one prompt with both baselines, laid out once for the Grams of all its targets."""
 
-    Args:
-        gram: (N, N) score Gram.
-        groups: (P, B, n) disjoint groups.
-        rewards: (N,) verified rewards.
-        lengths: (N,) tokens.
-        rule: Aggregation.
-        advantage: Kind of `advantages`.
-        alpha: Exponent of vl_norm.
-        max_length: M in tokens.
-    """
-    # Rewards around their mean keep p r + q free of cancellation.
-    centred = rewards - rewards.mean()
-    p, q = affine_advantage(rewards, advantage, lengths)
-    q = q + p * rewards.mean()
-    options: dict[str, Any] = {"alpha": alpha, "max_length": max_length}
-    norms = np.diagonal(gram)
+    slope: Array
+    """(1 + N,) p of everyone's baseline."""
+    constant: Array
+    """(1 + N,) q."""
+    halves: list[Layout]
+    """Either half of the permutations (the one where P = 1), with four kinds of update: the group's baseline, and the
+    weights times the rewards, alone, and times both added."""
 
-    def table(chosen: NDArray[np.intp]) -> Array:
-        """(1 + N, 4)."""
+    @classmethod
+    def of(
+        cls,
+        groups: NDArray[np.intp],
+        rewards: Array,
+        lengths: Array,
+        rule: Rule,
+        *,
+        advantage: str,
+        alpha: float | None = None,
+        max_length: float | None = None,
+    ) -> Baselines:
+        """From the groups.
+
+        Args:
+            groups: (P, B, n) disjoint groups.
+            rewards: (N,) verified rewards.
+            lengths: (N,) tokens.
+            rule: Aggregation.
+            advantage: Kind of `advantages`.
+            alpha: Exponent of vl_norm.
+            max_length: M in tokens.
+        """
+        # Rewards around their mean keep p r + q free of cancellation.
+        centred = rewards - rewards.mean()
+        p, q = affine_advantage(rewards, advantage, lengths)
+        options: dict[str, Any] = {"alpha": alpha, "max_length": max_length}
         own = group_coefficients(
-            chosen, centred if advantage != "raw" else rewards, lengths, rule, advantage=advantage, **options
+            groups, centred if advantage != "raw" else rewards, lengths, rule, advantage=advantage, **options
         )
-        weights = group_coefficients(chosen, rewards, lengths, rule, advantage="score", **options)
-        weighted = weights * centred[chosen]
+        weights = group_coefficients(groups, rewards, lengths, rule, advantage="score", **options)
+        weighted = weights * centred[groups]
         kinds = np.stack([own, weighted, weights, weighted + weights])
-        parts = []
-        for measure in (_variances, _norms):
-            group, squares, ones, both = measure(gram, norms, chosen, kinds)
+        half = len(groups) // 2
+        cuts = [slice(0, half), slice(half, None)] if half else [slice(0, None)]
+        return cls(
+            slope=p,
+            constant=q + p * rewards.mean(),
+            halves=[Layout(groups=groups[cut], kinds=kinds[:, cut], n_responses=len(rewards)) for cut in cuts],
+        )
+
+    def sums(self, gram: Array) -> Sums:
+        """Four parts from one target's Gram (N, N): variance with the group's baseline, with everyone's, both norms."""
+        tables = [self._table(gram, layout) for layout in self.halves]
+        sizes = [len(layout.groups) for layout in self.halves]
+        whole = np.average(tables, axis=0, weights=sizes)
+        halves = (tables[0][1:], tables[1][1:]) if len(tables) > 1 else None
+        return Sums(value=whole[0], without=whole[1:], halves=halves)
+
+    def _table(self, gram: Array, layout: Layout) -> Array:
+        """(1 + N, 4)."""
+        p, q, parts = self.slope, self.constant, []
+        for group, squares, ones, both in (_variances(gram, layout), _norms(np.diagonal(gram), layout)):
             mixed = (both - squares - ones) / 2.0
             parts += [group, p**2 * squares + 2.0 * p * q * mixed + q**2 * ones]
         return np.stack(parts, axis=1)
 
-    if len(groups) < 2:
-        whole = table(groups)
-        return Sums(value=whole[0], without=whole[1:])
-    half = len(groups) // 2
-    first, second = table(groups[:half]), table(groups[half:])
-    whole = (half * first + (len(groups) - half) * second) / len(groups)
-    return Sums(value=whole[0], without=whole[1:], halves=(first[1:], second[1:]))
 
-
-def _variances(gram: Array, norms: Array, groups: NDArray[np.intp], kinds: Array) -> list[Array]:
+def _variances(gram: Array, layout: Layout) -> list[Array]:
     return [
         np.concatenate([[found.same - found.cross], found.same_without - found.cross_without])
-        for found in moments_of_kinds(gram, Layout(groups=groups, kinds=kinds, n_responses=len(gram)))
+        for found in moments_of_kinds(gram, layout)
     ]
 
 
-def _norms(gram: Array, norms: Array, groups: NDArray[np.intp], kinds: Array) -> list[Array]:
-    values = (kinds**2 * norms[groups]).sum(axis=-1)
-    gone = sums_by_response(groups, len(norms), np.moveaxis(values, 0, -1))
-    left = values[0].size - np.bincount(groups.reshape(-1), minlength=len(norms))
-    left = np.where(left > 0, left, np.nan)
-    return [np.concatenate([[own.mean()], (own.sum() - lost) / left]) for own, lost in zip(values, gone.T, strict=True)]
+def _norms(norms: Array, layout: Layout) -> list[Array]:
+    groups = layout.groups
+    values = np.einsum("kpbi,kpbi,pbi->pbk", layout.kinds, layout.kinds, norms[groups])
+    gone = sums_by_response(groups, len(norms), values)
+    left = groups.shape[0] * groups.shape[1] - np.bincount(groups.reshape(-1), minlength=len(norms))
+    means, total = values.mean(axis=(0, 1)), values.sum(axis=(0, 1))
+    return list(np.concatenate([means[None], (total - gone) / np.where(left > 0, left, np.nan)[:, None]]).T)
 
 
 def log_variance_ratio(parts: Array) -> Array:

@@ -298,17 +298,17 @@ def eta_estimate(
     method: str,
     across: bool = False,
     tails: Sequence[LengthTails] | None = None,
-    known: Known | None = None,
+    known: bool | None = None,
 ) -> Estimate:
     """Efficiency eta of update k from `jackknifed(prompts, log_noise)`.
 
     NaN, "unresolved", where ||grad J||^2 is not told apart from 0: then nothing is known of the direction either. No
     eta is negative, so the lower end is at least 0. `tails` (of the rule alone), one a prompt, lower the
-    lower end for shorter and longer responses than those seen. `known` is `what_is_known`; where it is not given the
-    direction is tested here.
+    lower end for shorter and longer responses than those seen. `known` is `is_direction_known`, which is found where it
+    is not given.
     """
     noise = estimate_of(result, k, level=level, method=method, tails=None if across else tails)
-    told = is_direction_known(prompts, level=level, across=across) if known is None else known.direction
+    told = is_direction_known(prompts, level=level, across=across) if known is None else known
     if math.isnan(noise.value) or not told:
         return replace(noise, value=math.nan, low=math.nan, high=math.nan, method=f"{method}; unresolved")
     return replace(

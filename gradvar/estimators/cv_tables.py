@@ -30,8 +30,8 @@ from gradvar.estimators.groups import (
     PERMUTATIONS,
     GroupMoments,
     draw_groups,
-    group_coefficients,
     moments_of_kinds,
+    variant_coefficients,
 )
 from gradvar.estimators.inputs import arrange, generator, why_nothing
 from gradvar.estimators.intervals import PROMPTS_LIKE_THESE, THESE_PROMPTS, check_level
@@ -113,19 +113,9 @@ def cv_table(
             continue
         drawn = draw_groups(n, group_size, permutations, rng=generator(seed, name, "groups"))
         limit = float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max())
-        coefficients = [
-            group_coefficients(
-                drawn,
-                np.zeros(n) if advantage == "score" else scores.rewards,
-                scores.lengths,
-                rule,
-                advantage=advantage,
-                alpha=alpha,
-                max_length=limit,
-            )
-            for rule, alpha in studied
-        ]
-        layout = Layout(groups=drawn, kinds=np.stack(coefficients), n_responses=n)
+        rewards = np.zeros(n) if advantage == "score" else scores.rewards
+        kinds = variant_coefficients(drawn, rewards, scores.lengths, studied, advantage=advantage, max_length=limit)
+        layout = Layout(groups=drawn, kinds=kinds, n_responses=n)
         # All targets of a prompt at once, so that only one prompt's groups are held at a time.
         for target, prompts in targets.items():
             if name in prompts:

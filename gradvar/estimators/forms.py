@@ -40,7 +40,7 @@ from gradvar.estimators.intervals import (
     reach_of_sum,
     t_quantile,
 )
-from gradvar.estimators.law import fit_variance_law
+from gradvar.estimators.law import fitted_means
 from gradvar.estimators.noise_scale import LEAST
 from gradvar.estimators.paper_order import (
     BY_ALGEBRA,
@@ -51,7 +51,14 @@ from gradvar.estimators.paper_order import (
     needed_to_judge,
     side,
 )
-from gradvar.estimators.spread import NEIGHBOURS, local_moments, within_dependence, within_length_variance
+from gradvar.estimators.spread import (
+    NEIGHBOURS,
+    dependence_among,
+    local_moments,
+    nearest_in_length,
+    variance_among,
+    weighted_gram,
+)
 from gradvar.runs.config import ALPHAS, EQUALITY_MARGIN, RULES
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table
 
@@ -198,10 +205,10 @@ def _measured(scores: PromptScores, advantage: str, neighbours: int, seed: int) 
     def ties() -> np.random.Generator:
         return generator(seed, scores.prompt_id, "neighbours")
 
+    near = nearest_in_length(scores.lengths, min(neighbours, len(factors) - 1), rng=ties())
+
     def within(added: float) -> Array:
-        return within_length_variance(
-            scores.gram, scores.lengths, advantages=factors + added, neighbours=neighbours, rng=ties()
-        )
+        return variance_among(weighted_gram(scores.gram, factors + added), near)
 
     values = within(0.0)
     centre = _centre(scores.lengths, values)
@@ -217,7 +224,7 @@ def _measured(scores: PromptScores, advantage: str, neighbours: int, seed: int) 
         centre=centre,
         spread=spread,
         skewness=skewness,
-        shared=within_dependence(scores.gram, scores.lengths, advantages=factors, neighbours=neighbours, rng=ties()),
+        shared=dependence_among(weighted_gram(scores.gram, factors), near),
         slope=(within(step) - within(-step)) / (2.0 * step) if step > 0.0 else np.zeros_like(values),
         max_length=float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max()),
     )
@@ -272,7 +279,7 @@ def _leverage(lengths: Array) -> Array:
 def _centre(lengths: Array, v: Array) -> Array:
     """v(L_i) by the fitted power law; the mean where none can be fitted."""
     try:
-        fitted = fit_variance_law(lengths, v).mean(lengths)[0]
+        fitted = fitted_means(lengths, v)
     except GradvarError:
         fitted = np.full_like(v, math.nan)
     return fitted if np.isfinite(fitted).all() else np.full_like(v, v.mean())

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +20,8 @@ from gradvar.estimators.pairs import WeightedKernels, mean_coefficients
 
 Array = NDArray[np.float64]
 
-CHUNK = 16
-"""Permutations worked on together: few enough for a processor's cache."""
+PLACES = 2**15
+"""Places in a Gram looked up together, those of some permutations: few enough for a processor's cache."""
 MOST_PLACES = 2**23
 """Places in a Gram kept between targets; more are found anew for each."""
 ROUNDING = 1e-12
@@ -43,13 +45,22 @@ class Layout:
         return mean_coefficients(self.groups, self.kinds, self.n_responses)
 
     @functools.cached_property
+    def parts(self) -> list[tuple[slice, sparse.csc_array]]:
+        """Either half of the permutations and an odd one: which they are, and whom their groups hold (N, p B)."""
+        half = len(self.groups) // 2
+        cuts = [slice(0, half), slice(half, 2 * half), slice(2 * half, len(self.groups))]
+        cuts = [cut for cut in cuts if cut.stop > cut.start]
+        return [(cut, _holders(self.groups[cut], self.n_responses)) for cut in cuts]
+
+    @functools.cached_property
     def chunks(self) -> list[_Chunk]:
         """Some permutations at a time."""
         n, count = self.n_responses, len(self.kinds)
         keep = self.groups.size * self.groups.shape[2] <= MOST_PLACES
+        together = max(1, PLACES // math.prod((*self.groups.shape[1:], self.groups.shape[2])))
         found = []
-        for start in range(0, len(self.groups), CHUNK):
-            where = slice(start, start + CHUNK)
+        for start in range(0, len(self.groups), together):
+            where = slice(start, start + together)
             part, chosen = self.groups[where], np.ascontiguousarray(np.moveaxis(self.kinds[:, where], 0, -1))
             permutations = len(part)
             rows, each = part.reshape(permutations, -1), np.arange(permutations)[:, None]
@@ -135,16 +146,41 @@ def without_rounding(means: Array, sizes: Array) -> Array:
     return np.where(np.abs(means) <= ROUNDING * sizes, 0.0, means)
 
 
+def _holders(groups: NDArray[np.intp], n: int) -> sparse.csc_array:
+    """(N, P B) 1 where a group (P, B, n) holds a response."""
+    size, members = groups.shape[2], groups.reshape(-1)
+    ends = np.arange(0, members.size + 1, size)
+    return sparse.csc_array((np.ones(members.size), members, ends), shape=(n, members.size // size))
+
+
 def sums_by_response(groups: NDArray[np.intp], n: int, values: Array) -> Array:
     """(N, V): for every response the sum of the values (P, B, V) of the groups that hold it."""
-    size = groups.shape[2]
-    members = groups.reshape(-1)
-    ends = np.arange(0, members.size + 1, size)
-    held = sparse.csc_array((np.ones(members.size), members, ends), shape=(n, members.size // size))
-    return np.asarray(held @ values.reshape(-1, values.shape[-1]))
+    return np.asarray(_holders(groups, n) @ values.reshape(-1, values.shape[-1]))
 
 
-def half_differences(permutations: int, replicates: Callable[[slice], Sequence[Array]]) -> list[Array]:
+class Tally(NamedTuple):
+    """Sums of groups' values over some permutations."""
+
+    totals: Array
+    """(V,) over all groups."""
+    gone: Array
+    """(N, V) over the groups that hold a response (`sums_by_response`)."""
+
+    def __add__(self, other: Tally) -> Tally:  # type: ignore[override]
+        """Over both."""
+        return Tally(self.totals + other.totals, self.gone + other.gone)
+
+
+def tallies(layout: Layout, values: Array) -> list[Tally]:
+    """Tally the values (P, B, V) of all permutations, then of either half (none where P < 2)."""
+    found = [
+        Tally(values[where].sum(axis=(0, 1)), holders @ values[where].reshape(-1, values.shape[-1]))
+        for where, holders in layout.parts
+    ]
+    return [functools.reduce(operator.add, found), *(found[:2] if len(values) > 1 else ())]
+
+
+def half_differences(permutations: int, replicates: Sequence[Sequence[Array]]) -> list[Array]:
     """How far the choice of permutations moves delete-one replicates: half the difference between two halves.
 
     A response's replicate rests on its own few groups. What they differ in from the other responses' by chance of
@@ -155,16 +191,15 @@ def half_differences(permutations: int, replicates: Callable[[slice], Sequence[A
 
     Args:
         permutations: P.
-        replicates: Some permutations to arrays (1 + N, ...): estimates, then delete-one replicates.
+        replicates: Arrays (1 + N, ...), estimates, then delete-one replicates: of each of the `tallies`.
 
     Returns:
         For every array (N, ...), centred; 0 where P < 2.
     """
     if permutations < 2:
-        return [np.zeros_like(one[1:]) for one in replicates(slice(0, permutations))]
-    middle = permutations // 2
-    first, second = replicates(slice(0, middle)), replicates(slice(middle, 2 * middle))
-    factor = 0.5 * math.sqrt(2.0 * middle / permutations)
+        return [np.zeros_like(one[1:]) for one in replicates[0]]
+    _, first, second = replicates
+    factor = 0.5 * math.sqrt(2.0 * (permutations // 2) / permutations)
     found = [factor * (a[1:] - b[1:]) for a, b in zip(first, second, strict=True)]
     return [one - one.mean(axis=0) for one in found]
 
@@ -196,14 +231,12 @@ def pair_covariances(gram: Array, means: Array, directions: int, group_size: int
     # same is (n - 1)/n of cross.
     spread = np.insert(np.eye(size + 1), 0, 0.0, axis=0)
     spread[0, 0] = (group_size - 1) / group_size
-    found = []
-    for update in updates:
-        mine = np.append(np.arange(size) + size * update, len(whole) - 1)
-        found.append(spread @ whole[np.ix_(mine, mine)] @ spread.T)
-    return np.stack(found)
+    last = np.full((len(updates), 1), len(whole) - 1)
+    mine = np.concatenate([size * updates[:, None] + np.arange(size), last], axis=1)
+    return np.asarray(spread @ whole[mine[:, :, None], mine[:, None, :]] @ spread.T)
 
 
-def reward_pairs(groups: NDArray[np.intp], n: int, direction: Array, values: Array) -> Array:
+def reward_pairs(layout: Layout, direction: int, values: Array) -> Array:
     """Standard deviations (V,), with sign, of the part of means over groups that pairs of rewards explain.
 
     e_i = n (mean coefficient of i), for grad J the reward less its mean, and q_b = sum_(i<j) e_i e_j of a group, which
@@ -211,15 +244,13 @@ def reward_pairs(groups: NDArray[np.intp], n: int, direction: Array, values: Arr
     times the mean of e_i e_j over all pairs, whose variance is Var(e)^2 / C(N, 2).
 
     Args:
-        groups: (P, B, n).
-        n: N.
-        direction: (P, B, n) coefficients of grad J.
+        layout: Whose kinds hold grad J.
+        direction: Which of them it is.
         values: (P, B, V) of every group.
     """
-    size, members = groups.shape[2], groups.reshape(-1)
-    times = np.maximum(np.bincount(members, minlength=n), 1)
-    e = size * np.bincount(members, weights=direction.reshape(-1), minlength=n) / times
-    e = (e - e.mean())[groups]
+    n, size = layout.n_responses, layout.groups.shape[2]
+    e = layout.means[direction]
+    e = (e - e.mean())[layout.groups]
     q = ((e.sum(axis=-1) ** 2 - (e**2).sum(axis=-1)) / 2.0).reshape(-1)
     q = q - q.mean()
     size_of_q = float(q @ q)

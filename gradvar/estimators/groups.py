@@ -14,6 +14,7 @@ B = floor(N/n) groups, P permutations.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,10 +25,11 @@ from gradvar.estimators.advantages import advantages
 from gradvar.estimators.aggregation import Rule, scope_weights
 from gradvar.estimators.group_products import (
     Layout,
+    Tally,
     dot,
     half_differences,
     reaches,
-    sums_by_response,
+    tallies,
     without_rounding,
 )
 from gradvar.estimators.pairs import WeightedKernels, mean_coefficients
@@ -58,6 +60,26 @@ def draw_groups(n_responses: int, group_size: int, permutations: int, *, rng: np
     return order[:, : count * group_size].reshape(permutations, count, group_size)
 
 
+def variant_coefficients(
+    groups: NDArray[np.intp],
+    rewards: Array,
+    lengths: Array,
+    variants: Sequence[tuple[Rule, float | None]],
+    *,
+    advantage: str,
+    max_length: float | None = None,
+) -> Array:
+    """Coefficients c = x A (K, P, B, n) of the updates of K rules with their alphas, on the same groups."""
+    inside = lengths[groups]
+    factors = advantages(rewards[groups], advantage, lengths=inside)
+
+    def total(values: Array) -> Array:
+        return np.asarray(values.sum(axis=-1, keepdims=True))
+
+    weights = [scope_weights(rule, inside, total, alpha=alpha, max_length=max_length) for rule, alpha in variants]
+    return np.stack([one * factors for one in weights])
+
+
 def group_coefficients(
     groups: NDArray[np.intp],
     rewards: Array,
@@ -74,13 +96,12 @@ def group_coefficients(
     `masked` (N,) marks responses whose tokens carry no loss (DAPO's overlong filtering of truncated ones): their reward
     still enters the group's advantage, they neither add to the update nor count in the weights (verl's reading).
     """
+    if masked is None:
+        one = [(rule, alpha)]
+        found = variant_coefficients(groups, rewards, lengths, one, advantage=advantage, max_length=max_length)
+        return np.asarray(found[0])
     inside = lengths[groups]
     factors = advantages(rewards[groups], advantage, lengths=inside)
-    if masked is None:
-        weights = scope_weights(
-            rule, inside, lambda x: x.sum(axis=-1, keepdims=True), alpha=alpha, max_length=max_length
-        )
-        return np.asarray(weights * factors)
     kept = ~masked[groups]
     # A group without a response left has no update: its sums are kept from 0 and its weights are 0.
     some = kept | ~kept.any(axis=-1, keepdims=True)
@@ -165,11 +186,9 @@ def moments_of_kinds(gram: Array, layout: Layout, kept: NDArray[np.bool_] | None
         values[reach.where, :, count : 2 * count] = dot(reach.coefficients, reach.beyond)
     values[..., -2], values[..., -1] = held, held * (held.sum(axis=1, keepdims=True) - 1.0)
 
-    def replicates(where: slice) -> tuple[Array, Array]:
-        """Both moments of the K kinds, (1 + N, K) each: over the permutations chosen, then without each response."""
-        chosen = values[where]
-        totals = chosen.sum(axis=(0, 1))
-        gone = sums_by_response(groups[where], n, chosen)
+    def replicates(tally: Tally) -> tuple[Array, Array]:
+        """Both moments of the K kinds, (1 + N, K) each: over the permutations, then without each response."""
+        totals, gone = tally
         means = []
         for own, counts, twice in ((slice(0, count), -2, 1.0), (slice(count, 2 * count), -1, 2.0)):
             left = np.append(totals[counts], totals[counts] - twice * gone[:, counts])
@@ -177,11 +196,11 @@ def moments_of_kinds(gram: Array, layout: Layout, kept: NDArray[np.bool_] | None
             means.append(kept_sums / np.where(left > 0.5, left, np.nan)[:, None])
         return means[0], without_rounding(means[1], means[0][0])
 
-    everything = slice(0, len(groups))
-    same, cross = replicates(everything)
+    found = [replicates(tally) for tally in tallies(layout, values)]
+    same, cross = found[0]
     means = layout.means if kept is None else mean_coefficients(groups, layout.kinds, n, held)
     covariances, bends = pairs_of_kinds(gram, means, same[1:], cross[1:])
-    same_noise, cross_noise = half_differences(len(groups), replicates)
+    same_noise, cross_noise = half_differences(len(groups), found)
     return [
         GroupMoments(
             same=float(same[0, k]),

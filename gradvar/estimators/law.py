@@ -218,6 +218,17 @@ def fit_exponent(
     return ExponentFit(**_exponents(data, _fit_power(data, dependence), margin, level, dependence))
 
 
+def fitted_means(lengths: Any, deviations: Any) -> Array:
+    """Means v(L) (n,) of one prompt by the power law at the lengths fitted, NaN where it does not converge.
+
+    As `VarianceLaw.mean`, without all that stands beside it; arguments and errors as in `fit_variance_law`.
+    """
+    data = checked_data(lengths, deviations, None, None, None, margin=1.0, level=0.5)
+    power = _fit_power(data, None)
+    means = np.exp(power.constants[0] + power.shape[0] * (data.log_length - data.centre))
+    return np.asarray(means if power.converged else np.full_like(data.x, math.nan))
+
+
 def _fit_power(data: LawData, dependence: Dependence | None) -> QuasiFit:
     return data.fit(power_shape(data.log_length - data.centre), 1.0, dependence=dependence)
 

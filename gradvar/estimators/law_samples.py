@@ -14,10 +14,12 @@ from gradvar.estimators.baselines import advantage_dependence
 from gradvar.estimators.inputs import generator
 from gradvar.estimators.quasi import Dependence
 from gradvar.estimators.spread import (
+    dependence_among,
     deviation_dependence,
     deviations,
-    within_dependence,
-    within_length_variance,
+    nearest_in_length,
+    variance_among,
+    weighted_gram,
 )
 from gradvar.runs.records import PromptScores
 
@@ -88,31 +90,18 @@ def sample_of(
     if n > 1:
         between = deviation_dependence(scores.gram, factors, subset=chosen)
     if count > 1:
+        ties = generator(seed, scores.prompt_id, "neighbours")
+        near = nearest_in_length(part.lengths, min(neighbours, count - 1), rng=ties)
 
-        def within_of(factors: Array | None) -> Array:
-            return within_length_variance(
-                part.gram,
-                part.lengths,
-                advantages=None if factors is None else factors[chosen],
-                neighbours=neighbours,
-                rng=generator(seed, scores.prompt_id, "neighbours"),
-            )
+        def weighted(factors: Array | None) -> Array:
+            return weighted_gram(part.gram, None if factors is None else factors[chosen])
 
-        within = within_of(factors)
-        shared = within_dependence(
-            part.gram,
-            part.lengths,
-            advantages=None if factors is None else factors[chosen],
-            neighbours=neighbours,
-            rng=generator(seed, scores.prompt_id, "neighbours"),
-        )
+        within = variance_among(weighted(factors), near)
+        shared = dependence_among(weighted(factors), near)
         if factors is not None and n > 2:
-            baseline = (scores.rewards, advantage, scores.lengths)
-            between = _both(
-                between,
-                advantage_dependence(*baseline, lambda x: deviations(scores.gram, x)[chosen], subset=chosen),
-            )
-            shared = _both(shared, advantage_dependence(*baseline, within_of, subset=chosen))
+            of_baseline = advantage_dependence(scores.rewards, advantage, scores.lengths, subset=chosen)
+            between = _both(between, of_baseline(lambda x: deviations(scores.gram, x)[chosen]))
+            shared = _both(shared, of_baseline(lambda x: variance_among(weighted(x), near)))
     return Sample(
         lengths=part.lengths.astype(np.float64),
         deviations=spread[chosen],

@@ -175,12 +175,15 @@ def _rank_sums(x: Array, y: Array, changes: Array) -> Sums:
     whole = _centred_sums(*(ranks_of(values) / n for values in (x, y)))
     if n < 3:
         return Sums(value=whole, without=np.tile(whole, (n, 1)))
-    others = np.nonzero(~np.eye(n, dtype=bool))[1].reshape(n, n - 1)
-    own = ranks_of(x)
-    fewer = (own - (x[:, None] < x) - 0.5 * (x[:, None] == x)) / (n - 1)
-    moved = _one_if_close(np.take_along_axis(y - changes, others, axis=1), y.max())
-    ranks = _ranks_of_rows(moved) / (n - 1)
-    return Sums(value=whole, without=_centred_sums(np.take_along_axis(fewer, others, axis=1), ranks))
+    others = ~np.eye(n, dtype=bool)
+
+    def of_others(values: Array) -> Array:
+        """(n, n - 1) of (n, n): every row without its own response."""
+        return values[others].reshape(n, n - 1)
+
+    fewer = of_others(ranks_of(x) - 0.5 * (np.sign(x - x[:, None]) + 1.0)) / (n - 1)
+    ranks = _ranks_of_rows(_one_if_close(of_others(y - changes), y.max())) / (n - 1)
+    return Sums(value=whole, without=_centred_sums(fewer, ranks))
 
 
 def _one_if_close(values: Array, largest: float) -> Array:

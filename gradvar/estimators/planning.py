@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import check_advantage
 from gradvar.estimators.aggregation import Rule, expand_rules, find_rule
-from gradvar.estimators.bias import Statistic, eta_estimate, jackknifed, log_noise
+from gradvar.estimators.bias import Statistic, eta_estimate, is_direction_known, jackknifed, log_noise
 from gradvar.estimators.cv import UNRESOLVED, cv_from_rho, pooled_rho, resolution
 from gradvar.estimators.enough import responses_for_cv_1
 from gradvar.estimators.group_products import Layout
-from gradvar.estimators.groups import PERMUTATIONS, GroupMoments, draw_groups, group_coefficients, pairs_of_kinds
+from gradvar.estimators.groups import PERMUTATIONS, GroupMoments, draw_groups, pairs_of_kinds, variant_coefficients
 from gradvar.estimators.inputs import arrange, generator, has_gradient, is_silent, why_nothing
 from gradvar.estimators.intervals import (
     MINIMUM_PROMPTS,
@@ -221,14 +221,7 @@ def _products_of_targets(
 ) -> dict[str, list[tuple[GroupMoments, Products]]]:
     """One prompt's moments and products on the same groups for every target."""
     limit = float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max())
-    c = np.stack(
-        [
-            group_coefficients(
-                groups, scores.rewards, scores.lengths, rule, advantage=advantage, alpha=alpha, max_length=limit
-            )
-            for rule, alpha in variants
-        ]
-    )
+    c = variant_coefficients(groups, scores.rewards, scores.lengths, variants, advantage=advantage, max_length=limit)
     aim = reward_direction(scores.rewards, groups)[None]
     layout = Layout(groups=groups, kinds=np.concatenate([c, aim]), n_responses=len(scores.lengths))
     made: dict[str, list[tuple[GroupMoments, Products]]] = {}
@@ -268,11 +261,13 @@ def _efficiency_rows(
     if not held:
         return rows
     largest, surest = max(held), 0.0
+    known: dict[int, bool] = {}
     for n in sizes:
         far = n > largest
         if n not in held and not far:
             continue
-        parts = held[largest if far else n]
+        size = largest if far else n
+        parts = held[size]
         method = "permutation groups, delete-one jackknife of log(1 - eta), t"
         if across:
             method = f"permutation groups, delete-one-prompt jackknife of log(1 - eta), t; {PROMPTS_LIKE_THESE}"
@@ -283,8 +278,11 @@ def _efficiency_rows(
             count = sum(p.responses for p in parts)
             eta = no_estimate(note, n=count, clusters=len(parts), level=level, seed=seed)
         else:
+            if size not in known:
+                known[size] = is_direction_known(parts, level=level, across=across)
             noise = jackknifed(parts, _noise_at(largest / n if far else 1.0), across=across)
-            eta = eta_estimate(parts, noise, 0, level=level, method=method, across=across, tails=tails)
+            told: dict[str, Any] = {"across": across, "known": known[size]}
+            eta = eta_estimate(parts, noise, 0, level=level, method=method, tails=tails, **told)
             # More responses of the same direction: known at least as well as with fewer.
             if n >= largest and math.isfinite(eta.low):
                 eta = replace(eta, low=max(eta.low, surest))

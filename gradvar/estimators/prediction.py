@@ -15,6 +15,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,63 +40,178 @@ LEAST_LEFT = 1e-6
 _METHOD = "delete-one jackknife of Fisher's z with the baseline, bias in squares, t"
 
 
+class Deviations(NamedTuple):
+    """Numbers around the mean of those that are held."""
+
+    around: Array
+    """(..., N) 0 for those not held."""
+    squares: Array
+    """(...) their sum of squares; 0 where those held are one value up to rounding."""
+
+    @classmethod
+    def of(cls, values: Array, held: Any = True) -> Deviations:
+        """From values (..., N) and which of them (..., N) are held."""
+        kept = np.broadcast_to(held, values.shape)
+        count = kept.sum(axis=-1, keepdims=True)
+        around = (values - (values * kept).sum(axis=-1, keepdims=True) / count) * kept
+        squares = (around**2).sum(axis=-1)
+        flat = squares <= ROUNDING * (values**2 * kept).sum(axis=-1)
+        return cls(around, np.where(flat, 0.0, squares))
+
+    def sums(self, other: Deviations) -> Array:
+        """(..., 3) sums of xy, xx, yy."""
+        some = (self.squares > 0.0) & (other.squares > 0.0)
+        xy = np.where(some, (self.around * other.around).sum(axis=-1), 0.0)
+        return np.stack([xy, self.squares, other.squares], axis=-1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Numbers:
+    """One number of every response of a prompt, and what it becomes when one response is left out.
+
+    What does not depend on the number beside it is found once for all pairs.
+    """
+
+    values: Array
+    """(N,)."""
+    codes: NDArray[np.intp]
+    """(N,) row of `moved` for the response left out."""
+    moved: Array
+    """(R, N)."""
+
+    def among(self, held: NDArray[np.bool_]) -> Numbers:
+        """Some of the responses; the same object where it is all."""
+        if held.all():
+            return self
+        return Numbers(values=self.values[held], codes=self.codes[held], moved=self.moved[:, held])
+
+    @functools.cached_property
+    def known(self) -> NDArray[np.bool_]:
+        """(N,) which are not missing."""
+        return np.isfinite(self.values)
+
+    @functools.cached_property
+    def positive(self) -> NDArray[np.bool_]:
+        """(N,) which are positive in every replicate."""
+        return np.asarray((self.values > 0) & (self.moved > 0).all(axis=0))
+
+    @functools.cached_property
+    def logs(self) -> Numbers:
+        """Their logs."""
+        return Numbers(values=np.log(self.values), codes=self.codes, moved=np.log(self.moved))
+
+    @functools.cached_property
+    def whole(self) -> Deviations:
+        """Of all values."""
+        return Deviations.of(self.values)
+
+    @functools.cached_property
+    def replicates(self) -> Deviations:
+        """(R, N) of every replicate, nobody left out."""
+        return Deviations.of(self.moved)
+
+    @functools.cached_property
+    def square(self) -> float:
+        """Sum of squares around 0."""
+        return float(self.values @ self.values)
+
+    def without(self, rows: NDArray[np.intp]) -> Deviations:
+        """(len(rows), N) of the others without each of the rows."""
+        return Deviations.of(self.moved[self.codes[rows]], _others(len(self.values))[rows])
+
+    @functools.cached_property
+    def whole_ranks(self) -> Deviations:
+        """Of the ranks of all values, over their number."""
+        return Deviations.of(ranks_of(_tied(self.values)) / len(self.values))
+
+    def ranks_without(self) -> Deviations:
+        """(N, N) of the ranks among the others without each response, over their number; not kept, for its size.
+
+        A smaller one left out moves a rank by 1, an equal one by 1/2.
+        """
+        n, (values, ranks) = len(self.values), self._moved_ranks
+        own = values[self.codes, np.arange(n)][:, None]
+        # The others' ranks are 1 to n - 1, of mean n / 2.
+        around = ranks[self.codes] - 0.5 * (np.sign(values[self.codes] - own) + 1.0) - 0.5 * n
+        np.fill_diagonal(around, 0.0)
+        around /= n - 1
+        return Deviations(around, (around**2).sum(axis=-1))
+
+    @functools.cached_property
+    def _moved_ranks(self) -> tuple[Array, Array]:
+        """Values (R, N) of every replicate to `TIE` digits, and their ranks."""
+        values = _tied(self.moved)
+        return values, np.stack([ranks_of(row) for row in values])
+
+
+def _tied(values: Array) -> Array:
+    """Values to `TIE` digits."""
+    mantissa, exponent = np.frexp(values)
+    return np.asarray(np.ldexp(np.round(np.ldexp(mantissa, TIE)), exponent - TIE))
+
+
+def _others(n: int) -> NDArray[np.bool_]:
+    """(N, N) False where a response meets itself."""
+    return ~np.eye(n, dtype=bool)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pair:
-    """Proxy and truth of one prompt's responses, and what both become when one response is left out."""
+    """Proxy and truth of one prompt's responses, with the same `codes`."""
 
-    x: Array
-    """(N,) proxy."""
-    y: Array
-    """(N,) truth."""
-    codes: NDArray[np.intp]
-    """(N,) row of `moved_x` and `moved_y` for the response left out."""
-    moved_x: Array
-    """(R, N)."""
-    moved_y: Array
-    """(R, N)."""
+    x: Numbers
+    """Proxy."""
+    y: Numbers
+    """Truth."""
 
     @classmethod
     def of(cls, x: Array, y: Array) -> Pair:
         """Two numbers that no baseline ties together."""
-        return cls(x=x, y=y, codes=np.zeros(len(x), dtype=np.intp), moved_x=x[None], moved_y=y[None])
+        one, two = (Numbers(values=v, codes=np.zeros(len(v), dtype=np.intp), moved=v[None]) for v in (x, y))
+        return cls(x=one, y=two)
 
     def among(self, held: NDArray[np.bool_]) -> Pair:
         """Some of the responses."""
-        return Pair(
-            x=self.x[held],
-            y=self.y[held],
-            codes=self.codes[held],
-            moved_x=self.moved_x[:, held],
-            moved_y=self.moved_y[:, held],
-        )
+        return Pair(x=self.x.among(held), y=self.y.among(held))
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.x.values)
 
     @functools.cached_property
     def known(self) -> Pair:
         """Without responses that lack proxy or truth."""
-        return self.among(np.isfinite(self.x) & np.isfinite(self.y))
-
-    @functools.cached_property
-    def sums(self) -> Sums:
-        """Centred sums of the values, once for the prompt's own rows and the pooled ones."""
-        return _sums(self, _values)
-
-    @functools.cached_property
-    def rank_sums(self) -> Sums:
-        """Centred sums of the ranks likewise."""
-        return _sums(self, _ranks)
+        return self.among(self.x.known & self.y.known)
 
     @functools.cached_property
     def logs(self) -> Pair:
         """Logs of both, where both are positive in every replicate."""
-        positive = (self.x > 0) & (self.y > 0) & (self.moved_x > 0).all(axis=0) & (self.moved_y > 0).all(axis=0)
-        kept = self.among(positive)
-        return Pair(
-            x=np.log(kept.x),
-            y=np.log(kept.y),
-            codes=kept.codes,
-            moved_x=np.log(kept.moved_x),
-            moved_y=np.log(kept.moved_y),
-        )
+        kept = self.among(self.x.positive & self.y.positive)
+        return Pair(x=kept.x.logs, y=kept.y.logs)
+
+    @functools.cached_property
+    def sums(self) -> Sums:
+        """Centred sums (3,) of xy, xx, yy, whole and without each response; once for own rows and pooled ones.
+
+        The sum over the others around their own means is the whole less n / (n - 1) of the response's own product;
+        where too little is left for a difference, they are taken anew.
+        """
+        n, codes = len(self), self.x.codes
+        x, y = self.x.replicates, self.y.replicates
+        own = np.stack([x.around * y.around, x.around**2, y.around**2], axis=-1)
+        whole = own.sum(axis=1)[codes]
+        without = whole - n / max(n - 1.0, 1.0) * own[codes, np.arange(n)]
+        one_value = (x.squares == 0.0) | (y.squares == 0.0)
+        thin = np.flatnonzero(one_value[codes] | (without[:, 1:] <= LEAST_LEFT * whole[:, 1:]).any(axis=1))
+        if thin.size:
+            without[thin] = self.x.without(thin).sums(self.y.without(thin))
+        return Sums(value=self.x.whole.sums(self.y.whole), without=without)
+
+    @functools.cached_property
+    def rank_sums(self) -> Sums:
+        """The same of the ranks."""
+        without = self.x.ranks_without().sums(self.y.ranks_without())
+        return Sums(value=self.x.whole_ranks.sums(self.y.whole_ranks), without=without)
 
 
 def predictions(
@@ -124,15 +240,14 @@ def _judge(
     pairs: list[Pair], measure: Callable[[list[Pair], float], Estimate], *, level: float, between: bool
 ) -> tuple[Estimate, str | None]:
     """One measure with its verdict, None where there is a number."""
-    kept = [p for p in pairs if len(p.x) > 1]
-    n = sum(len(p.x) for p in kept)
+    kept = [p for p in pairs if len(p) > 1]
+    n = sum(map(len, kept))
     least = MINIMUM_PROMPTS if between else MINIMUM_RESPONSES
     if n == 0 or (between and n < least):
         note = f"not given below {least} prompts" if between else "no two responses with proxy and truth"
         return no_estimate(note, n=n, level=level), "undetermined"
-    total = np.sum([_centred(p.x, p.y, np.ones(len(p.x), dtype=bool)) for p in kept], axis=0)
-    size = np.array([sum(float(v @ v) for v in side) for side in ([p.x for p in kept], [p.y for p in kept])])
-    if (total[[1, 2]] <= ROUNDING * size).any():
+    sides = [p.x for p in kept], [p.y for p in kept]
+    if any(sum(v.whole.squares for v in side) <= ROUNDING * sum(v.square for v in side) for side in sides):
         return no_estimate("proxy or truth takes one value", n=n, level=level), CONSTANT
     estimate = measure(kept, level)
     if n < least:
@@ -150,65 +265,6 @@ def _rank(pairs: list[Pair], level: float) -> Estimate:
 def _explained(pairs: list[Pair], level: float) -> Estimate:
     sums = [p.sums for p in pairs]
     return _squared(of_these_prompts(sums, _fisher, level=level, method=f"R^2 of a line, {_METHOD}", curved=True))
-
-
-def _values(values: Array, left_out: NDArray[np.intp]) -> Array:
-    """The values themselves, whichever response is left out."""
-    return np.broadcast_to(values, (len(left_out), len(values)))
-
-
-def _ranks(values: Array, left_out: NDArray[np.intp]) -> Array:
-    """Ranks among the others, over their number: a smaller one left out moves a rank by 1, an equal one by 1/2."""
-    mantissa, exponent = np.frexp(values)
-    values = np.ldexp(np.round(np.ldexp(mantissa, TIE)), exponent - TIE)
-    ranks = ranks_of(values)
-    if len(left_out) == 0:
-        return np.asarray(ranks / len(values))[None]
-    out = values[left_out][:, None]
-    return np.asarray((ranks - (out < values) - 0.5 * (out == values)) / (len(values) - 1))
-
-
-def _sums(pair: Pair, of: Callable[[Array, NDArray[np.intp]], Array]) -> Sums:
-    """Centred sums of xy, xx, yy, whole and without each response."""
-    n = len(pair.x)
-    nobody = np.zeros(0, dtype=np.intp)
-    x, y = (pair.x, pair.y) if of is _values else (of(pair.x, nobody)[0], of(pair.y, nobody)[0])
-    without = np.zeros((n, 3))
-    for k in range(len(pair.moved_x)):
-        rows = np.flatnonzero(pair.codes == k)
-        if of is _values and n > 1:
-            without[rows], thin = _less_one(pair.moved_x[k], pair.moved_y[k], rows)
-            rows = rows[thin]
-        if rows.size:
-            others = np.ones((len(rows), n), dtype=bool)
-            others[np.arange(len(rows)), rows] = False
-            without[rows] = _centred(of(pair.moved_x[k], rows), of(pair.moved_y[k], rows), others)
-    return Sums(value=_centred(x, y, np.ones(n, dtype=bool)), without=without)
-
-
-def _less_one(x: Array, y: Array, rows: NDArray[np.intp]) -> tuple[Array, NDArray[np.bool_]]:
-    """Centred sums (len(rows), 3) without each of the rows, and where too little is left of them for a difference.
-
-    sum over the others around their own means = whole - n / (n - 1) of the response's own product.
-    """
-    n = len(x)
-    dx, dy = x - x.mean(), y - y.mean()
-    own = np.stack([dx * dy, dx**2, dy**2], axis=-1)
-    whole = own.sum(axis=0)
-    left = whole - n / (n - 1.0) * own[rows]
-    one_value = whole[1:] <= ROUNDING * np.array([x @ x, y @ y])
-    return left, (one_value | (left[:, 1:] <= LEAST_LEFT * whole[1:])).any(axis=1)
-
-
-def _centred(x: Array, y: Array, held: NDArray[np.bool_]) -> Array:
-    """(..., 3) sums of xy, xx, yy around the means of those held; 0 where those hold one value up to rounding."""
-    count = held.sum(axis=-1, keepdims=True)
-    dx = (x - (x * held).sum(axis=-1, keepdims=True) / count) * held
-    dy = (y - (y * held).sum(axis=-1, keepdims=True) / count) * held
-    xx, yy = (dx**2).sum(axis=-1), (dy**2).sum(axis=-1)
-    flat_x, flat_y = (own <= ROUNDING * (values**2 * held).sum(axis=-1) for own, values in ((xx, x), (yy, y)))
-    xy = np.where(flat_x | flat_y, 0.0, (dx * dy).sum(axis=-1))
-    return np.stack([xy, np.where(flat_x, 0.0, xx), np.where(flat_y, 0.0, yy)], axis=-1)
 
 
 def _fisher(parts: Array) -> Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +22,8 @@ from gradvar.estimators.advantages import advantages, check_advantage
 from gradvar.estimators.baselines import affine_advantage
 from gradvar.estimators.inputs import arrange, generator, why_nothing
 from gradvar.estimators.intervals import check_level
-from gradvar.estimators.prediction import Pair, predictions
-from gradvar.estimators.spread import NEIGHBOURS, within_length_variance
+from gradvar.estimators.prediction import Numbers, Pair, predictions
+from gradvar.estimators.spread import NEIGHBOURS, nearest_in_length, variance_among, weighted_gram
 from gradvar.runs.records import PromptScores, TableRow, estimate_table, no_estimate
 
 Array = NDArray[np.float64]
@@ -39,14 +39,9 @@ Proxies = Mapping[str, Mapping[str, Any]]
 class PromptPairs:
     """One prompt's truths and proxies, by name."""
 
-    truths: dict[str, Array]
-    proxies: dict[str, Array]
+    truths: dict[str, Numbers]
+    proxies: dict[str, Numbers]
     reward_variance: float
-    codes: NDArray[np.intp]
-    """(N,) which replicate of the advantages belongs to leaving a response out: one for every different reward."""
-    moved_truths: dict[str, Array]
-    """(replicates, N)."""
-    moved_proxies: dict[str, Array]
 
     def pair(self, name: str, truth: str) -> Pair:
         """Proxy and truth with their replicates; one object, which keeps its sums."""
@@ -55,13 +50,7 @@ class PromptPairs:
     @functools.cached_property
     def _pairs(self) -> dict[tuple[str, str], Pair]:
         return {
-            (name, truth): Pair(
-                x=self.proxies[name],
-                y=self.truths[truth],
-                codes=self.codes,
-                moved_x=self.moved_proxies[name],
-                moved_y=self.moved_truths[truth],
-            )
+            (name, truth): Pair(x=self.proxies[name], y=self.truths[truth])
             for name in self.proxies
             for truth in self.truths
         }
@@ -159,26 +148,26 @@ def prompt_pairs(
         weighted = {f"advantage_square_{name}": squares * values for name, values in bare.items()}
         return {**bare, "advantage_square": squares, **weighted}
 
+    ties = generator(seed, raw.prompt_id, "neighbours")
+    near = nearest_in_length(lengths, min(neighbours, len(lengths) - 1), rng=ties)
+
     def truths_of(factors: Array) -> dict[str, Array]:
-        within = within_length_variance(
-            scores.gram,
-            lengths,
-            advantages=factors,
-            neighbours=neighbours,
-            rng=generator(seed, raw.prompt_id, "neighbours"),
-        )
+        within = variance_among(weighted_gram(scores.gram, factors), near)
         return {"norm_square": factors**2 * np.diagonal(scores.gram), "within": within}
 
     known = raw.rewards[~np.isnan(raw.rewards)]
-    truths, found = truths_of(factors), proxies_of(factors)
-    moved_truths, moved_found = [truths_of(x) for x in replicates], [proxies_of(x) for x in replicates]
+
+    def with_replicates(of: Callable[[Array], dict[str, Array]]) -> dict[str, Numbers]:
+        moved = [of(x) for x in replicates]
+        return {
+            name: Numbers(values=values, codes=codes, moved=np.stack([m[name] for m in moved]))
+            for name, values in of(factors).items()
+        }
+
     return PromptPairs(
-        truths=truths,
-        proxies=found,
+        truths=with_replicates(truths_of),
+        proxies=with_replicates(proxies_of),
         reward_variance=float(known.var()) if known.size else math.nan,
-        codes=codes,
-        moved_truths={name: np.stack([m[name] for m in moved_truths]) for name in truths},
-        moved_proxies={name: np.stack([m[name] for m in moved_found]) for name in found},
     )
 
 
@@ -206,15 +195,16 @@ def _rows(prompts: list[PromptPairs], labels: dict[str, Any], scope: str, level:
         for name in names:
             if scope == BETWEEN_PROMPTS:
                 means = [
-                    (p.reward_variance if name == "reward_variance" else float(np.nanmean(p.proxies[name])))
+                    (p.reward_variance if name == "reward_variance" else float(np.nanmean(p.proxies[name].values)))
                     for p in prompts
                 ]
-                pairs = [Pair.of(np.array(means), np.array([float(p.truths[truth].mean()) for p in prompts]))]
+                pairs = [Pair.of(np.array(means), np.array([float(p.truths[truth].values.mean()) for p in prompts]))]
             else:
                 pairs = [p.pair(name, truth) for p in prompts]
             for quantity, estimate, verdict in predictions(pairs, level=level, between=scope == BETWEEN_PROMPTS):
                 if scope == BETWEEN_PROMPTS:
-                    estimate = replace(estimate, n=sum(len(p.truths[truth]) for p in prompts), clusters=len(prompts))
+                    n = sum(len(p.truths[truth].values) for p in prompts)
+                    estimate = replace(estimate, n=n, clusters=len(prompts))
                 extra = {"proxy": name, "truth": truth}
                 rows.append(
                     TableRow(quantity=quantity, estimate=estimate, scope=scope, verdict=verdict, extra=extra, **labels)

@@ -89,7 +89,7 @@ def fit_quasi(
         eta = np.log(per_cluster(y) / per_cluster(a * np.exp(law)))
         rise = a * np.exp(eta[codes] + law)
         mu = rise + b
-        loss = float(np.mean(np.log(mu) + y / mu))
+        loss = float((np.log(mu) + y / mu).sum()) / len(y)
         converged = False
         for _ in range(MAXIMUM_STEPS):
             eta_step, shape_step = _newton_step(y, codes, mu, rise, slope, per_cluster)
@@ -99,7 +99,7 @@ def fit_quasi(
                 trial_law, trial_slope = shape(trial_shape)
                 trial_rise = a * np.exp(trial_eta[codes] + trial_law)
                 trial_mu = trial_rise + b
-                trial_loss = float(np.mean(np.log(trial_mu) + y / trial_mu))
+                trial_loss = float((np.log(trial_mu) + y / trial_mu).sum()) / len(y)
                 if trial_loss <= loss + 1e-13 * (1.0 + abs(loss)):
                     break
                 length /= 2
@@ -116,9 +116,11 @@ def fit_quasi(
 
 def _centres(weight: Array, slope: Array, per_cluster: Callable[[Array], Array]) -> Array:
     """Weighted mean (K, m) of the slope inside each cluster."""
-    columns = [per_cluster(weight * column) for column in slope.T]
     total = per_cluster(weight)
-    return np.stack(columns, axis=1) / total[:, None] if columns else np.zeros((len(total), 0))
+    found = np.empty((len(total), slope.shape[1]))
+    for j, column in enumerate(slope.T):
+        found[:, j] = per_cluster(weight * column) / total
+    return found
 
 
 def _newton_step(
@@ -170,7 +172,7 @@ def _finish(
     determined = m == 0 or (
         bool(np.isfinite(total).all())
         and bool((np.diagonal(total) > 1e-12 * np.diagonal(size)).all())
-        and np.linalg.cond(total / np.sqrt(np.outer(np.diagonal(total), np.diagonal(total)))) < 1e12
+        and (m == 1 or np.linalg.cond(total / np.sqrt(np.outer(np.diagonal(total), np.diagonal(total)))) < 1e12)
     )
     converged = converged and determined and bool(np.isfinite(eta).all())
     if converged:
@@ -193,9 +195,10 @@ def _finish(
         constants_influence = np.full((n, count), np.nan)
     positive = y > 0
     deviance = 2.0 * float(r.sum() - np.log(y[positive] / mu[positive]).sum())
-    scores = np.stack([per_cluster(column * r) for column in z.T], axis=1) if m else np.zeros((count, 0))
-    pieces = np.zeros((count, m, m))
-    np.add.at(pieces, codes, z[:, :, None] * z[:, None, :])
+    scores, pieces = np.zeros((count, m)), np.zeros((count, m, m))
+    for j, column in enumerate(z.T):
+        scores[:, j] = per_cluster(column * r)
+        pieces[:, j] = np.stack([per_cluster(column * other) for other in z.T], axis=1)
     return QuasiFit(
         shape=shape_now,
         constants=eta,

@@ -66,8 +66,14 @@ def deviations(gram: Any, advantages: Any | None = None) -> Array:
 
 
 def nearest_in_length(lengths: Any, k: int, *, rng: np.random.Generator) -> NDArray[np.intp]:
-    """Indices (N, k) of each response's k nearest others in length, ties in random order."""
+    """Indices (N, k) of each response's k nearest others in length, ties in random order.
+
+    Raises:
+        GradvarError: k below 1.
+    """
     values = np.asarray(lengths, dtype=np.float64)
+    if k < min(1, len(values) - 1):
+        raise GradvarError(f"neighbours must be at least 1, received {k}")
     distance = np.abs(values[:, None] - values[None, :])
     np.fill_diagonal(distance, np.inf)
     ties = rng.random(distance.shape)
@@ -112,10 +118,7 @@ def within_length_variance(
         raise GradvarError(f"{n} responses in the gram, but lengths of shape {np.shape(lengths)}")
     if n < 2:
         raise GradvarError("the within-length variance compares a response with its neighbours: expected at least 2")
-    if neighbours < 1:
-        raise GradvarError(f"neighbours must be at least 1, received {neighbours}")
-    k = min(neighbours, n - 1)
-    return _within(matrix, nearest_in_length(lengths, k, rng=rng))
+    return variance_among(matrix, nearest_in_length(lengths, min(neighbours, n - 1), rng=rng))
 
 
 def deviation_dependence(
@@ -162,17 +165,8 @@ def within_dependence(
         q (N, p) to sum over j != i of q_j (V_j - V_j without i), (N, p).
     """
     matrix = weighted_gram(gram, advantages)
-    n = matrix.shape[0]
-    k = min(neighbours, n - 1)
-    near = nearest_in_length(lengths, k, rng=rng)
-    change = np.zeros((n, n))
-    rows = np.arange(n)
-    full = _within(matrix, near)
-    for left in range(k):
-        others = np.delete(near, left, axis=1)
-        reduced = _within(matrix, others) if k > 1 else full
-        change[near[:, left], rows] = full - reduced
-    return lambda q: change @ q
+    near = nearest_in_length(lengths, min(neighbours, len(matrix) - 1), rng=rng)
+    return dependence_among(matrix, near)
 
 
 def local_moments(lengths: Any, values: Array, centre: Array, *, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -196,9 +190,23 @@ def local_moments(lengths: Any, values: Array, centre: Array, *, rng: np.random.
     return deviation, 2.0 * deviation / np.where(mean > 0.0, mean, 1.0)
 
 
-def _within(matrix: Array, near: NDArray[np.intp]) -> Array:
+def variance_among(matrix: Array, near: NDArray[np.intp]) -> Array:
+    """`within_length_variance` (N,) of a weighted Gram (N, N), given each response's neighbours (N, k)."""
     k = near.shape[1]
     to_near = np.take_along_axis(matrix, near, axis=1).mean(axis=1)
     among = matrix[near[:, :, None], near[:, None, :]].mean(axis=(1, 2))
     values: Array = (k / (k + 1)) * (np.diagonal(matrix) - 2.0 * to_near + among)
     return np.maximum(values, 0.0)
+
+
+def dependence_among(matrix: Array, near: NDArray[np.intp]) -> Callable[[Array], Array]:
+    """`within_dependence` likewise."""
+    n, k = near.shape
+    change = np.zeros((n, n))
+    rows = np.arange(n)
+    full = variance_among(matrix, near)
+    for left in range(k):
+        others = np.delete(near, left, axis=1)
+        reduced = variance_among(matrix, others) if k > 1 else full
+        change[near[:, left], rows] = full - reduced
+    return lambda q: change @ q

@@ -13,7 +13,7 @@ Shape letters: N responses, R kinds of update, H directions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,37 +37,39 @@ def jackknife_surplus(
     directions = len(totals[3])
     with np.errstate(all="ignore"):
         slopes = _slopes(totals, statistic)
-        noise, pairs = np.zeros(len(slopes[0])), np.zeros(len(slopes[0]))
+        count = slopes.shape[1]
+        noise, pairs = np.zeros(count), np.zeros(count)
         for p in prompts:
             same, cross, mixed, direction = p.noise
-            parts = [same, cross, *np.moveaxis(mixed, 2, 0), *direction.T[:, :, None]]
-            moved = sum(g * part[:, : len(g)] for g, part in zip(slopes, parts, strict=True))
-            g = np.stack(slopes[: 3 + directions], axis=1)
-            noise += jackknife_variance(np.asarray(moved))
-            pairs += np.einsum("ri,rij,rj->r", g, p.pairs[: len(g)], g)
+            moved = slopes[0] * same[:, :count] + slopes[1] * cross[:, :count]
+            moved += np.einsum("hr,nrh->nr", slopes[2 : 2 + directions], mixed[:, :count])
+            moved += direction @ slopes[2 + directions :]
+            noise += jackknife_variance(moved)
+            g = slopes[: 3 + directions].T
+            pairs += np.einsum("ri,rij,rj->r", g, p.pairs[:count], g)
     return noise, pairs
 
 
-def _slopes(totals: Sequence[Array], statistic: Statistic) -> list[Array]:
-    """Derivatives (R,) by same, cross, each column of mixed and each direction.
+def _slopes(totals: Sequence[Array], statistic: Statistic) -> Array:
+    """Derivatives (2 + 2 H, R) by same, cross, each column of mixed and each direction.
 
     Of all updates at once: each statistic uses its own update's moments. Both ends of all derivatives are evaluated
     together, along a first axis.
     """
-    directions = len(totals[3])
-    which = [(0, None), (1, None), *((2, j) for j in range(directions)), *((3, j) for j in range(directions))]
-    moved = [np.broadcast_to(total, (2 * len(which), *total.shape)).copy() for total in totals]
-    widths = []
-    for k, (m, j) in enumerate(which):
-        column: Any = ... if j is None else (..., j)
-        width = STEP * np.where(totals[m][column] == 0.0, 1.0, np.abs(totals[m][column]))
-        moved[m][2 * k][column] += width
-        moved[m][2 * k + 1][column] -= width
-        widths.append(width)
-    ends = statistic(*moved)
-    return [
-        (ends[2 * k] - ends[2 * k + 1]) / (2.0 * width.reshape(-1)[: ends.shape[-1]]) for k, width in enumerate(widths)
-    ]
+    each = np.arange(len(totals[3]))
+    rows = len(each)
+    widths = [STEP * np.where(total == 0.0, 1.0, np.abs(total)) for total in totals]
+    moved = [np.broadcast_to(total, (2, 2 + 2 * rows, *total.shape)).copy() for total in totals]
+    for end, sign in enumerate((1.0, -1.0)):
+        moved[0][end, 0] += sign * widths[0]
+        moved[1][end, 1] += sign * widths[1]
+        moved[2][end, 2 + each, :, each] += sign * widths[2].T
+        moved[3][end, 2 + rows + each, each] += sign * widths[3]
+    high, low = statistic(*moved)
+    count = high.shape[-1]
+    by = [widths[0][None, :count], widths[1][None, :count], widths[2].T[:, :count]]
+    by.append(np.broadcast_to(widths[3][:, None], (rows, count)))
+    return np.asarray((high - low) / (2.0 * np.concatenate(by)))
 
 
 def of_log_efficiency(prompts: Sequence[Products], covariances: Array, group_size: int) -> Array:

@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from gradvar.estimators.advantages import advantages
 from gradvar.estimators.group_products import (
     Layout,
+    Tally,
     dot,
     dots,
     half_differences,
     pair_covariances,
     reaches,
     reward_pairs,
-    sums_by_response,
+    tallies,
     without_rounding,
 )
 
@@ -102,41 +103,39 @@ def products(gram: Array, layout: Layout, directions: int) -> Products:
     groups = layout.groups
     n, count = gram.shape[0], groups.shape[1]
     r, h = len(layout.kinds) - directions, directions
-    # Values of every group: <u, u> inside it; over pairs of groups <u, u>, <u, d> both ways round, and <d, d>.
-    values = np.empty((*groups.shape[:2], 2 * r + r * h + h))
+    # Values of every group: <u, u> inside it; over pairs of groups <u, u>, <u, d> both ways round, and <d, d>; 1.
+    values = np.empty((*groups.shape[:2], 2 * r + r * h + h + 1))
+    values[..., -1] = 1.0
     aimed = np.zeros(h)
     for reach in reaches(gram, layout):
         c, beyond = reach.coefficients, reach.beyond
-        values[reach.where, :, :r] = dot(c[..., :r], reach.inside[..., :r])
-        values[reach.where, :, r : 2 * r] = 2.0 * dot(c[..., :r], beyond[..., :r])
+        inside, between = dot(c, reach.inside), 2.0 * dot(c, beyond)
         mixed = dots(c[..., :r], beyond[..., r:]) + dots(beyond[..., :r], c[..., r:])
+        values[reach.where, :, :r] = inside[..., :r]
+        values[reach.where, :, r : 2 * r] = between[..., :r]
         values[reach.where, :, 2 * r : 2 * r + r * h] = mixed.reshape(*mixed.shape[:2], r * h)
-        values[reach.where, :, 2 * r + r * h :] = 2.0 * dot(c[..., r:], beyond[..., r:])
-        aimed += dot(c[..., r:], reach.inside[..., r:]).sum(axis=(0, 1))
-    own, both = slice(0, r), slice(r, 2 * r)
-    across, ends = slice(2 * r, 2 * r + r * h), slice(2 * r + r * h, None)
+        values[reach.where, :, 2 * r + r * h : -1] = between[..., r:]
+        aimed += inside[..., r:].sum(axis=(0, 1))
+    own = slice(0, r)
     squares = np.concatenate([values[..., own].sum(axis=(0, 1)), aimed]) / values[..., 0].size
     between = np.sqrt(np.outer(squares[:r], squares[r:])).reshape(-1)
     sizes = np.concatenate([squares[:r], between, squares[r:]])
 
-    def replicates(where: slice) -> tuple[Array, Array, Array, Array]:
-        """All four means over the permutations chosen, then without each response: its groups' terms go with it."""
-        members, chosen = groups[where], values[where]
-        totals = chosen.sum(axis=(0, 1))
-        gone = sums_by_response(members, n, chosen)
-        times = np.bincount(members.reshape(-1), minlength=n).astype(np.float64)
-        left = float(len(members) * count) - np.append(0.0, times)
-        sums = np.concatenate([totals[None], totals - gone])
-        single = sums[:, own] / np.where(left > 0, left, np.nan)[:, None]
+    def replicates(tally: Tally) -> tuple[Array, Array, Array, Array]:
+        """All four means over the permutations, then without each response: its groups' terms go with it."""
+        totals, gone = tally
+        number = totals[-1] - np.append(0.0, gone[:, -1])
+        sums = np.concatenate([totals[None, own], totals[own] - gone[:, own]])
+        single = sums / np.where(number > 0, number, np.nan)[:, None]
         # Over a != b: a response takes its group's pairs with it, as first and as second.
-        pairs = np.concatenate([totals[None], totals - 2.0 * gone])[:, r:] / 2.0
-        number = (float(len(members) * count) - 2.0 * np.append(0.0, times)) * (count - 1)
+        pairs = np.concatenate([totals[None, r:-1], totals[r:-1] - 2.0 * gone[:, r:-1]]) / 2.0
+        number = (totals[-1] - 2.0 * np.append(0.0, gone[:, -1])) * (count - 1)
         pairs = without_rounding(pairs / np.where(number > 0, number, np.nan)[:, None], sizes)
-        pairs = np.concatenate([np.empty((1 + n, r)), pairs], axis=1)
-        return single, pairs[:, both], pairs[:, across].reshape(1 + n, r, h), pairs[:, ends]
+        return single, pairs[:, :r], pairs[:, r : r + r * h].reshape(1 + n, r, h), pairs[:, r + r * h :]
 
-    same, cross, mixed, direction = replicates(slice(0, len(groups)))
-    noise = half_differences(len(groups), replicates)
+    found = [replicates(tally) for tally in tallies(layout, values)]
+    same, cross, mixed, direction = found[0]
+    noise = half_differences(len(groups), found)
     return Products(
         same=same,
         cross=cross,
@@ -145,10 +144,7 @@ def products(gram: Array, layout: Layout, directions: int) -> Products:
         noise=(noise[0], noise[1], noise[2], noise[3]),
         pairs=pair_covariances(gram, layout.means, h, groups.shape[2]),
         curved=reward_pairs(
-            groups,
-            n,
-            layout.kinds[r],
-            values[..., [*range(2 * r, 2 * r + r * h, h), 2 * r + r * h]] / max(count - 1, 1),
+            layout, r, values[..., [*range(2 * r, 2 * r + r * h, h), 2 * r + r * h]] / max(count - 1, 1)
         ),
     )
 

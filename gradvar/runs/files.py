@@ -202,6 +202,10 @@ class RunFiles:
         """Return the rollouts that one prompt's Grams were measured on, those left out since among them."""
         return tuple(self._about_grams(prompt_id, "rollout_ids"))
 
+    def gram_targets(self, prompt_id: str) -> tuple[str, ...]:
+        """Return the targets of one prompt's Grams, without reading these."""
+        return tuple(self._about_grams(prompt_id, "targets"))
+
     def _about_grams(self, prompt_id: str, key: str) -> Any:
         path = self.file("grams", prompt_id)
         try:

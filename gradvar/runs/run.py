@@ -124,10 +124,8 @@ class Run(RunFiles):
     @property
     def targets(self) -> list[str]:
         """Targets that every measured prompt holds, in the order they were measured."""
-        measured = [set(self.grams(p)) for p in self.measured_prompt_ids()]
-        if not measured:
-            return []
-        return [name for name in self.grams(self.measured_prompt_ids()[0]) if all(name in m for m in measured)]
+        measured = [self.gram_targets(p) for p in self.measured_prompt_ids()]
+        return [name for name in measured[0] if all(name in others for others in measured)] if measured else []
 
     def measured_prompt_ids(self) -> list[str]:
         """Prompts whose Grams are in the run."""

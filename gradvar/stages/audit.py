@@ -63,7 +63,7 @@ def audit(
             seed=config.seed,
         )
         advance(1)
-        balance = entropy_rows(run, config.level, config.seed)
+        balance = entropy_rows(run, groups, config.level, config.seed)
         if len(balance):
             balance = balance.assign(assumption=pd.array([0] * len(balance), dtype="Int64"))
             table = pd.concat([table, balance], ignore_index=True).sort_values(

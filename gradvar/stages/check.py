@@ -88,7 +88,7 @@ def check(
     rows += _condition_rows(groups, config)
     rows += _sampler_rows(run, config)
     tables = [estimate_table(rows), identity_table(groups, seed=config.seed, level=config.level)]
-    tables.append(entropy_rows(run, config.level, config.seed))
+    tables.append(entropy_rows(run, groups, config.level, config.seed))
     table = pd.concat([one for one in tables if len(one)], ignore_index=True)
     table = table.astype({name: "Int64" for name in ("rollout_id", "token", "token_id") if name in table})
     run.begin("check", config, started=started)

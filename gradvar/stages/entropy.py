@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
 from gradvar.estimators.sampler_agreement import EntropyBalance, entropy_balance
-from gradvar.runs import Run, TableRow, estimate_table
+from gradvar.runs import PromptScores, Run, TableRow, estimate_table
 
 MISMATCH = 1e-3
 """p value of the entropy balance below which rollouts are said not to come from the policy."""
 
 
-def entropy_rows(run: Run, level: float, seed: int) -> pd.DataFrame:
-    """Rows of the entropy balance, prompt by prompt and over all: a test of sampler and policy free of any gradient."""
+def entropy_rows(run: Run, groups: Sequence[PromptScores], level: float, seed: int) -> pd.DataFrame:
+    """Rows of the entropy balance, prompt by prompt and over all: a test of sampler and policy, without gradients.
+
+    Args:
+        run: A run with measures.
+        groups: What was measured; the first target stands for all, which hold the same responses.
+        level: Nominal coverage.
+        seed: For the record.
+    """
     found = {}
-    for scores in run.scores(run.targets[0]):
-        if scores.log_probs is not None and len(scores.log_probs) > 1:
+    for scores in groups:
+        if scores.target == groups[0].target and scores.log_probs is not None and len(scores.log_probs) > 1:
             measures = run.measures(scores.prompt_id).select(scores.rollout_ids)
             found[scores.prompt_id] = (scores.log_probs, measures.entropy)
     if not found:

@@ -55,7 +55,7 @@ def fit(run: Run, given: Mapping[str, Any], listener: Listener | None = None) ->
         law = law_table(groups, advantages_studied=studied, level=config.level, margin=config.margin, seed=config.seed)
         advance(1)
         identity = identity_table(groups, seed=config.seed, level=config.level)
-        balance = entropy_rows(run, config.level, config.seed)
+        balance = entropy_rows(run, groups, config.level, config.seed)
         identity = pd.concat([identity, balance], ignore_index=True) if len(balance) else identity
         advance(1)
         known = _measured_proxies(run, groups)

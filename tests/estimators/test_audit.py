@@ -7,7 +7,7 @@ import pytest
 from gradvar.errors import GradvarError
 from gradvar.estimators import advantages, audit_table, find_rule, identity_table, law_table, token_covariance
 from gradvar.estimators.additive import Sums, of_prompts_like_these, of_these_prompts, ratio_of_signals
-from gradvar.estimators.baselines import baseline_sums, log_independence_ratio
+from gradvar.estimators.baselines import Baselines, log_independence_ratio
 from gradvar.estimators.groups import draw_groups
 from gradvar.estimators.length_bins import bin_products, length_bins
 from gradvar.runs.records import TABLE_COLUMNS
@@ -180,7 +180,7 @@ def test_baseline_parts_by_definition(kind):
     scores, _, lengths = simulator.draw(12, rng=rng)
     rewards = rng.normal(size=12)
     drawn = draw_groups(12, 3, 4, rng=rng)
-    got = baseline_sums(scores @ scores.T, drawn, rewards, lengths, find_rule("grpo"), advantage=kind)
+    got = Baselines.of(drawn, rewards, lengths, find_rule("grpo"), advantage=kind).sums(scores @ scores.T)
     expected = references.baseline_parts(scores, rewards, lengths, drawn.tolist(), "grpo", kind)
     np.testing.assert_allclose(got.value, expected, rtol=1e-9)
     for i in (0, 7):
@@ -210,7 +210,7 @@ def test_baseline_ratio_with_known_truth(law, dependent):
     for t in range(trials):
         one = simulator.prompt("p", 256, rng=np.random.default_rng([6, t]), **law)
         drawn = draw_groups(256, 8, 100, rng=np.random.default_rng(t))
-        sums = baseline_sums(one.gram, drawn, one.rewards, one.lengths, find_rule("grpo"), advantage="grpo")
+        sums = Baselines.of(drawn, one.rewards, one.lengths, find_rule("grpo"), advantage="grpo").sums(one.gram)
         found = of_these_prompts([sums], log_independence_ratio, level=0.95, method="", back=math.exp)
         covered += found.low <= truth <= found.high
         verdicts.append(found.high < 0.9 if dependent else found.low > 0.9 and found.high < 1.1)

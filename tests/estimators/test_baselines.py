@@ -27,9 +27,9 @@ def test_shared_baseline_by_leaving_each_response_out(kind):
         p, q = np.polyfit(rewards[others], inside, 1)
         moved = references.deviation((p * rewards + q)[:, None] * scores)
         expected[i] = sum((pull[j] * (whole[j] - moved[j]) for j in others), np.zeros(2))
-    found = advantage_dependence(rewards, kind, lengths, lambda x: deviations(gram, x))(pull)
+    found = advantage_dependence(rewards, kind, lengths)(lambda x: deviations(gram, x))(pull)
     np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-8)
-    part = advantage_dependence(rewards, kind, lengths, lambda x: deviations(gram, x)[chosen], subset=chosen)
+    part = advantage_dependence(rewards, kind, lengths, subset=chosen)(lambda x: deviations(gram, x)[chosen])
     pull[4] = 0.0
-    again = advantage_dependence(rewards, kind, lengths, lambda x: deviations(gram, x))(pull)
+    again = advantage_dependence(rewards, kind, lengths)(lambda x: deviations(gram, x))(pull)
     np.testing.assert_allclose(part(pull[chosen]), again[chosen], rtol=1e-8, atol=1e-8)

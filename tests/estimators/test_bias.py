@@ -211,7 +211,7 @@ def test_biases_and_quantiles_of_all_statistics_are_those_of_each():
 def test_a_layout_serves_several_grams_kept_or_found_anew(monkeypatch):
     """More permutations than a chunk holds, and not a multiple; places in the Gram kept or not."""
     rng = np.random.default_rng(7)
-    groups = draw_groups(20, 4, 2 * group_products.CHUNK + 3, rng=rng)
+    groups = draw_groups(20, 4, 2 * (group_products.PLACES // 80) + 3, rng=rng)
     kinds = rng.normal(size=(3, *groups.shape))
     layout = Layout(groups=groups, kinds=kinds, n_responses=20)
     anew = Layout(groups=groups, kinds=kinds, n_responses=20)
@@ -278,7 +278,7 @@ def test_an_odd_permutation_counts_in_the_noise():
     """Three permutations leave two halves of one each, whose differences are a third too large."""
     rng = np.random.default_rng(8)
     drawn = rng.normal(size=(3, 4000))
-    (noise,) = half_differences(3, lambda where: [np.append(0.0, drawn[where].mean(axis=0))])
+    (noise,) = half_differences(3, [[np.append(0.0, some.mean(axis=0))] for some in (drawn, drawn[:1], drawn[1:2])])
     assert noise.var() == pytest.approx(1.0 / 3.0, rel=0.1)
 
 
