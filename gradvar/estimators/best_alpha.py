@@ -42,36 +42,12 @@ def spline(grid: Sequence[float]) -> tuple[Array, Array]:
     """(values (G, F), slopes (G, F)): what a curve's values on the grid are multiplied with.
 
     The cubic spline without a knot at the second and the last but one point; a parabola through 3, a line through 2.
-    SciPy's takes half a second to import.
     """
-    x, fine = np.asarray(grid, dtype=np.float64), fine_alphas(grid)
-    widths = np.diff(x)
-    steps = np.diff(np.eye(len(x)), axis=0) / widths[:, None]  # slopes of the chords, from the values
-    bends = _bends(widths, steps)
-    piece = np.clip(np.searchsorted(x, fine, side="right") - 1, 0, len(widths) - 1)
-    t, width = (fine - x[piece])[:, None], widths[piece, None]
-    left, right = bends[piece], bends[piece + 1]
-    rise = (right - left) / width
-    start = steps[piece] - width * (2.0 * left + right) / 6.0
-    values = np.eye(len(x))[piece] + t * (start + t * (left / 2.0 + t * rise / 6.0))
-    return values.T, (start + t * (left + t * rise / 2.0)).T
+    from scipy.interpolate import CubicSpline  # not needed by most commands
 
-
-def _bends(widths: Array, steps: Array) -> Array:
-    """Second derivatives at the G points (G, G), from the values, given those of the chords' slopes (G - 1, G)."""
-    count = len(steps) + 1
-    if count < 4:  # one polynomial: of 2 points straight, of 3 with one second derivative
-        bend = 2.0 * np.diff(steps, axis=0).sum(axis=0) / widths.sum()
-        return np.broadcast_to(bend, (count, count))
-    system, right = np.zeros((count, count)), np.zeros((count, count))
-    inner = np.arange(1, count - 1)
-    system[inner, inner - 1], system[inner, inner + 1] = widths[:-1], widths[1:]
-    system[inner, inner] = 2.0 * (widths[:-1] + widths[1:])
-    right[1:-1] = 6.0 * np.diff(steps, axis=0)
-    # The third derivative goes on through the second and the last but one point.
-    system[0, :3] = widths[1], -widths[0] - widths[1], widths[0]
-    system[-1, -3:] = widths[-1], -widths[-2] - widths[-1], widths[-2]
-    return np.asarray(np.linalg.solve(system, right), dtype=np.float64)
+    through = CubicSpline(np.asarray(grid, dtype=np.float64), np.eye(len(grid)))
+    fine = fine_alphas(grid)
+    return through(fine).T, through(fine, 1).T
 
 
 def best_of_curve(
