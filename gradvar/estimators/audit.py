@@ -12,27 +12,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
 from gradvar.errors import GradvarError
+from gradvar.estimators.additive import Sums
 from gradvar.estimators.advantages import check_advantage
-from gradvar.estimators.aggregation import expand_rules
+from gradvar.estimators.aggregation import Rule, expand_rules
 from gradvar.estimators.audit_rows import (
     Audit,
     Taus,
     baseline_rows,
-    baseline_sums,
     identity_rows,
     law_rows,
     length_rows,
     taus_of,
     token_rows,
 )
+from gradvar.estimators.baselines import Baselines
 from gradvar.estimators.cv import SILENT
-from gradvar.estimators.groups import PERMUTATIONS
-from gradvar.estimators.inputs import arrange, why_nothing
+from gradvar.estimators.groups import PERMUTATIONS, draw_groups
+from gradvar.estimators.inputs import arrange, generator, why_nothing
 from gradvar.estimators.intervals import check_level
 from gradvar.runs.records import PromptScores, estimate_table
 
@@ -102,7 +104,7 @@ def audit_table(
     found, a = expand_rules((rule,), () if alpha is None else (alpha,))[0]
     audit = Audit(advantage=advantage, group_size=group_size, level=level, seed=seed)
     targets = arrange(groups)
-    baselines = baseline_sums(audit, targets, found, a, permutations)
+    baselines = _baseline_sums(audit, targets, found, a, permutations)
     for target, prompts in targets.items():
         identity_rows(audit, target, prompts, identity_margin)
         token_rows(audit, target, prompts, taus_of(target, targets, taus), token_margin, tau_errors or {})
@@ -128,3 +130,37 @@ def audit_table(
     law_rows(audit, groups, exponent_margin)
     table = estimate_table(audit.rows)
     return table.sort_values("assumption", kind="stable", ignore_index=True).astype({"assumption": "Int64"})
+
+
+def _baseline_sums(
+    audit: Audit,
+    targets: Mapping[str, Mapping[str, PromptScores]],
+    rule: Rule,
+    alpha: float | None,
+    permutations: int,
+) -> dict[str, dict[str, Sums]]:
+    """Sums of assumption 3 by target and prompt, of prompts with three groups and an advantage.
+
+    All targets of a prompt at once, so that only one prompt's groups are held at a time.
+    """
+    found: dict[str, dict[str, Sums]] = {target: {} for target in targets}
+    everyone = {name: scores for prompts in targets.values() for name, scores in prompts.items()}
+    for name, raw in everyone.items():
+        one = audit.studied(raw)
+        n = len(one.lengths)
+        mine = {target: prompts[name] for target, prompts in targets.items() if name in prompts}
+        mine = {target: scores for target, scores in mine.items() if why_nothing(scores, audit.advantage) is None}
+        if n < 3 * audit.group_size or not mine:
+            continue
+        baselines = Baselines.of(
+            draw_groups(n, audit.group_size, permutations, rng=generator(audit.seed, name, "groups")),
+            np.zeros(n) if audit.advantage == "score" else one.rewards,
+            one.lengths,
+            rule,
+            advantage=audit.advantage,
+            alpha=alpha,
+            max_length=float(one.max_length) if one.max_length > 0 else float(one.lengths.max()),
+        )
+        for target, scores in mine.items():
+            found[target][name] = baselines.sums(audit.studied(scores).gram)
+    return found

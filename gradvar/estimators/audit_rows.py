@@ -15,14 +15,12 @@ import numpy as np
 from gradvar.estimators.additive import Sums, of_prompts_like_these, of_these_prompts, ratio_of_signals
 from gradvar.estimators.aggregation import Rule
 from gradvar.estimators.baselines import (
-    Baselines,
     log_independence_ratio,
     log_norm_ratio,
     log_variance_ratio,
 )
 from gradvar.estimators.bias import gated, within_one
 from gradvar.estimators.cv import NO_GRADIENT
-from gradvar.estimators.groups import draw_groups
 from gradvar.estimators.identity import (
     REJECTED,
     SUPPORTED,
@@ -33,7 +31,7 @@ from gradvar.estimators.identity import (
     identity_parts,
 )
 from gradvar.estimators.identity_tables import why_no_identity
-from gradvar.estimators.inputs import SUM_TARGET, generator, has_gradient, why_nothing
+from gradvar.estimators.inputs import SUM_TARGET, generator, has_gradient
 from gradvar.estimators.intervals import (
     PROMPTS_LIKE_THESE,
     THESE_PROMPTS,
@@ -282,40 +280,6 @@ def law_rows(audit: Audit, groups: Sequence[PromptScores], margin: float) -> Non
         )
 
 
-def baseline_sums(
-    audit: Audit,
-    targets: Mapping[str, Mapping[str, PromptScores]],
-    rule: Rule,
-    alpha: float | None,
-    permutations: int,
-) -> dict[str, dict[str, Sums]]:
-    """Sums of assumption 3 by target and prompt, of prompts with three groups and an advantage.
-
-    All targets of a prompt at once, so that only one prompt's groups are held at a time.
-    """
-    found: dict[str, dict[str, Sums]] = {target: {} for target in targets}
-    everyone = {name: scores for prompts in targets.values() for name, scores in prompts.items()}
-    for name, raw in everyone.items():
-        one = audit.studied(raw)
-        n = len(one.lengths)
-        mine = {target: prompts[name] for target, prompts in targets.items() if name in prompts}
-        mine = {target: scores for target, scores in mine.items() if why_nothing(scores, audit.advantage) is None}
-        if n < 3 * audit.group_size or not mine:
-            continue
-        baselines = Baselines.of(
-            draw_groups(n, audit.group_size, permutations, rng=generator(audit.seed, name, "groups")),
-            np.zeros(n) if audit.advantage == "score" else one.rewards,
-            one.lengths,
-            rule,
-            advantage=audit.advantage,
-            alpha=alpha,
-            max_length=float(one.max_length) if one.max_length > 0 else float(one.lengths.max()),
-        )
-        for target, scores in mine.items():
-            found[target][name] = baselines.sums(audit.studied(scores).gram)
-    return found
-
-
 def baseline_rows(
     audit: Audit,
     target: str,
@@ -325,7 +289,7 @@ def baseline_rows(
     rule: Rule,
     alpha: float | None,
 ) -> None:
-    """Assumption 3, from the target's `baseline_sums`."""
+    """Assumption 3, from its sums by prompt."""
     edges = (1.0 - margin, 1.0 + margin)
     common: dict[str, Any] = {"target": target, "group_size": audit.group_size, "rule": rule.name, "alpha": alpha}
     for name, scores in prompts.items():
