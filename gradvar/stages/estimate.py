@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -31,6 +32,7 @@ from gradvar.stages.entropy import entropy_rows
 from gradvar.stages.groups import check_group_size, estimated_groups
 from gradvar.stages.identity import agreed_config
 from gradvar.stages.listener import Listener, Silent
+from gradvar.stages.together import together
 
 
 def fit(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> dict[str, pd.DataFrame]:
@@ -50,17 +52,24 @@ def fit(run: Run, given: Mapping[str, Any], listener: Listener | None = None) ->
     config = agreed_config(run, EstimateConfig, given)
     started = utc_now()
     groups = estimated_groups(run, listener)
-    with listener.task("fit", 3) as advance:
-        studied = list(dict.fromkeys(["score", config.advantage]))
-        law = law_table(groups, advantages_studied=studied, level=config.level, margin=config.margin, seed=config.seed)
-        advance(1)
-        identity = identity_table(groups, seed=config.seed, level=config.level)
-        balance = entropy_rows(run, groups, config.level, config.seed)
-        identity = pd.concat([identity, balance], ignore_index=True) if len(balance) else identity
-        advance(1)
-        known = _measured_proxies(run, groups)
-        proxies = proxy_table(groups, proxies=known, advantage=config.advantage, level=config.level, seed=config.seed)
-        advance(1)
+    common: dict[str, Any] = {"level": config.level, "seed": config.seed}
+    known = _measured_proxies(run, groups)
+    tasks = [
+        partial(law_table, groups, advantages_studied=[kind], margin=config.margin, **common)
+        for kind in dict.fromkeys(["score", config.advantage])
+    ]
+    tasks.append(partial(proxy_table, groups, proxies=known, advantage=config.advantage, **common))
+    tasks.append(partial(identity_table, groups, **common))
+    with listener.task("fit", len(tasks)) as advance:
+        found = []
+        for table in together(tasks, groups):
+            found.append(table)
+            advance(1)
+    *laws, proxies, identity = found
+    order = {target: k for k, target in enumerate(dict.fromkeys(group.target for group in groups))}
+    law = pd.concat(laws).sort_values("target", key=lambda names: names.map(order), kind="stable", ignore_index=True)
+    balance = entropy_rows(run, groups, config.level, config.seed)
+    identity = pd.concat([identity, balance], ignore_index=True) if len(balance) else identity
     run.begin("fit", config, started=started)  # nothing is written before the settings proved good
     tables = {"law": law, "identity": identity, "proxies": proxies}
     for name, table in tables.items():
@@ -158,16 +167,20 @@ def alpha(run: Run, given: Mapping[str, Any], listener: Listener | None = None) 
     rules = tuple(rule for rule in config.rules if not find_rule(rule).takes_alpha)
     for planned in config.plan_rules:
         parse_variant(planned)
-    with listener.task("alpha", 3) as advance:
-        curves = alpha_table(groups, rules=rules, group_size=config.group_size, **common)
-        beside = _fitted_exponent(groups, config)
-        beside = beside[[name for name in beside.columns if name in curves.columns]]
-        tables = {"alpha": pd.concat([curves, beside], ignore_index=True)}
-        advance(1)
-        tables["forms"] = _three_forms(groups, config, common)
-        advance(1)
-        tables["planning"] = _planning(groups, config, common)
-        advance(1)
+    tasks = [
+        partial(alpha_table, groups, rules=rules, group_size=config.group_size, **common),
+        partial(_planning, groups, config, common),
+        partial(_three_forms, groups, config, common),
+        partial(_fitted_exponent, groups, config),
+    ]
+    with listener.task("alpha", len(tasks)) as advance:
+        found = []
+        for table in together(tasks, groups):
+            found.append(table)
+            advance(1)
+    curves, planning, forms, beside = found
+    beside = beside[[name for name in beside.columns if name in curves.columns]]
+    tables = {"alpha": pd.concat([curves, beside], ignore_index=True), "forms": forms, "planning": planning}
     run.begin("alpha", config, started=started)
     for name, table in tables.items():
         run.write_estimates(name, table)

@@ -1,0 +1,76 @@
+"""Tables made in processes of their own: the same tables, the same errors, the same rules."""
+
+import os
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+from joblib import cpu_count
+
+from benchmarks.synthetic import simulated_prompt, write_run
+from gradvar.errors import GradvarError
+from gradvar.estimators import aggregation, cv_table
+from gradvar.runs import open_run
+from gradvar.stages import alpha, fit, together
+from gradvar.stages.groups import estimated_groups
+
+pytestmark = pytest.mark.skipif(cpu_count() < 2, reason="one core: nothing is made in another process")
+TARGETS = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("together") / "run"
+    prompts = [simulated_prompt(str(q), 32, TARGETS, signal=2.0, rng=np.random.default_rng(q)) for q in range(2)]
+    write_run(path, prompts)
+    return open_run(path)
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """However small a run is."""
+    monkeypatch.setattr(together, "WORTH", 0)
+
+
+def test_small_runs_stay_in_this_process_and_large_ones_do_not(run, monkeypatch):
+    groups = estimated_groups(run)
+    assert list(together.together([os.getpid, os.getpid], groups)) == [os.getpid()] * 2
+    monkeypatch.setattr(together, "WORTH", sum(len(group.lengths) for group in groups))
+    assert os.getpid() not in list(together.together([os.getpid, os.getpid], groups))
+
+
+def test_the_tables_are_the_same_to_the_last_bit(run, monkeypatch):
+    given = {"group_size": 4, "seed": 3}
+    here = {**fit(run, given), **alpha(run, given)}
+    monkeypatch.setattr(together, "WORTH", 0)
+    there = {**fit(run, given), **alpha(run, given)}
+    assert list(here) == list(there) == ["law", "identity", "proxies", "alpha", "forms", "planning"]
+    for name, table in here.items():
+        pd.testing.assert_frame_equal(table, there[name], check_exact=True)
+
+
+def test_results_come_in_the_order_of_the_tasks(run, processes):
+    tasks = [partial(pow, 2, k) for k in range(9)]
+    assert list(together.together(tasks, estimated_groups(run))) == [2**k for k in range(9)]
+
+
+def test_a_rule_registered_here_is_known_there(run, processes, monkeypatch):
+    for name in ("RULES", "_BY_ANY_NAME"):
+        monkeypatch.setattr(aggregation, name, dict(getattr(aggregation, name)))
+    monkeypatch.setattr(together, "RULES", aggregation.RULES)
+    mine = aggregation.Rule(name="mine", label="mine", formula=lambda lengths, n, total, m, a: lengths**-0.25 / n)
+    aggregation.register_rule(mine)
+    groups = estimated_groups(run)
+    make = partial(cv_table, groups, rules=("mine", "grpo"), group_size=4, seed=0)
+    there, process = together.together([make, os.getpid], groups)
+    assert process != os.getpid()
+    pd.testing.assert_frame_equal(there, make(), check_exact=True)
+    assert (there["rule"] == "mine").any()
+
+
+def test_an_error_there_is_the_error_here(run, processes):
+    groups = estimated_groups(run)
+    tasks = [os.getpid, partial(cv_table, groups, group_size=20, seed=0)]
+    with pytest.raises(GradvarError, match=r"group size 20 needs at least 40 verified responses"):
+        list(together.together(tasks, groups))
