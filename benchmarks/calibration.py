@@ -9,6 +9,8 @@ Gradients are drawn with a known law, mean, rank, token covariance and reward st
 the truth of every quantity is known (calibration_truths.py), and every draw counts, resolved or not. One row a setting
 and quantity:
     coverage            share of draws whose interval does not exclude the truth, with its 95% Wilson interval
+    too_high, too_low   share of draws whose interval lies above, below the truth
+    at_edge             share of draws whose interval ends where the quantity does (a cosine of 1), on one side at least
     no_interval         share of draws without a bounded interval ("unresolved", or too few responses)
     median_bias, width  of the estimate; of the bounded intervals (median)
     wrong, rejected     share of draws whose verdict is wrong, and wholly outside the margin (where there is a verdict)
@@ -86,6 +88,15 @@ MARGINS = {
     "assumption 4": (-math.inf, 0.25),
 }
 """Quantities with a verdict, by the beginning of their name."""
+EDGES = {
+    "cosine ": (-1.0, 1.0),
+    "silent share": (0.0, 1.0),
+    "eta ratio ": (0.0, math.inf),
+    "eta ": (0.0, 1.0),
+    "alpha* ": (0.0, 3.0),
+}
+"""Least and greatest value of a quantity (of alpha*, on the grid), by the beginning of its name, where an interval may
+end: beyond it nothing can fail."""
 DIFFERENCES = {
     "deviation exponent, grpo": "deviation_exponent",
     "within exponent, grpo": "within_exponent",
@@ -179,15 +190,16 @@ def one_draw(job: tuple[Setting, int]) -> list[Found]:
     )
 
 
-def margin_of(quantity: str) -> tuple[float, float] | None:
-    """Margin of a quantity's verdict."""
-    return next((edges for start, edges in MARGINS.items() if quantity.startswith(start)), None)
+def _of_quantity(ranges: dict[str, tuple[float, float]], quantity: str) -> tuple[float, float] | None:
+    """The range of a quantity, if it has one."""
+    return next((ends for start, ends in ranges.items() if quantity.startswith(start)), None)
 
 
 def row_of(found: Sequence[Found], setting: Setting) -> dict[str, Any]:
     """One line of the table."""
     truth, value, low, high = (np.array([getattr(f, x) for f in found]) for x in ("truth", "value", "low", "high"))
-    missed = (low > truth + 1e-12) | (high < truth - 1e-12)
+    too_high, too_low = low > truth + 1e-12, high < truth - 1e-12
+    missed = too_high | too_low
     bounded = np.isfinite(low) & np.isfinite(high)
     one = found[0]
     if one.quantity.endswith("p value"):
@@ -195,7 +207,8 @@ def row_of(found: Sequence[Found], setting: Setting) -> dict[str, Any]:
     count = len(found)
     ends = wilson(int((~missed).sum()), count, 0.95)
     error = (value - truth)[np.isfinite(value) & np.isfinite(truth)]
-    margin, wrong, rejected = margin_of(one.quantity), math.nan, math.nan
+    margin, wrong, rejected = _of_quantity(MARGINS, one.quantity), math.nan, math.nan
+    edges = _of_quantity(EDGES, one.quantity) or (-math.inf, math.inf)
     if margin is not None:
         sides = np.array([decide_from_margin(f.value, f.low, f.high, *margin) for f in found])
         inside = (margin[0] <= truth) & (truth <= margin[1])
@@ -212,6 +225,9 @@ def row_of(found: Sequence[Found], setting: Setting) -> dict[str, Any]:
         "coverage": round(1 - float(missed.mean()), 3),
         "coverage_low": round(ends[0], 3),
         "coverage_high": round(ends[1], 3),
+        "too_high": round(float(too_high.mean()), 3),
+        "too_low": round(float(too_low.mean()), 3),
+        "at_edge": round(float((bounded & ((low <= edges[0]) | (high >= edges[1]))).mean()), 3),
         "no_interval": round(1 - float(bounded.mean()), 3),
         "median_bias": _short(float(np.median(error))) if error.size else "",
         "width": _short(float(np.median(high[bounded] - low[bounded])))

@@ -15,6 +15,8 @@ CLAIMED = ("deviation exponent", "within exponent", "rho ", "cv ratio ", "cv for
 """Beginnings of the quantities for which the claim is made; the others are tabled."""
 UNRESOLVED = 0.02
 """Beyond this share of draws without a bounded interval, all of which cover, a row cannot but lie above."""
+ONE_SIDED = 0.5
+"""Of the intervals end at the quantity's own edge from this share on: the row is one-sided."""
 Row = dict[str, Any]
 
 
@@ -22,7 +24,9 @@ def summary(rows: Sequence[Row], minutes: float, workers: int) -> str:
     """Markdown made of the table's rows."""
     covered = [r for r in rows if not r["quantity"].endswith("p value")]
     short = [r for r in covered if r["coverage_high"] < LOW]
-    wide = [r for r in covered if r["n"] >= 64 and r["coverage_low"] > HIGH and r["no_interval"] < 0.05]
+    high = [r for r in covered if r["n"] >= 64 and r["coverage_low"] > HIGH and r["no_interval"] < 0.05]
+    one_sided = [r for r in high if r["at_edge"] > ONE_SIDED]
+    wide = [r for r in high if r["at_edge"] <= ONE_SIDED]
     tried = [r for r in covered if r["quantity"].startswith(CLAIMED) and r["n"] >= 64 and r["prompts"] == 1]
     bounded = [r for r in tried if r["no_interval"] <= UNRESOLVED]
     within = [r for r in bounded if LOW <= r["coverage"] <= HIGH]
@@ -46,8 +50,9 @@ def summary(rows: Sequence[Row], minutes: float, workers: int) -> str:
         "",
         f"- Below {100 * LOW:.0f}% beyond Monte Carlo error: {len(short)} rows" + (", listed below." if short else "."),
         f"- Above {100 * HIGH:.0f}% beyond Monte Carlo error, bounded and at N >= 64 (wider than it need be): "
-        f"{len(wide)} rows ({_kinds(wide)}). At the edge of what a quantity can be (a cosine of 1, a share of 0) "
-        "only one side can fail.",
+        f"{len(wide)} rows ({_kinds(wide)}); and {len(one_sided)} ({_kinds(one_sided)}) where more than "
+        f"{100 * ONE_SIDED:.0f}% of the intervals end where the quantity does (a cosine of 1, a share of 0), so that "
+        "only the other end can fail: 97.5% there is 95% of both.",
         f"- Exponents, rho, CV ratios and eta of one prompt at N >= 64, where at most {100 * UNRESOLVED:.0f}% of the "
         f"draws are without a bounded interval: {len(bounded)} of {len(tried)} rows; mean coverage {mean:.1f}%; "
         f"{len(within)} lie within the claim, {len(possible)} do to within Monte Carlo error, {len(above)} lie above.",

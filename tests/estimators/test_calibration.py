@@ -118,8 +118,12 @@ def test_every_draw_counts():
     assert (row["coverage"], row["no_interval"], row["wrong"], row["rejected"]) == (0.75, 0.5, 0.25, 0.25)
     assert row["coverage_low"] < 0.75 < row["coverage_high"]
     assert row["width"] == pytest.approx(0.2)
+    assert (row["too_high"], row["too_low"], row["at_edge"]) == (0.25, 0.0, 0.0)
     right = calibration.row_of([found(2.0, 1.9, 2.1, truth=2.0)], setting)
     assert (right["wrong"], right["rejected"], right["median_bias"]) == (0.0, 1.0, 0.0)
+    cosines = [found(0.9, low, high, truth=0.95, quantity="cosine grpo") for low, high in ((0.8, 1.0), (0.7, 0.9))]
+    edge = calibration.row_of([*cosines, found(nan, -inf, inf, quantity="cosine grpo")], setting)
+    assert (edge["too_high"], edge["too_low"], edge["at_edge"]) == (0.0, 0.333, 0.333)
 
 
 def test_rows_of_other_settings_are_kept(tmp_path):
@@ -146,6 +150,7 @@ def test_summary_lists_what_falls_short():
         "coverage": 0.95,
         "coverage_low": 0.91,
         "coverage_high": 0.97,
+        "at_edge": 0.0,
         "no_interval": 0.0,
         "median_bias": 0.0,
         "width": 0.1,
@@ -156,6 +161,9 @@ def test_summary_lists_what_falls_short():
     assert "## Below the claim" not in good
     bad = calibration_report.summary([row | {"coverage": 0.8, "coverage_low": 0.74, "coverage_high": 0.85}], 3.0, 2)
     assert "| s | 64 | 1 | rho grpo | 0.5 | 0.800 (0.740 to 0.850) | 0.000 |" in bad
+    wide = row | {"coverage": 1.0, "coverage_low": 0.98, "coverage_high": 1.0}
+    both = calibration_report.summary([wide, wide | {"quantity": "cosine grpo", "at_edge": 0.6}], 3.0, 2)
+    assert "1 rows (rho 1); and 1 (cosine 1)" in both
 
 
 @pytest.mark.slow
