@@ -268,7 +268,7 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
         with np.errstate(all="ignore"):
             twice = part(curve, pairs[np.ix_(grid, grid)], GROUP)
             every = of_log_efficiency(pool, pairs, GROUP)
-        star = best_of_curve(jackknifed(curve, statistic), GRID, level=LEVEL, method="", pairs=twice)
+        star = best_of_curve(jackknifed(curve, statistic), GRID, level=LEVEL, method="", pairs=twice, tails=described)
         yield f"alpha* by {what}", star, None
         if what == "eta" and math.isfinite(star.value):
             best = find_rule("vl_norm"), star.value

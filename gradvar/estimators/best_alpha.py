@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from gradvar.estimators.bias import Jackknifed
 from gradvar.estimators.intervals import jackknife_variance
+from gradvar.estimators.tails import PromptTails
 from gradvar.runs.records import Estimate
 
 Array = NDArray[np.float64]
@@ -51,7 +52,13 @@ def spline(grid: Sequence[float]) -> tuple[Array, Array]:
 
 
 def best_of_curve(
-    result: Jackknifed, grid: Sequence[float], *, level: float, method: str, pairs: Array | None = None
+    result: Jackknifed,
+    grid: Sequence[float],
+    *,
+    level: float,
+    method: str,
+    pairs: Array | None = None,
+    tails: Sequence[PromptTails] | None = None,
 ) -> Estimate:
     """Argmax over the grid's range of a curve known on the grid, with its interval.
 
@@ -62,6 +69,7 @@ def best_of_curve(
         method: Of the record; an end of the interval at the grid's first or last alpha is open, and said.
         pairs: Covariances (G, G) of the part of the curve's error that comes from pairs of responses (`pairs`), which
             the jackknife counts twice; taken out once. None: nothing is taken out.
+        tails: One a prompt; lower the lower end for shorter responses than those seen.
 
     Returns:
         The alpha, NaN with "unresolved" where the curve is undefined somewhere on the grid.
@@ -89,8 +97,10 @@ def best_of_curve(
         twice = np.einsum("gf,gh,hf->f", slopes, pairs, slopes)
         variance = np.maximum(variance - twice, twice)
     influence = np.concatenate([r.mean(axis=0) - r for r in moved])
-    reach = result.quantiles_of(influence, level) * np.sqrt(variance)
-    fits = np.abs(slope) <= reach
+    quantiles = result.quantiles_of(influence, level)
+    unseen = [one.lower_slopes(r.mean(axis=0) - r) for one, r in zip(tails or (), moved, strict=False)]
+    falling = quantiles * np.sqrt(variance + sum(np.square(one) for one in unseen))
+    fits = (slope >= -quantiles * np.sqrt(variance)) & (slope <= falling)
     fits[0] |= slope[0] <= 0.0
     fits[-1] |= slope[-1] >= 0.0
     fits[best] = True

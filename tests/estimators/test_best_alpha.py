@@ -12,6 +12,7 @@ from gradvar.estimators.groups import draw_groups, group_coefficients
 from gradvar.estimators.intervals import effective_degrees
 from gradvar.estimators.pairs import mean_coefficients, pair_covariance
 from gradvar.estimators.surplus import of_log_efficiency
+from gradvar.estimators.tails import PromptTails
 from gradvar.estimators.update_products import products, reward_direction
 from tests.estimators import simulator
 
@@ -80,6 +81,22 @@ def test_pairs_are_taken_out_once():
     line = 2.0 * np.array(GRID)
     less = best_of_curve(made, GRID, level=0.95, method="m", pairs=quarter * np.outer(line, line))
     assert (less.high - less.low) / (plain.high - plain.low) == pytest.approx(math.sqrt(0.75), abs=0.02)
+
+
+def test_unseen_short_responses_lower_the_lower_end_alone():
+    tops = np.random.default_rng(5).normal(1.5, 1.0, 40)
+    lengths = np.random.default_rng(6).permutation(np.linspace(100.0, 200.0, 40))
+    made = curve(parabola, tops)
+    plain = best_of_curve(made, GRID, level=0.95, method="m")
+    tails = PromptTails.of(np.eye(40), np.arange(40.0), lengths, advantage="raw")
+    wider = best_of_curve(made, GRID, level=0.95, method="m", tails=[tails])
+    assert (wider.value, wider.high) == (plain.value, plain.high)
+    # The slope at alpha is 2 (top - alpha): what lowers it by u lowers the end by u / 2 where it is added alone.
+    (lowered,) = set(np.round(tails.lower_slopes(2.0 * (tops - tops.mean())[:, None] / 39), 12))
+    error = (plain.value - plain.low) * 2.0
+    quantile = stats.t.ppf(0.975, effective_degrees(tops - tops.mean(), 39))
+    assert plain.value - wider.low == pytest.approx(math.hypot(error, quantile * lowered) / 2.0, abs=0.011)
+    assert wider.low < plain.low - 0.01
 
 
 def test_true_alpha_is_covered():

@@ -133,9 +133,31 @@ def test_a_rule_is_unbounded_by_its_formula_not_its_name():
     _, scores, rewards, lengths = moments(n=40)
     gram = references.gram_of(scores)
     own = replace(find_rule("grpo"), name="mine", aliases=())
-    for rule, alpha, side in ((own, None, 1), (find_rule("vl_norm"), 1.0, 0), (find_rule("dapo"), None, 0)):
-        described = PromptTails.of(gram, rewards, lengths, advantage="grpo")
+    described = PromptTails.of(gram, rewards, lengths, advantage="grpo")
+    bounded = find_rule("vl_norm")
+    for rule, alpha, side in ((own, None, 1), (bounded, 1.0, 1), (bounded, 0.5, 0), (find_rule("dapo"), None, 0)):
         assert described.alone((rule, alpha)).short.side == side
+    # Of weights whose sum is kept the shortest takes the most, whatever alpha.
+    assert described.alone((bounded, 2.0)).short.power == pytest.approx(2.0 - described.growth)
     # One that divides by the length twice, twice as fast.
     steep = replace(own, name="steep", formula=lambda lengths, n, total, m, alpha: lengths**-2.0 / n)
     assert described.alone((steep, None)).short.power == pytest.approx(4.5 - described.growth)
+
+
+def test_slopes_over_alpha_are_lowered_by_the_shortest_responses_influence():
+    _, scores, rewards, lengths = moments(n=40)
+    lengths = np.maximum(lengths, 70.0)
+    described = PromptTails.of(references.gram_of(scores), rewards, lengths, advantage="grpo")
+    assert described.growth < 2.0
+    influence = np.random.default_rng(1).normal(size=(40, 3))
+    shortest = sorted(range(40), key=lambda i: lengths[i])[:8]
+    logs = [math.log(x) for x in lengths]
+    edge = sum(logs) / 40 - np.std(logs, ddof=1) * stats.norm.ppf(1 - 1 / 160)
+    assert edge < min(logs)
+    step = sum(logs[i] for i in shortest) / 8 - edge
+    for k in range(3):
+        size = math.sqrt(sum(influence[i, k] ** 2 for i in shortest) / 8)
+        expected = size * math.exp((2.0 - described.growth) * step)
+        assert described.lower_slopes(influence)[k] == pytest.approx(expected)
+    alike = PromptTails.of(references.gram_of(scores), rewards, np.full(40, 90.0), advantage="grpo")
+    assert alike.lower_slopes(influence).tolist() == [0.0, 0.0, 0.0]
