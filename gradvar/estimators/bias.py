@@ -131,7 +131,7 @@ def _curvature(prompt: Products, totals: Sequence[Array], replicates: Array, cou
     |f'| sigma from the jackknife's replicates along the rewards, and f'' sigma^2 / 2 in two parts. Pairs of rewards in
     one group add (d^2 - sigma^2) f''/2, sqrt(2) of it as standard deviation. Pairs in two groups they do not see: where
     mixed = u w and direction = w^2 for E ghat and grad J of lengths u and w, f'' lacks -2 f' w'/w, or with the sums of
-    K such prompts (K - 2) f' (w^2)' / sum w^2 (without, dr_grpo's scale was covered 100% at N = 64, with 92 to 99%).
+    K such prompts (K - 2) f' (w^2)' / sum w^2 (without, dr_grpo's scale was covered 100% at N = 64, with 92 to 100%).
     """
     along, own = totals[2][:, 0], totals[3][0]
     with np.errstate(all="ignore"):
