@@ -23,7 +23,7 @@ from gradvar.estimators.advantages import check_advantage
 from gradvar.estimators.aggregation import Rule, expand_rules
 from gradvar.estimators.bias import cosine, cosine_estimate, estimate_of, gated, jackknifed, what_is_known
 from gradvar.estimators.cv import UNRESOLVED, cv_from_rho, pooled_rho, resolution
-from gradvar.estimators.few_affected import FewAffected, enough_affected, fewer_loud, share_of_responses
+from gradvar.estimators.few_affected import FewAffected, enough_affected, ratio_of_loud, share_of_responses
 from gradvar.estimators.group_products import Layout
 from gradvar.estimators.groups import (
     PERMUTATIONS,
@@ -71,8 +71,10 @@ class _Prompt:
     tails: dict[str, LengthTails]
     affected: dict[str, FewAffected]
     """Of filtering and punishment."""
-    loud: tuple[float, float]
-    """Share of groups whose rewards differ, and its lower end."""
+    silent: Estimate
+    """Share of groups whose rewards are equal."""
+    still: bool
+    """Whether such a group's update is 0."""
     nothing: str | None
     """The verdict where the plain update is 0."""
 
@@ -149,7 +151,6 @@ def extras_table(
         punished = soft_overlong(scores, buffer=interval, max_length=limit)
         drawn = draw_groups(n, group_size, permutations, rng=generator(seed, name, "groups"))
         silent = silent_estimate(scores.rewards, group_size, level=level, seed=seed)
-        loud = (1.0 - silent.value, 1.0 - silent.high)
         affected = {SAMPLING: silent}
         for extra, changed in ((FILTERING, scores.truncated), (PUNISHMENT, punished.rewards < scores.rewards)):
             affected[extra] = share_of_responses(changed, level=level, seed=seed)
@@ -168,7 +169,7 @@ def extras_table(
             ]
             mine = prompts[name].verified()
             for variant in variants:
-                made = _prompt(mine, punished.rewards, drawn, variant, advantage, limit, loud)
+                made = _prompt(mine, punished.rewards, drawn, variant, advantage, limit, silent)
                 found.setdefault((target, variant), {})[name] = made
     for (target, (rule, alpha)), prompts_of_rule in found.items():
         pools: list[tuple[str | None, list[_Prompt]]] = [(name, [one]) for name, one in prompts_of_rule.items()]
@@ -199,7 +200,7 @@ def _prompt(
     variant: Variant,
     advantage: str,
     limit: float,
-    shares: tuple[float, float],
+    silent: Estimate,
 ) -> _Prompt:
     rule, alpha = variant
     options: dict[str, Any] = {"advantage": advantage, "alpha": alpha, "max_length": limit}
@@ -213,18 +214,21 @@ def _prompt(
         for rewards in (scores.rewards, punished)
     )
     as_is = described.alone(variant)
-    if shares[0] > 0.0:
+    still = True
+    if silent.value < 1.0:
         loud = loud_groups(drawn, scores.rewards)
         moments[SAMPLING] = group_moments(scores.gram, drawn, plain, loud)
-        kinds.append(plain * loud[..., None] / shares[0])
+        kinds.append(plain * loud[..., None] / (1.0 - silent.value))
+        still = moments[SAMPLING].same * float(loud.mean()) >= (1.0 - ROUNDING) * moments[NONE].same
     aim = reward_direction(scores.rewards, drawn)[None]
     return _Prompt(
         tails={NONE: as_is, FILTERING: as_is, PUNISHMENT: less.alone(variant), SAMPLING: as_is},
         affected={
-            FILTERING: FewAffected(rows=scores.truncated),
+            FILTERING: FewAffected(rows=scores.truncated, either_way=True),
             PUNISHMENT: FewAffected(rows=punished < scores.rewards),
         },
-        loud=shares,
+        silent=silent,
+        still=still,
         moments=moments,
         turning=described.angle(variant),
         turned=products(scores.gram, replace(layout, kinds=np.stack([*kinds, *aim])), 1),
@@ -246,8 +250,8 @@ def _rows_of_pool(pool: Sequence[_Prompt], group_size: int, level: float) -> lis
         if extra != NONE and awake:
             beside = [one.moments[NONE] for one in held]
             if extra == SAMPLING:
-                ratio = pooled_cv_ratio(mine, beside, group_size=group_size, level=level)
-                ratio = fewer_loud(mine, [one.loud for one in held], ratio)
+                shares, still = [one.silent for one in held], all(one.still for one in held)
+                ratio = ratio_of_loud(beside, mine, shares, group_size=group_size, level=level, still=still)
             else:
                 few = [one.affected[extra] for one in held]
                 ratio = pooled_cv_ratio(mine, beside, group_size=group_size, level=level, tails=few)
@@ -286,7 +290,9 @@ def _rows_of_direction(pool: Sequence[_Prompt], extras: Sequence[str], level: fl
         rows.append(_row("cosine", angle, extra, None))
         if extra != NONE:
             few = [one.affected[extra] for one in pool] if extra != SAMPLING else None
-            turned = estimate_of(change, k, level=level, method=f"paired difference; {method}", tails=few)
+            # What filtering leaves out hardly turns the update: its difference is covered 100% without further ones.
+            tails = few if extra == PUNISHMENT else None
+            turned = estimate_of(change, k, level=level, method=f"paired difference; {method}", tails=tails)
             if max(abs(turned.low), abs(turned.high)) < ROUNDING:
                 turned = replace(turned, value=0.0, low=0.0, high=0.0)
             if few is not None:

@@ -57,6 +57,8 @@ class Products:
     curved: Array
     """(R + 1,) standard deviations, with sign, of what pairs of rewards inside a group add to mixed with direction 0 of
     each update and to direction 0 itself (`reward_pairs`)."""
+    deviations: Array
+    """(N,) rewards less their mean, from the mean coefficients of direction 0."""
 
     @property
     def responses(self) -> int:
@@ -136,6 +138,7 @@ def products(gram: Array, layout: Layout, directions: int) -> Products:
     found = [replicates(tally) for tally in tallies(layout, values)]
     same, cross, mixed, direction = found[0]
     noise = half_differences(len(groups), found)
+    aim = layout.means[r]
     return Products(
         same=same,
         cross=cross,
@@ -146,6 +149,7 @@ def products(gram: Array, layout: Layout, directions: int) -> Products:
         curved=reward_pairs(
             layout, r, values[..., [*range(2 * r, 2 * r + r * h, h), 2 * r + r * h]] / max(count - 1, 1)
         ),
+        deviations=aim - aim.mean(),
     )
 
 

@@ -9,6 +9,7 @@ from scipy import stats
 from gradvar.estimators import find_rule, group_products
 from gradvar.estimators.bias import (
     Jackknifed,
+    _bent_reach,
     cosine,
     estimate_of,
     eta_estimate,
@@ -312,6 +313,15 @@ def test_a_scale_curved_in_the_share_of_correct_responses_is_covered():
     # Three standard errors of 150 draws at 95% are 5%.
     assert covered / 150 > 0.91
     assert plain < covered
+
+
+def test_a_parabola_reaches_as_far_as_its_values():
+    """-s t + b t^2 + b over |t| <= q on a grid, from 0 outwards on either side."""
+    t = np.linspace(-2.0, 2.0, 4001)
+    for slope, bend in itertools.product((0.0, 0.3, 3.0), (-0.5, 0.0, 0.5)):
+        values = -slope * t + bend * (t**2 + 1.0)
+        expected = max(-values.min(), 0.0), max(values.max(), 0.0)
+        assert _bent_reach(slope, bend, 2.0) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("correct", [1, 2])

@@ -80,15 +80,29 @@ def test_further_responses_lie_where_those_seen_do():
     assert few.unseen(np.array([1.0, 9.0, -3.0, 9.0])) == (pytest.approx(3.0 * math.sqrt(2.0)), 0.0)
     assert few.unseen(np.array([3.0, 9.0, -1.0, -9.0])) == (0.0, pytest.approx(3.0 * math.sqrt(2.0)))
     assert FewAffected(rows=np.zeros(4, dtype=bool)).unseen(np.ones(4)) == (0.0, 0.0)
+    either = replace(few, either_way=True)
+    assert either.unseen(np.array([1.0, 9.0, -3.0, 9.0])) == (pytest.approx(3.0 * math.sqrt(3.0)),) * 2
 
 
-def test_fewer_loud_groups_by_hand():
-    """One prompt: CV^2 under dynamic sampling is P (1 + CV^2) - 1, at the lower end of P."""
+def test_fewer_and_more_loud_groups_by_hand():
+    """One prompt: CV^2 under dynamic sampling is P (1 + CV^2) - 1, at either end of P and no narrower."""
     one = cut(64, 6)
-    options = {"seed": 2, "permutations": 64}
+    options = {"seed": 2, "permutations": 512}
     row = only(extras_table([one], rules=("grpo",), buffer=BUFFER, **options), quantity="cv_ratio", extra=SAMPLING)
     plain = only(cv_table([one], rules=("grpo",), **options), quantity="cv")["value"]
-    sampled = row["value"] * plain
     silent = silent_estimate(one.rewards, 8, level=0.95, seed=None)
-    more = (1.0 - silent.value) / (1.0 - silent.high)
-    assert row["low"] <= math.sqrt((1.0 + sampled**2) / more - 1.0) / plain * (1 + 1e-9)
+    middle, fewest, most = (
+        math.sqrt((1.0 - share) * (1.0 + plain**2) - 1.0) / plain for share in (silent.value, silent.high, silent.low)
+    )
+    assert row["value"] == pytest.approx(middle, rel=0.01)
+    assert middle * 0.7 * fewest / middle < row["low"] <= fewest
+    assert most <= row["high"] < 1.05 * most
+
+
+@pytest.mark.parametrize("advantage", ["mean", "raw"])
+def test_dynamic_sampling_without_a_silent_prompts_zero(advantage):
+    """Raw rewards leave a silent group its update: then the jackknife is the ratio's own."""
+    one = cut(64, 6)
+    table = extras_table([one], rules=("grpo",), buffer=BUFFER, advantage=advantage, seed=2, permutations=64)
+    row = only(table, quantity="cv_ratio", extra=SAMPLING)
+    assert row["low"] < row["value"] < row["high"]
