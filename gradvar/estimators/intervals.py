@@ -140,7 +140,9 @@ def bent_quantiles(bend: float, quantile: float) -> tuple[float, float]:
     return (-quantile - far, quantile - near) if bend > 0.0 else (near - quantile, quantile + far)
 
 
-def reach_of_sum(influence: Array, spread: Array, skewness: Any, *, most: float, level: float) -> tuple[float, float]:
+def reach_of_sum(
+    influence: Array, spread: Array, skewness: Any, *, most: float, level: float, known: bool = False
+) -> tuple[float, float]:
     """How far (below, above) the interval of a sum of skewed observations reaches, their places given.
 
     Two estimates of its error, of which the larger and the fewer degrees of freedom hold: the observations' own
@@ -155,12 +157,17 @@ def reach_of_sum(influence: Array, spread: Array, skewness: Any, *, most: float,
         skewness: Of each, by the law: a number or (n,).
         most: Degrees of freedom at most.
         level: Nominal coverage.
+        known: Whether the law was fitted to all observations. Its spread then has all their degrees of freedom, however
+            few carry the sum, and the wider interval holds, each with its own degrees.
     """
     own, error = float(np.linalg.norm(influence)), float(np.linalg.norm(spread))
     degrees = effective_degrees(influence, most)
     if not error > 0.0:
         return t_quantile(level, degrees) * own, t_quantile(level, degrees) * own
-    half = t_quantile(level, min(degrees, effective_degrees(spread, most))) * max(own, error)
+    if known:
+        half = max(t_quantile(level, degrees) * own, t_quantile(level, most) * error)
+    else:
+        half = t_quantile(level, min(degrees, effective_degrees(spread, most))) * max(own, error)
     normal = float(special.ndtri(0.5 + level / 2.0))
     moved = float((skewness * (spread / error) ** 3).sum()) * (2.0 * normal**2 + 1.0) / 6.0
     nearer = min(np.abs(bent_quantiles(2.0 * moved / (normal**2 + 1.0), normal)))

@@ -125,6 +125,11 @@ def test_reach_of_a_sum():
     assert reach_of_sum(u, 0.0 * u, 0.0, most=3, level=0.95) == pytest.approx([half(u)] * 2)
     assert reach_of_sum(u, spread, 0.0, most=3, level=0.95) == pytest.approx([half(spread, u)] * 2)
     assert reach_of_sum(9 * spread, u, 0.0, most=3, level=0.95) == pytest.approx([half(9 * spread, u)] * 2)
+    known, own = stats.t.ppf(0.975, [30, degrees(u)]) * [np.linalg.norm(spread), np.linalg.norm(u)]
+    assert own < known < 2 * own
+    for scale, farther in ((1, known), (2, 2 * own)):
+        found = reach_of_sum(scale * u, spread, 0.0, most=30, level=0.95, known=True)
+        assert found == pytest.approx([farther] * 2)
     z, error = stats.norm.ppf(0.975), np.linalg.norm(spread)
     far = half(spread, u) + 20.0 / error**2 * (2 * z**2 + 1) / 6
     cubes = (spread**3).sum()  # so that third central moments sum to 20

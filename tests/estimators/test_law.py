@@ -91,9 +91,9 @@ def law_spread(law, lengths, y):
 def reach(x, ols, which, law=None, y=None):
     """How far below and above.
 
-    HC3 errors of statsmodels, or the law's spread where that makes more of them or leaves fewer degrees of freedom (of
-    a sum of squares). With a law both ends move by Hall's correction of a Gamma's skewness, 2 sd/mean, the nearer one
-    by what a studentised mean over pairs moves it.
+    HC3 errors of statsmodels with the degrees of freedom of a sum of squares, or the law's spread with those of all
+    observations where that reaches farther. With a law both ends move by Hall's correction of a Gamma's skewness,
+    2 sd/mean, the nearer one by what a studentised mean over pairs moves it.
     """
     design = sm.add_constant(x)
     gain = np.linalg.solve(design.T @ design, design.T)[which]
@@ -112,8 +112,8 @@ def reach(x, ols, which, law=None, y=None):
     skewness = 2 * spread[0] / law.mean(x)[0][0] * np.sum(part**3) / np.linalg.norm(part) ** 3
     moved = abs(skewness) * (2 * z**2 + 1) / 6
     curve = (z**2 + 1) / 2
-    half = stats.t.ppf(0.975, min(degrees(influence), degrees(part)))
-    half *= max(np.linalg.norm(influence), np.linalg.norm(part))
+    half = stats.t.ppf(0.975, degrees(influence)) * np.linalg.norm(influence)
+    half = max(half, stats.t.ppf(0.975, len(x) - 2) * np.linalg.norm(part))
     far = half + moved * np.linalg.norm(part)
     near = far - (moved + curve * min(max(moved / curve - 0.1, 0), 0.3)) * np.linalg.norm(part)
     return (near, far) if skewness > 0 else (far, near)

@@ -46,18 +46,30 @@ def test_rank_correlation_by_leaving_out_one_by_one():
     x, y, codes, dependence = data((40,))
     shared = owed(codes, dependence)
     found = rank_correlation(x, y, codes, shared, 0.95)
-    z = []
+    value = stats.spearmanr(x, y).statistic
+    sizes = [np.sum((stats.rankdata(values) / 40 - 20.5 / 40) ** 2) for values in (x, y)]
+    beyond = stats.rankdata(x) - 20.5 - value * math.sqrt(sizes[0] / sizes[1]) * (stats.rankdata(y) - 20.5)
+    z, still, pulls = [], [], np.zeros((40, 40))
     for i in range(40):
         others = np.arange(40) != i
         moved = (y - dependence(np.eye(40))[i])[others]
         z.append(math.atanh(stats.spearmanr(x[others], moved).statistic))
-    value = math.atanh(stats.spearmanr(x, y).statistic)
-    error = math.sqrt(39 / 40 * np.sum((z - np.mean(z)) ** 2))
+        still.append(math.atanh(stats.spearmanr(x[others], y[others]).statistic))
+        pulls[i, others] = beyond[others] / 40 * (stats.rankdata(moved) - stats.rankdata(y[others])) / 39
+    # What pairs add is in the jackknife twice.
+    slope = 1 / (math.sqrt(math.prod(sizes)) * (1 - value**2))
+    pairs = slope**2 * np.sum(np.triu(pulls + pulls.T) ** 2)
+    variance, own, owes = (39 / 40 * np.sum((q - np.mean(q)) ** 2) for q in (z, still, np.subtract(z, still)))
+    owes = max(owes - pairs, 0)
+    square = min((39 * (np.mean(z) - math.atanh(value))) ** 2, owes)
     influence = np.square(np.mean(z) - np.array(z))
-    degrees = 2 * influence.sum() ** 2 / (np.sum(influence**2) - influence.sum() ** 2 / 40)
-    error = max(1, 40 / (8 * degrees)) ** (1 / 3) * math.hypot(error, min(abs(39 * (np.mean(z) - value)), error))
-    half = stats.t.ppf(0.975, min(degrees, 39)) * error
-    assert (found.value, found.low, found.high) == pytest.approx(tuple(np.tanh([value, value - half, value + half])))
+    degrees = min(2 * influence.sum() ** 2 / (np.sum(influence**2) - influence.sum() ** 2 / 40), 39)
+    rare = max(1, 40 / (8 * degrees)) ** (1 / 3)
+    degrees = min(degrees, (own + owes + square) ** 2 / (own**2 / degrees + (owes + square) ** 2 / 3))
+    once = max(variance - pairs, 0.25 * variance, pairs, own)
+    half = stats.t.ppf(0.975, degrees) * rare * math.sqrt(once + square)
+    ends = np.tanh(math.atanh(value) + half * np.array([0, -1, 1]))
+    assert (found.value, found.low, found.high) == pytest.approx(tuple(ends))
 
 
 @pytest.mark.parametrize("digits", [0, 1])
@@ -95,7 +107,7 @@ def test_lines_and_rank_correlations_have_no_interval_below_sixteen(n):
 
 def test_lines_of_two_prompts_by_their_influences():
     """A line's slope is sum gain y: what leaving a response out does to it, by hand."""
-    x, y, codes, dependence = data((30, 24))
+    x, y, codes, dependence = data((30, 24), seed=5)
     slope, _, _ = least_squares(x, y, codes, owed(codes, dependence), 0.95)
     inside = x - np.array([x[codes == k].mean() for k in (0, 1)])[codes]
     gain = inside / (inside @ inside)
@@ -103,6 +115,10 @@ def test_lines_of_two_prompts_by_their_influences():
     residual = y - np.array([y[codes == k].mean() for k in (0, 1)])[codes] - slope.value * inside
     leverage = 1 / np.bincount(codes)[codes] + inside**2 / (inside @ inside)
     influence = gain * residual / (1 - leverage) + dependence(gain[:, None])[:, 0]
+    # What pairs add is in the jackknife twice.
+    pulls = dependence(np.eye(54)) * gain
+    pairs = np.sum(np.triu(pulls + pulls.T) ** 2)
+    influence *= math.sqrt(max(1 - pairs / (influence @ influence), 0.25, pairs / (influence @ influence)))
     alone = least_squares(x, y, codes, owed(codes, None), 0.95)[0]
     squares = influence**2
     degrees = min(2 * squares.sum() ** 2 / (np.sum(squares**2) - squares.sum() ** 2 / 54), 51)
