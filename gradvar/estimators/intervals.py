@@ -140,16 +140,14 @@ def bent_quantiles(bend: float, quantile: float) -> tuple[float, float]:
     return (-quantile - far, quantile - near) if bend > 0.0 else (near - quantile, quantile + far)
 
 
-def reach_of_sum(
-    influence: Array, spread: Array, skewness: Any, *, most: float, level: float, known: bool = False
-) -> tuple[float, float]:
+def reach_of_sum(influence: Array, spread: Array, skewness: Any, *, most: float, level: float) -> tuple[float, float]:
     """How far (below, above) the interval of a sum of skewed observations reaches, their places given.
 
-    Two estimates of its error, of which the larger and the fewer degrees of freedom hold: the observations' own
-    residuals, and the spread of a law fitted to all of them. The first misses where the few that carry the sum happen
-    to lie low together, since their residuals are then small too; the second where the law does not fit them. That
-    likelier miss moves both ends by Hall's (1992) correction, -+q - skewness (2 q^2 + 1)/6: the farther one by all of
-    it, the one brought nearer within `NEAR_BEND`.
+    Two estimates of its error, of which the wider interval holds: by the observations' own residuals, and by the spread
+    of a law fitted to all of them, which has all their degrees of freedom, however few carry the sum. The first misses
+    where those few happen to lie low together, since their residuals are then small too; the second where the law does
+    not fit them. That likelier miss moves both ends by Hall's (1992) correction, -+q - skewness (2 q^2 + 1)/6: the
+    farther one by all of it, the one brought nearer within `NEAR_BEND`.
 
     Args:
         influence: (n,) what each observation adds to the error.
@@ -157,17 +155,12 @@ def reach_of_sum(
         skewness: Of each, by the law: a number or (n,).
         most: Degrees of freedom at most.
         level: Nominal coverage.
-        known: Whether the law was fitted to all observations. Its spread then has all their degrees of freedom, however
-            few carry the sum, and the wider interval holds, each with its own degrees.
     """
     own, error = float(np.linalg.norm(influence)), float(np.linalg.norm(spread))
     degrees = effective_degrees(influence, most)
     if not error > 0.0:
         return t_quantile(level, degrees) * own, t_quantile(level, degrees) * own
-    if known:
-        half = max(t_quantile(level, degrees) * own, t_quantile(level, most) * error)
-    else:
-        half = t_quantile(level, min(degrees, effective_degrees(spread, most))) * max(own, error)
+    half = max(t_quantile(level, degrees) * own, t_quantile(level, most) * error)
     normal = float(special.ndtri(0.5 + level / 2.0))
     moved = float((skewness * (spread / error) ** 3).sum()) * (2.0 * normal**2 + 1.0) / 6.0
     nearer = min(np.abs(bent_quantiles(2.0 * moved / (normal**2 + 1.0), normal)))

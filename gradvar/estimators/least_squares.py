@@ -143,7 +143,7 @@ def _reach(
     if spread is not None:
         sizes, relative = spread
         skewness = 2.0 * relative  # a Gamma's
-        return reach_of_sum(influence, gain * sizes, skewness, most=degrees, level=level, known=True)
+        return reach_of_sum(influence, gain * sizes, skewness, most=degrees, level=level)
     few = effective_degrees(influence, degrees)
     rare: float = max(1.0, len(gain) / (RARE * few)) ** (1.0 / 3.0)
     half = t_quantile(level, few) * float(np.linalg.norm(influence)) * rare

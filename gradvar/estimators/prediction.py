@@ -2,9 +2,8 @@
 
 The interval is a delete-one jackknife of Fisher's z. Advantages come from a baseline of the same responses, so a
 replicate leaves its response out of the baseline too: with A^2 held fixed the intervals of proxies that hold it covered
-47 to 90%. A^2 bends in the baseline, most where half of the rewards are 1, hence the bias in the error and the few
-degrees of freedom of the baseline's part. One response moves so few ranks that the jackknife's bias was noise many
-times the error, hence a baseline moved by its standard error (`Pair.rank_sums`). R^2 of
+47 to 90%. A^2 bends in the baseline, most where half of the rewards are 1, hence the bias in the error; where it flips
+the order of A^2 the jackknife's bias is noise many times the error, so no more than the error itself is taken. R^2 of
 values that grow like L^2 rests on the few longest responses, and comes out too high as long as rarer ones are missing:
 82 to 88% coverage at N = 512, hence the wider error there (`additive.RARE`).
 Shape letters: N responses of one prompt, K prompts, R different replicates.
@@ -130,24 +129,19 @@ class Numbers:
 
         A smaller one left out moves a rank by 1, an equal one by 1/2.
         """
-        n, values = len(self.values), _tied(self.values)
+        n, (values, ranks) = len(self.values), self._moved_ranks
+        own = values[self.codes, np.arange(n)][:, None]
         # The others' ranks are 1 to n - 1, of mean n / 2.
-        around = ranks_of(values) - 0.5 * (np.sign(values - values[:, None]) + 1.0) - 0.5 * n
+        around = ranks[self.codes] - 0.5 * (np.sign(values[self.codes] - own) + 1.0) - 0.5 * n
         np.fill_diagonal(around, 0.0)
         around /= n - 1
         return Deviations(around, (around**2).sum(axis=-1))
 
     @functools.cached_property
-    def shifts(self) -> Array:
-        """(R, N) how far every replicate moves them, brought to their own size: ranks have no scale."""
-        sizes = np.linalg.norm(self.moved, axis=1, keepdims=True)
-        scale = np.where(sizes > 0.0, math.sqrt(self.square) / np.where(sizes > 0.0, sizes, 1.0), 1.0)
-        return np.asarray(self.moved * scale - self.values)
-
-    def ranks_moved(self, steps: Array) -> Deviations:
-        """(R, N) of the ranks of all where they move as in every replicate, times its step, over their number."""
-        values = _tied(self.values + steps[:, None] * self.shifts)
-        return Deviations.of(np.stack([ranks_of(row) for row in values]) / len(self.values))
+    def _moved_ranks(self) -> tuple[Array, Array]:
+        """Values (R, N) of every replicate to `TIE` digits, and their ranks."""
+        values = _tied(self.moved)
+        return values, np.stack([ranks_of(row) for row in values])
 
 
 def _tied(values: Array) -> Array:
@@ -211,31 +205,13 @@ class Pair:
         thin = np.flatnonzero(one_value[codes] | (without[:, 1:] <= LEAST_LEFT * whole[:, 1:]).any(axis=1))
         if thin.size:
             without[thin] = self.x.without(thin).sums(self.y.without(thin))
-        value, one, two = self.x.whole.sums(self.y.whole), self.x.whole.around, self.y.whole.around
-        held = value - n / max(n - 1.0, 1.0) * np.stack([one * two, one**2, two**2], axis=-1)
-        held[thin] = without[thin]
-        return Sums(value=value, without=without, held=held)
+        return Sums(value=self.x.whole.sums(self.y.whole), without=without)
 
     @functools.cached_property
     def rank_sums(self) -> Sums:
-        """The same of the ranks.
-
-        One response moves the baseline so little that few ranks change, which is chance: it is moved by its standard
-        error, and a response has its part of what that does, and of the bend the square of it.
-        """
-        whole = self.x.whole_ranks.sums(self.y.whole_ranks)
-        held = self.x.ranks_without().sums(self.y.ranks_without())
-        codes = self.y.codes
-        sizes = np.linalg.norm(self.y.shifts, axis=1)
-        error = float(np.linalg.norm(sizes[codes]))
-        if not error > 0.0:
-            return Sums(value=whole, without=held, held=held)
-        steps = np.maximum(error / np.where(sizes > 0.0, sizes, error), 1.0)
-        steps[(self.x.replicates.squares == 0.0) | (self.y.replicates.squares == 0.0)] = 1.0
-        far = (self.x.ranks_moved(steps).sums(self.y.ranks_moved(steps)) - whole)[codes]
-        steps = steps[codes, None]
-        bend = (far / steps).sum(axis=0) / (1.0 / steps).sum()
-        return Sums(value=whole, without=held + (far - bend) / steps + bend / steps**2, held=held)
+        """The same of the ranks."""
+        without = self.x.ranks_without().sums(self.y.ranks_without())
+        return Sums(value=self.x.whole_ranks.sums(self.y.whole_ranks), without=without)
 
 
 def predictions(

@@ -117,21 +117,22 @@ def test_reach_of_a_sum():
         squares = part**2
         return 2 * squares.sum() ** 2 / ((squares**2).sum() - squares.sum() ** 2 / 4)
 
-    def half(part, *others):
-        return stats.t.ppf(0.975, min(3, *map(degrees, (part, *others)))) * np.linalg.norm(part)
+    def half(part, most=3):
+        return stats.t.ppf(0.975, min(most, degrees(part))) * np.linalg.norm(part)
 
-    assert degrees(u) < degrees(spread)
-    assert np.linalg.norm(spread) > np.linalg.norm(u)
+    def by_law(part, most=3):
+        return stats.t.ppf(0.975, most) * np.linalg.norm(part)
+
     assert reach_of_sum(u, 0.0 * u, 0.0, most=3, level=0.95) == pytest.approx([half(u)] * 2)
-    assert reach_of_sum(u, spread, 0.0, most=3, level=0.95) == pytest.approx([half(spread, u)] * 2)
-    assert reach_of_sum(9 * spread, u, 0.0, most=3, level=0.95) == pytest.approx([half(9 * spread, u)] * 2)
-    known, own = stats.t.ppf(0.975, [30, degrees(u)]) * [np.linalg.norm(spread), np.linalg.norm(u)]
-    assert own < known < 2 * own
-    for scale, farther in ((1, known), (2, 2 * own)):
-        found = reach_of_sum(scale * u, spread, 0.0, most=30, level=0.95, known=True)
-        assert found == pytest.approx([farther] * 2)
+    assert by_law(spread) > half(u)
+    assert reach_of_sum(u, spread, 0.0, most=3, level=0.95) == pytest.approx([by_law(spread)] * 2)
+    # The law has all degrees, however few carry the sum; the residuals have their own.
+    assert np.linalg.norm(u) < np.linalg.norm(0.7 * spread)
+    assert half(u, 30) > by_law(0.7 * spread, 30)
+    assert reach_of_sum(u, 0.7 * spread, 0.0, most=30, level=0.95) == pytest.approx([half(u, 30)] * 2)
+    assert reach_of_sum(u, spread, 0.0, most=30, level=0.95) == pytest.approx([by_law(spread, 30)] * 2)
     z, error = stats.norm.ppf(0.975), np.linalg.norm(spread)
-    far = half(spread, u) + 20.0 / error**2 * (2 * z**2 + 1) / 6
+    far = by_law(spread) + 20.0 / error**2 * (2 * z**2 + 1) / 6
     cubes = (spread**3).sum()  # so that third central moments sum to 20
     got = reach_of_sum(u, spread, 20.0 / cubes, most=3, level=0.95)
     skewness = np.array([1.0, 0.0, 0.0, (20.0 - spread[0] ** 3) / spread[3] ** 3])
@@ -140,11 +141,11 @@ def test_reach_of_a_sum():
         [1e-150 * end for end in got]
     )
     assert got[1] == pytest.approx(far)
-    assert got[1] - half(spread, u) > half(spread, u) - got[0] > 0.0
+    assert got[1] - by_law(spread) > by_law(spread) - got[0] > 0.0
     assert reach_of_sum(u, spread, -20.0 / cubes, most=3, level=0.95) == pytest.approx(got[::-1])
     # However skewed, the nearer end moves no further than a first-order expansion holds.
     assert reach_of_sum(u, spread, 1e6 / cubes, most=3, level=0.95)[0] == pytest.approx(
-        half(spread, u) - 0.3 * (z**2 + 1) / 2 * error
+        by_law(spread) - 0.3 * (z**2 + 1) / 2 * error
     )
 
 

@@ -11,6 +11,7 @@ from gradvar.estimators.intervals import effective_degrees, t_quantile
 from gradvar.estimators.prediction import Pair, predictions
 from gradvar.estimators.proxies import prompt_pairs
 from gradvar.runs.records import TABLE_COLUMNS
+from tests.estimators import references
 from tests.estimators.test_tables import only, pick, prompts, same
 
 
@@ -118,68 +119,40 @@ def test_coverage_with_known_truth(rho):
 
 @pytest.mark.parametrize("advantage", ["grpo", "opo", "raw", "score"])
 def test_replicates_leave_a_response_out_of_the_baseline_too(groups, advantage):
-    """Jackknife of Fisher's z: R^2 by doing the whole estimate again without each response.
-
-    Ranks without each response and the baseline's own part, which is moved by its standard error and taken back to one
-    response's.
-    """
+    """Jackknife of Fisher's z by doing the whole estimate again without each response."""
     mine = next(g for g in groups if g.target == "a").select(np.arange(16))
     mine = replace(mine, rewards=np.round(np.random.default_rng(1).random(16) * 3))
-    r, ell = mine.rewards, mine.lengths.astype(float)
+
+    def z_of(chosen):
+        part = mine.select(chosen)
+        r, ell = part.rewards, part.lengths.astype(float)
+        a = references.advantage(r, advantage, ell)
+        if advantage == "grpo":
+            a = (r - r.mean()) / (r.std(ddof=1) + 1e-6)
+        norm = a**2 * np.diagonal(part.gram)
+        proxy = a**2 * ell if advantage != "score" else ell
+        return [math.atanh(stats.spearmanr(proxy, norm).statistic), math.atanh(np.corrcoef(proxy, norm)[0, 1])]
+
     everyone = np.arange(16)
-
-    def numbers(held):
-        """Proxy and truth of all, with the baseline of those held."""
-        a = {
-            "grpo": (r - r[held].mean()) / (r[held].std(ddof=1) + 1e-6),
-            "opo": r - ell[held] @ r[held] / ell[held].sum(),
-            "raw": r,
-            "score": np.ones(16),
-        }[advantage]
-        return np.array([a**2 * ell if advantage != "score" else ell, a**2 * np.diagonal(mine.gram)])
-
-    def products(ranks):
-        """Centred sums of xy, xx, yy."""
-        x, y = ranks - ranks.mean(axis=1, keepdims=True)
-        return np.array([x @ y, x @ x, y @ y])
-
-    def z_of(sums):
-        return np.arctanh(sums[..., 0] / np.sqrt(sums[..., 1] * sums[..., 2]))
-
-    all_numbers = numbers(everyone)
-    moved = [numbers(np.delete(everyone, i)) for i in everyone]
-    value = np.array([math.atanh(stats.spearmanr(*all_numbers).statistic), z_of(products(all_numbers))])
-    without = np.array([z_of(products(np.delete(moved[i], i, axis=1))) for i in everyone])
-    held = np.array([z_of(products(np.delete(all_numbers, i, axis=1))) for i in everyone])
-    whole = products(stats.rankdata(all_numbers, axis=1) / 16)
-    ranks = np.array([products(stats.rankdata(np.delete(all_numbers, i, axis=1), axis=1) / 15) for i in everyone])
-    size = np.linalg.norm(all_numbers, axis=1, keepdims=True)
-    shifts = np.array([m * size / np.linalg.norm(m, axis=1, keepdims=True) - all_numbers for m in moved])
-    steps = np.linalg.norm(shifts[:, 1], axis=1)
-    owed = np.zeros((16, 3))
-    if advantage in ("grpo", "opo"):
-        steps = np.maximum(np.linalg.norm(steps) / steps, 1.0)[:, None]
-        far = [all_numbers + k * shift for k, shift in zip(steps, shifts, strict=True)]
-        far = np.array([products(stats.rankdata(one, axis=1) / 16) for one in far]) - whole
-        bend = (far / steps).sum(axis=0) / (1 / steps).sum()
-        owed = (far - bend) / steps + bend / steps**2
+    value = z_of(everyone)
+    without = np.array([z_of(np.delete(everyone, i)) for i in everyone])
+    errors = np.sqrt(15 / 16 * ((without - without.mean(axis=0)) ** 2).sum(axis=0))
     name = "length" if advantage == "score" else "advantage_square_length"
     pair = prompt_pairs(mine, advantage, seed=0).pair(name, "norm_square")
     rank, explained, _ = predictions([pair], level=0.95)
     assert math.atanh(rank[1].value) == pytest.approx(value[0])
     assert math.sqrt(explained[1].value) == pytest.approx(math.tanh(value[1]))
-    for v, found, fixed, (_, estimate, _), back in (
-        (value[0], z_of(ranks + owed), z_of(ranks), rank, lambda x: x),
-        (value[1], without, held, explained, math.sqrt),
+    for k, (_, estimate, _), error, back in (
+        (0, rank, errors[0], lambda x: x),
+        (1, explained, errors[1], math.sqrt),
     ):
-        whole_variance, own, others = (15 / 16 * np.sum((z - z.mean()) ** 2) for z in (found, fixed, found - fixed))
-        degrees = effective_degrees(found - found.mean(), 15)
+        influence = without[:, k].mean() - without[:, k]
+        bias = 15 * (without[:, k].mean() - value[k])
+        degrees = effective_degrees(influence, 15)
+        quantile = t_quantile(0.95, min(8.0, degrees))
         # No more bias than error, and wider by the cube root where less than one response in eight carries the error.
         rare = max(1.0, 16 / (8 * degrees)) ** (1 / 3)
-        square = min((15 * (found.mean() - v)) ** 2, whole_variance)
-        others += square
-        degrees = min(degrees, (own + others) ** 2 / (own**2 / degrees + others**2 / 3))
-        high = v + t_quantile(0.95, degrees) * rare * math.sqrt(whole_variance + square)
+        high = value[k] + quantile * rare * math.hypot(error, min(abs(bias), error))
         assert back(estimate.high) == pytest.approx(math.tanh(high))
 
 
