@@ -6,10 +6,10 @@ Pure mathematics, no knowledge of gradients. The model: y_i with mean mu_i and s
 
 a and b known, eta and s solved from sum_i (y_i - mu_i) / mu_i^2 dmu_i = 0, which needs the mean to be right and
 nothing else. statsmodels' GLM takes cov_type="HC3" and silently gives HC0 (seen in 0.14 and 0.15), hence a sandwich
-of our own. The constants are profiled out, so a fit costs O(n) a step however many clusters there are. Leverages and pulls are those
-of the observed information, which make the sandwich a delete-one jackknife by one Newton step: where a tenth of the
-responses is right A^2 is 81 times the others', they alone carry the fit, and with the expected information exponents
-were covered 73 to 89% (p = 0.1, 0.2 and 0.9, N = 64), with the observed one 91 to 99%.
+of our own. The constants are profiled out, so a fit costs O(n) a step however many clusters there are. Leverages and
+pulls are those of the observed information, which make the sandwich a delete-one jackknife by one Newton step: where a
+tenth of the responses is right A^2 is 81 times the others', they alone carry the fit, and with the expected information
+exponents were covered 73 to 89% (p = 0.1, 0.2 and 0.9, N = 64), with the observed one 91 to 99%.
 Shape letters: n observations, K clusters, m shape parameters.
 """
 
