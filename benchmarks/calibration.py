@@ -70,6 +70,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "beta 0, high rank, CV 1.5": {"beta": 0.0, **HIGH, "cv": 1.5},
     "beta 1, low rank, CV 0.6": {"beta": 1.0, **LOW, "cv": 0.6},
     "beta 1, high rank, CV 5": {"beta": 1.0, **HIGH, "cv": 5.0},
+    "beta 1, low rank, CV 1.5, one in ten right": {"beta": 1.0, **LOW, "p": 0.1, "cv": 1.5},
+    "beta 1, low rank, CV 0.6, half right": {"beta": 1.0, **LOW, "p": 0.5, "cv": 0.6},
     "beta 1, low rank, CV 2, mean along the noise": {"beta": 1.0, **ALONG, "cv": 2.0},
     "beta 1, mean moves with L": {"beta": 1.0, "dimensions": 20, "decay": 0.9, "signal": 1.0, **MOVING},
     "beta 1.6, high rank, CV 1.5": {"beta": 1.6, **HIGH, "cv": 1.5},
@@ -288,7 +290,7 @@ def settings(scale: float) -> list[Setting]:
         )
         for n in (16, 64, 128, 512)
     ]
-    names = tuple(SETTINGS)
+    names = tuple(name for name, law in SETTINGS.items() if "p" not in law)  # one share of correct responses
     made += [
         Setting(name="8 prompts of any of these", laws=names, n=n, prompts=8, draws=times(draws))
         for n, draws in ((16, 400), (64, 150), (128, 40), (512, 12))

@@ -316,11 +316,11 @@ def test_a_scale_curved_in_the_share_of_correct_responses_is_covered():
 
 
 def test_a_parabola_reaches_as_far_as_its_values():
-    """-s t + b t^2 + b over |t| <= q on a grid, from 0 outwards on either side."""
+    """-s t + b t^2 + b over |t| <= q on a grid, from 0 outwards on either side, b / 2 further where the vertex is."""
     t = np.linspace(-2.0, 2.0, 4001)
     for slope, bend in itertools.product((0.0, 0.3, 3.0), (-0.5, 0.0, 0.5)):
         values = -slope * t + bend * (t**2 + 1.0)
-        expected = max(-values.min(), 0.0), max(values.max(), 0.0)
+        expected = max(-values.min() + max(bend, 0.0) / 2, 0.0), max(values.max() - min(bend, 0.0) / 2, 0.0)
         assert _bent_reach(slope, bend, 2.0) == pytest.approx(expected, abs=1e-6)
 
 
