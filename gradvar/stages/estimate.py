@@ -25,6 +25,7 @@ from gradvar.estimators import (
     total_form,
 )
 from gradvar.estimators.advice import EXPONENT
+from gradvar.estimators.planning import SIZES
 from gradvar.runs import SUM, EstimateConfig, PromptScores, Run
 from gradvar.runs.provenance import utc_now
 from gradvar.stages.batch import write_batches
@@ -199,10 +200,10 @@ def _three_forms(groups: Sequence[PromptScores], config: EstimateConfig, common:
 
 
 def _planning(groups: Sequence[PromptScores], config: EstimateConfig, common: dict[str, Any]) -> pd.DataFrame:
-    """Every planned rule against group size, and the noise scale of the gradient itself."""
+    """Every planned rule against group size, the one asked for among them, and the gradient's own noise scale."""
     (rule, alpha), *further = dict.fromkeys(map(parse_variant, config.plan_rules))
     parts = [
-        planning_table(groups, rule=rule, alpha=alpha, further=further, **common),
+        planning_table(groups, rule=rule, alpha=alpha, further=further, sizes=(*SIZES, config.group_size), **common),
         noise_scale_table(groups, level=config.level, seed=config.seed),
     ]
     columns = list(dict.fromkeys(name for part in parts for name in part.columns))
