@@ -33,20 +33,20 @@ def together(tasks: Sequence[Task], groups: Sequence[PromptScores]) -> Iterator[
     Raises:
         GradvarError: Of a task.
     """
-    if sum(len(group.lengths) for group in groups) < WORTH:
-        yield from (task() for task in tasks)
-        return
     from joblib import Parallel, cpu_count, delayed
     from joblib.externals.loky import get_reusable_executor
 
-    known, jobs = dict(RULES), min(cpu_count(), len(tasks))
+    jobs = min(cpu_count(), len(tasks))
+    if jobs < 2 or sum(len(group.lengths) for group in groups) < WORTH:
+        yield from (task() for task in tasks)
+        return
+    known = dict(RULES)
     # With an initializer the executor is none that the caller's own use of joblib left idle.
     make = Parallel(n_jobs=jobs, return_as="generator", initializer=_end_with, initargs=(os.getpid(),))
     try:
         yield from make(delayed(_with_rules)(task, known) for task in tasks)
     finally:
-        if jobs > 1:
-            get_reusable_executor(reuse=True).shutdown(kill_workers=True)
+        get_reusable_executor(reuse=True).shutdown(kill_workers=True)
 
 
 def _end_with(parent: int) -> None:

@@ -14,9 +14,10 @@ from joblib import cpu_count
 
 from benchmarks.synthetic import simulated_prompt, write_run
 from gradvar.errors import GradvarError
-from gradvar.estimators import aggregation, cv_table
+from gradvar.estimators import aggregation, cv_table, extras_table
 from gradvar.runs import open_run
-from gradvar.stages import alpha, fit, together
+from gradvar.runs.config import ALPHAS, RULES
+from gradvar.stages import alpha, cv, fit, together
 from gradvar.stages.groups import estimated_groups
 
 pytestmark = pytest.mark.skipif(cpu_count() < 2, reason="one core: nothing is made in another process")
@@ -52,6 +53,20 @@ def test_the_tables_are_the_same_to_the_last_bit(run, monkeypatch):
     assert list(here) == list(there) == ["law", "identity", "proxies", "alpha", "forms", "planning"]
     for name, table in here.items():
         pd.testing.assert_frame_equal(table, there[name], check_exact=True)
+
+
+def test_extras_made_target_by_target_are_those_of_all_targets(run, processes):
+    table = cv(run, {"group_size": 4, "seed": 3}, extras=True)
+    found = run.table("extras")
+    options = {"rules": RULES, "alphas": ALPHAS, "group_size": 4, "seed": 3}
+    whole = extras_table(estimated_groups(run), **options)
+    labels = ["target", "quantity", "rule", "alpha", "extra", "prompt_id"]
+    assert not found.duplicated(labels).any()
+    found, whole = (one.set_index(labels).sort_index() for one in (found, whole))
+    assert found.index.equals(whole.index)
+    for name in ("value", "low", "high", "n"):
+        np.testing.assert_array_equal(found[name], whole[name], err_msg=name)
+    pd.testing.assert_frame_equal(table, cv_table(estimated_groups(run), **options), check_exact=True)
 
 
 def test_results_come_in_the_order_of_the_tasks(run, processes):
