@@ -32,12 +32,18 @@ CODE = """
 import sys
 from gradvar import stages
 from gradvar.runs import open_run
-getattr(stages, sys.argv[1])(open_run(sys.argv[2]), {})
+name, *further = sys.argv[1].split()
+getattr(stages, name)(open_run(sys.argv[2]), {}, **dict.fromkeys(further, True))
 """
 
 
 def timed(stage: str, run: Path) -> tuple[float, float, float]:
-    """Run one stage in a process: wall seconds, processor seconds with its workers, peak GiB of the largest."""
+    """Run one stage in a process: wall seconds, processor seconds with its workers, peak GiB of the largest.
+
+    Args:
+        stage: Its name, and after spaces what it is asked for further.
+        run: A run's folder.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CODE, stage, str(run)]
     start = time.perf_counter()
@@ -61,13 +67,13 @@ def main(arguments: list[str] | None = None) -> None:
             prompts = [simulated_prompt(f"p{q}", ROLLOUTS, TARGETS, rng=np.random.default_rng(q)) for q in range(count)]
             made = write_run(run, prompts)
             found = {stage: timed(stage, run) for stage in STAGES}
+            beside = {"`cv --extras`, in its place": timed("cv extras", run)}
             write_sketches(made, prompts)
-            batches = timed("cv", run)
+            beside["`cv` again, with batches of several prompts (`--cross sketch`)"] = timed("cv", run)
         for stage, (wall, cpu, peak) in found.items():
             rows.append(f"| {count} | `{stage}` | {wall:.1f} s | {cpu:.1f} s | {peak:.2f} GiB |")
-        wall, cpu, peak = batches
-        told = f"{wall:.1f} s | {cpu:.1f} s | {peak:.2f} GiB"
-        rows.append(f"| {count} | `cv` again, with batches of several prompts (`--cross sketch`) | {told} |")
+        for what, (wall, cpu, peak) in beside.items():
+            rows.append(f"| {count} | {what} | {wall:.1f} s | {cpu:.1f} s | {peak:.2f} GiB |")
         total, cpu = sum(f[0] for f in found.values()), sum(f[1] for f in found.values())
         limit = f", limit {LIMITS[count]:.0f} s" if count in LIMITS else ""
         largest = max(f[2] for f in found.values())
@@ -80,7 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
         f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; load of the machine at the "
         f"end {load:.1f} (above its cores: other work ran too).",
         f"{ROLLOUTS} rollouts a prompt, {len(TARGETS)} targets and their sum, 512 permutations; one process a stage. "
-        "`fit` and `alpha` make their tables in a process a core, each with one thread; memory of the largest.",
+        "`fit`, `alpha` and `cv --extras` make their tables in a process a core, each with one thread; memory of the "
+        "largest.",
         "",
         "| prompts | stage | wall | processor | peak memory |",
         "|---|---|---|---|---|",

@@ -110,10 +110,10 @@ def alpha_table(
 
     Returns:
         The table. Prompts with equal rewards, without gradient, or with fewer than 3 group_size verified responses, are
-        left out of the pooled rows and get one "eta" row that says why.
+        left out of the pooled rows and get one "eta" row that says why; there may be no others.
 
     Raises:
-        GradvarError: Unknown rule or advantage, fewer than two alphas, or every prompt too small.
+        GradvarError: Unknown rule or advantage, fewer than two alphas, or no prompt with two groups.
     """
     check_level(level)
     check_advantage(advantage)
@@ -160,9 +160,11 @@ def alpha_table(
                             max_length=scores.max_length,
                         ),
                     )
-    if not made_of and not any(reason == SILENT for reason in reasons.values()):
+    if max(len(scores.verified().lengths) for scores in everyone.values()) < 2 * group_size and SILENT not in (
+        reasons.values()
+    ):
         raise GradvarError(
-            f"group size {group_size} needs at least {3 * group_size} verified responses to a prompt: "
+            f"group size {group_size} needs at least {2 * group_size} verified responses to a prompt: "
             "sample more, or ask for a smaller group"
         )
     for target, prompts in targets.items():

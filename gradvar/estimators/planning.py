@@ -105,10 +105,11 @@ def planning_table(
         seed: Of the permutations.
 
     Returns:
-        The table. Silent prompts are left out and said in one "cv" row.
+        The table. Silent prompts, and those without three groups of the smallest size, are left out and said in one
+        "cv" row.
 
     Raises:
-        GradvarError: Unknown rule or advantage, a size below 2, or no size of which a prompt holds three groups.
+        GradvarError: Unknown rule or advantage, or a size below 2.
     """
     check_level(level)
     check_advantage(advantage)
@@ -168,10 +169,6 @@ def planning_table(
                             extra={"estimand": THESE_PROMPTS},
                         )
                     )
-        if used and not any(moments.values()):
-            raise GradvarError(
-                f"no prompt holds three groups of {ordered[0]} verified responses: sample more, or take smaller sizes"
-            )
         if len(prompts) > 1 and k == 0:
             rows += silent_rows(list(prompts.values()), ordered, labels, level=level, seed=seed)
         pools: list[tuple[str | None, list[str]]] = [(name, [name]) for name in used]

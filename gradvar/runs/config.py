@@ -37,6 +37,9 @@ ALPHAS = (0.5, 0.75, 1.0, 1.5, 2.0)
 EQUALITY_MARGIN = 0.05
 """CVs whose ratio lies within [1 / 1.05, 1.05] count as equal."""
 
+MAX_SEED = 2**63 - 1
+"""Tables hold seeds as signed 64-bit integers."""
+
 _OPTIONS = {"alphas": "alpha", "rules": "rule", "plan_rules": "plan-rule", "include_bias": "bias"}
 
 
@@ -104,7 +107,7 @@ class SampleConfig:
         _require(self.n_prompts is None or self.n_prompts >= 1, "n_prompts", "at least 1", self.n_prompts)
         _require(self.engine in ENGINES, "engine", f"one of {', '.join(ENGINES)}", self.engine)
         _require(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
-        _require(self.seed >= 0, "seed", "a whole number from 0", self.seed)
+        _require(0 <= self.seed <= MAX_SEED, "seed", "a whole number from 0 to 2^63 - 1", self.seed)
         _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         _require(self.tensor_parallel_size >= 1, "tensor_parallel_size", "at least 1", self.tensor_parallel_size)
         _require(
@@ -182,7 +185,7 @@ class MeasureConfig:
         _require(self.cross in CROSS, "cross", f"one of {', '.join(CROSS)}", self.cross)
         d = self.sketch_dim
         _require(256 <= d <= 65536 and d & (d - 1) == 0, "sketch_dim", "a power of two from 256 to 65536", d)
-        _require(self.seed >= 0, "seed", "a whole number from 0", self.seed)
+        _require(0 <= self.seed <= MAX_SEED, "seed", "a whole number from 0 to 2^63 - 1", self.seed)
         _require(
             self.checkpointing is None or self.checkpointing in CHECKPOINTING,
             "checkpointing",
@@ -244,7 +247,7 @@ class EstimateConfig:
         _require(0.5 <= self.level < 1, "level", "a fraction from 0.5, below 1", self.level)
         for name in ("margin", *(f"{what}_margin" for what in ("identity", "token", "baseline", "length", "equality"))):
             _require(_is_positive(getattr(self, name)), name, "a number above 0", getattr(self, name))
-        _require(self.seed >= 0, "seed", "a whole number from 0", self.seed)
+        _require(0 <= self.seed <= MAX_SEED, "seed", "a whole number from 0 to 2^63 - 1", self.seed)
 
 
 CONFIGS: dict[str, type[Any]] = {

@@ -293,6 +293,10 @@ class RunFiles:
         storage.write_frame(path, table)
         return path
 
+    def remove_estimates(self, name: str) -> None:
+        """Remove a table that an earlier call of a command made and this one does not, so that none is out of date."""
+        (self.path / "tables" / f"{name}.parquet").unlink(missing_ok=True)
+
     def file(self, kind: str, prompt_id: str) -> Path:
         """Return the path of one prompt's file of a kind: rollouts, rewards, grams, measures or sketches."""
         suffix = "safetensors" if kind in ("grams", "sketches") else "parquet"

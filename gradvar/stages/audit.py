@@ -12,7 +12,7 @@ from gradvar.estimators.audit_rows import NOT_MEASURED
 from gradvar.runs import EstimateConfig, Run
 from gradvar.runs.provenance import utc_now
 from gradvar.stages.entropy import entropy_rows
-from gradvar.stages.groups import estimated_groups
+from gradvar.stages.groups import check_rule, estimated_groups
 from gradvar.stages.identity import agreed_config
 from gradvar.stages.listener import Listener, Silent
 
@@ -28,7 +28,8 @@ def audit(
     """Judge assumptions 0 to 4; write and return the table `audit`.
 
     Where the run was measured with probes also `token_covariance` (the audit's rows of assumption 1, by reward and
-    length), with prefixes also `prefixes` (growth inside responses beside growth between them).
+    length), with prefixes also `prefixes` (growth inside responses beside growth between them); else such tables of
+    earlier calls are removed.
 
     Args:
         run: A run with Grams.
@@ -38,10 +39,11 @@ def audit(
         alpha: Its exponent, where it takes one.
 
     Raises:
-        GradvarError: Nothing was measured, or a setting is none.
+        GradvarError: Nothing was measured, a setting is none, or an alpha of a rule that takes none.
     """
     listener = listener or Silent()
     config = agreed_config(run, EstimateConfig, given)
+    check_rule(rule, alpha)
     started = utc_now()
     groups = estimated_groups(run, listener)
     taus, norms = run.taus(), run.prefixes()
@@ -78,7 +80,10 @@ def audit(
         curves = {key: (one.value, one.lengths) for key, one in norms.items()}
         tables["prefixes"] = prefix_table(curves, run.targets, level=config.level, seed=config.seed)
     run.begin("audit", config, started=started)
-    for name, one in tables.items():
-        run.write_estimates(name, one)
+    for name in ("audit", "token_covariance", "prefixes"):
+        if name in tables:
+            run.write_estimates(name, tables[name])
+        else:
+            run.remove_estimates(name)
     run.finish("audit")
     return tables

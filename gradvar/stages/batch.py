@@ -27,7 +27,7 @@ TABLE = "batches"
 def write_batches(
     run: Run, groups: Sequence[PromptScores], config: EstimateConfig, listener: Listener
 ) -> pd.DataFrame | None:
-    """Estimate the update of batches of several prompts; write and return the table `batches`.
+    """Estimate the update of batches of several prompts; write and return the table `batches`, or remove an old one.
 
     Args:
         run: A run with Grams and rewards.
@@ -43,8 +43,8 @@ def write_batches(
     """
     products, without = cross_products(run, groups)
     named = {name for name, one in products.items() if one}
+    run.remove_estimates(TABLE)  # of products that may no longer be there
     if not named:
-        (run.path / "tables" / f"{TABLE}.parquet").unlink(missing_ok=True)  # of products that are no longer there
         return None
     if without:
         listener.warn(

@@ -14,7 +14,7 @@ from gradvar.estimators import compare_table
 from gradvar.runs import SUM, EstimateConfig, PromptScores, Run, rollouts_digest
 from gradvar.runs.provenance import utc_now
 from gradvar.runs.records import counted
-from gradvar.stages.groups import estimated_groups
+from gradvar.stages.groups import check_rule, estimated_groups
 from gradvar.stages.identity import agreed_config
 from gradvar.stages.listener import Listener, Silent
 
@@ -55,7 +55,8 @@ def compare(
         alpha: Its exponent, where it takes one.
 
     Raises:
-        GradvarError: Fewer than two runs, a run twice, nothing measured, or a group too large for a run.
+        GradvarError: Fewer than two runs, a run twice, nothing measured, a group too large for a run, or an alpha of a
+            rule that takes none.
     """
     listener = listener or Silent()
     if len(runs) < 2:
@@ -63,6 +64,7 @@ def compare(
     names = run_names(runs)
     first = runs[0]
     config = agreed_config(first, EstimateConfig, given)
+    check_rule(rule, alpha)
     started = utc_now()
     notes: list[str] = []
     texts = {name: {p.prompt_id: p.text for p in run.prompts()} for name, run in zip(names, runs, strict=True)}

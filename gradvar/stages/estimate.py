@@ -25,11 +25,12 @@ from gradvar.estimators import (
     total_form,
 )
 from gradvar.estimators.advice import EXPONENT
+from gradvar.estimators.planning import SIZES
 from gradvar.runs import SUM, EstimateConfig, PromptScores, Run
 from gradvar.runs.provenance import utc_now
 from gradvar.stages.batch import write_batches
 from gradvar.stages.entropy import entropy_rows
-from gradvar.stages.groups import check_group_size, estimated_groups
+from gradvar.stages.groups import check_buffer, check_group_size, estimated_groups
 from gradvar.stages.identity import agreed_config
 from gradvar.stages.listener import Listener, Silent
 from gradvar.stages.together import together
@@ -99,45 +100,37 @@ def cv(run: Run, given: Mapping[str, Any], listener: Listener | None = None, *, 
         run: A run with Grams and rewards.
         given: Settings of `EstimateConfig` given now.
         listener: Who is told.
-        extras: Also set updates with DAPO's extras beside plain ones: table `extras`.
+        extras: Also set updates with DAPO's extras beside plain ones: table `extras`; else one of an earlier call is
+            removed.
 
     Raises:
-        GradvarError: Nothing was measured, or the group is larger than the rollouts.
+        GradvarError: Nothing was measured, the group is larger than the rollouts, or the buffer than a response may be.
     """
     listener = listener or Silent()
     config = agreed_config(run, EstimateConfig, given)
     started = utc_now()
     groups = estimated_groups(run, listener)
     check_group_size(groups, config)
-    with listener.task("cv", 3 if extras else 2) as advance:
-        table = cv_table(
-            groups,
-            rules=config.rules,
-            alphas=config.alphas,
-            group_size=config.group_size,
-            advantage=config.advantage,
-            level=config.level,
-            equality_margin=config.equality_margin,
-            seed=config.seed,
-        )
-        advance(1)
-        beside = None
-        if extras:
-            beside = extras_table(
-                groups,
-                rules=config.rules,
-                alphas=config.alphas,
-                group_size=config.group_size,
-                advantage=config.advantage,
-                buffer=config.overlong_buffer,
-                level=config.level,
-                seed=config.seed,
-            )
+    common: dict[str, Any] = {"rules": config.rules, "alphas": config.alphas, "group_size": config.group_size}
+    common |= {"advantage": config.advantage, "level": config.level, "seed": config.seed}
+    tasks = [partial(cv_table, groups, equality_margin=config.equality_margin, **common)]
+    if extras:
+        check_buffer(groups, config)
+        for target in dict.fromkeys(group.target for group in groups):
+            mine = [group for group in groups if group.target == target]
+            tasks.append(partial(extras_table, mine, buffer=config.overlong_buffer, **common))
+    with listener.task("cv", len(tasks) + 1) as advance:
+        found: list[pd.DataFrame] = []
+        for one in together(tasks, groups):
+            found.append(one)
             advance(1)
+        table, *beside = found
         run.begin("cv", config, started=started)
         run.write_estimates("cv", table)
-        if beside is not None:
-            run.write_estimates("extras", beside)
+        if beside:
+            run.write_estimates("extras", pd.concat(beside, ignore_index=True))
+        else:
+            run.remove_estimates("extras")
         write_batches(run, groups, config, listener)
         advance(1)
     run.finish("cv")
@@ -199,10 +192,10 @@ def _three_forms(groups: Sequence[PromptScores], config: EstimateConfig, common:
 
 
 def _planning(groups: Sequence[PromptScores], config: EstimateConfig, common: dict[str, Any]) -> pd.DataFrame:
-    """Every planned rule against group size, and the noise scale of the gradient itself."""
+    """Every planned rule against group size, the one asked for among them, and the gradient's own noise scale."""
     (rule, alpha), *further = dict.fromkeys(map(parse_variant, config.plan_rules))
     parts = [
-        planning_table(groups, rule=rule, alpha=alpha, further=further, **common),
+        planning_table(groups, rule=rule, alpha=alpha, further=further, sizes=(*SIZES, config.group_size), **common),
         noise_scale_table(groups, level=config.level, seed=config.seed),
     ]
     columns = list(dict.fromkeys(name for part in parts for name in part.columns))

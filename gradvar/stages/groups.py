@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gradvar.errors import GradvarError
+from gradvar.estimators import find_rule
 from gradvar.estimators.inputs import has_gradient
 from gradvar.runs import SUM, EstimateConfig, PromptScores, Run, target_label
 from gradvar.runs.records import counted
@@ -82,4 +83,31 @@ def check_group_size(groups: Sequence[PromptScores], config: EstimateConfig) -> 
         raise GradvarError(
             f"--group-size: expected at most the {len(most.lengths)} rollouts of prompt {most.prompt_id!r}, which has "
             f"the most, received {config.group_size}"
+        )
+
+
+def check_rule(name: str, alpha: float | None) -> None:
+    """Refuse an alpha that the one rule studied would not look at.
+
+    Raises:
+        GradvarError: It takes none, or there is no such rule.
+    """
+    rule = find_rule(name)
+    if alpha is not None and not rule.takes_alpha:
+        raise GradvarError(
+            f"--alpha: {rule.name} takes no alpha, received {alpha:g}: leave it out, or add --rule vl_norm"
+        )
+
+
+def check_buffer(groups: Sequence[PromptScores], config: EstimateConfig) -> None:
+    """Refuse a soft overlong punishment that begins before the first token.
+
+    Raises:
+        GradvarError: It does.
+    """
+    limit = min(group.max_length if group.max_length > 0 else int(group.lengths.max()) for group in groups)
+    if config.overlong_buffer is not None and config.overlong_buffer > limit:
+        raise GradvarError(
+            f"--overlong-buffer: expected at most the {limit} tokens that a response may have, received "
+            f"{config.overlong_buffer}"
         )

@@ -220,6 +220,36 @@ def test_a_prompt_smaller_than_the_group_is_unresolved_and_named(call, tmp_path)
     assert "64 rollouts of prompt '1', which has the most" in " ".join(err.split())
 
 
+@pytest.mark.slow
+def test_groups_too_large_for_an_interval_at_every_prompt_leave_no_stage_without_an_answer(call, tmp_path):
+    path = tmp_path / "run"
+    write_run(path, [ordinary("1", 16), ordinary("2", 16)])
+    shutil.copytree(path, tmp_path / "other")
+    for command in ("fit", "cv", "alpha", "audit", "figures", "report"):
+        code, out, err = call(command, path)
+        assert code == 0, err
+        if command == "alpha":
+            assert "No alpha can be recommended" in out
+            assert "2 prompts unresolved: fewer than 24 verified responses" in " ".join(out.split())
+    table = gradvar.open_run(path).table("alpha")
+    assert set(table.loc[table["quantity"] != "within_exponent", "verdict"]) == {"unresolved"}
+    assert call("compare", path, tmp_path / "other")[0] == 0
+    for quantity in ("eta_difference", "alpha_star_eta_difference"):
+        assert row(path, "compare", quantity=quantity)["verdict"] == "unresolved"
+
+
+def test_the_group_asked_for_is_among_those_planned(call, tmp_path):
+    path = tmp_path / "run"
+    write_run(path, [ordinary("1", 7)])
+    assert call("alpha", path, "--group-size", "2")[0] == 0
+    assert math.isfinite(row(path, "planning", quantity="rho", rule="grpo", group_size=2)["value"])
+    write_run(tmp_path / "small", [ordinary("1", 5)])
+    code, _, err = call("alpha", tmp_path / "small", "--group-size", "2")
+    assert code == 0, err
+    told = row(tmp_path / "small", "planning", quantity="cv", rule="grpo")
+    assert (told["verdict"], told["method"]) == ("unresolved", "not estimated; fewer than 6 verified responses")
+
+
 def test_what_the_answers_are(call, made, tmp_path):
     path = answered(call, made, tmp_path / "a", "one_length", "fit", "cv", "audit")
     told = row(path, "law", quantity="deviation_exponent", advantage="grpo")

@@ -204,6 +204,40 @@ def test_extras_of_dapo_beside_the_plain_update(call, tmp_path):
     assert gradvar.open_run(tmp_path / "r").options("cv").overlong_buffer is None
     line = call("cv", tmp_path / "r", "--extras", "--overlong-buffer", "0", code=2)
     assert "--overlong-buffer: expected at least 1 token" in line
+    line = call("cv", tmp_path / "r", "--extras", "--overlong-buffer", "100000", code=2)
+    assert "--overlong-buffer: expected at most the 1024 tokens that a response may have, received 100000" in line
+
+
+def test_tables_that_a_call_does_not_make_are_none_of_an_earlier_call(call, tmp_path):
+    tables = tmp_path / "r" / "tables"
+    simulated(tmp_path / "r", 1, 2, texts=["a", "b"], targets=TARGETS[:1], probed=True)
+    call("cv", tmp_path / "r", "--extras", "--group-size", "4")
+    call("audit", tmp_path / "r")
+    made = {"audit", "cv", "extras", "prefixes", "token_covariance"}
+    assert {path.stem for path in tables.iterdir()} == made
+    call("cv", tmp_path / "r", "--group-size", "4")
+    assert {path.stem for path in tables.iterdir()} == made - {"extras"}
+    simulated(tmp_path / "bare", 1, 2, texts=["a", "b"], targets=TARGETS[:1])
+    shutil.copytree(tables, tmp_path / "bare" / "tables")
+    call("audit", tmp_path / "bare")
+    assert {path.stem for path in (tmp_path / "bare" / "tables").iterdir()} == {"audit", "cv"}
+
+
+@pytest.mark.parametrize("command", ["audit", "compare"])
+def test_an_alpha_that_the_rule_does_not_take_is_refused(call, tmp_path, command):
+    runs = [tmp_path / "r", tmp_path / "s"][: 1 + (command == "compare")]
+    for path in runs:
+        simulated(path, 1, 1, texts=["a"], targets=TARGETS[:1])
+    line = call(command, *runs, "--rule", "token-mean", "--alpha", "1", code=2)
+    assert line == "gradvar: --alpha: dapo takes no alpha, received 1: leave it out, or add --rule vl_norm"
+
+
+def test_the_largest_seed_is_written_and_a_larger_one_refused(call, tmp_path):
+    simulated(tmp_path / "r", 1, 1, texts=["a"], targets=TARGETS[:1])
+    call("audit", tmp_path / "r", "--seed", str(2**63 - 1))
+    complete(gradvar.open_run(tmp_path / "r").table("audit"), 2**63 - 1)
+    line = call("audit", tmp_path / "r", "--seed", "99999999999999999999999", code=2)
+    assert "--seed: expected a whole number from 0 to 2^63 - 1" in line
 
 
 def test_many_columns_stand_in_parts_and_no_heading_is_broken(capsys, monkeypatch):

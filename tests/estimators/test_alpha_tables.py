@@ -103,8 +103,10 @@ def test_silent_and_small_prompts_say_why(groups):
     assert pooled["clusters"] == 1
     assert pooled["value"] == only(table, quantity="alpha_star_eta", prompt_id=groups[2].prompt_id)["value"]
     assert len(alpha_table([silent], seed=1)) == 1
-    with pytest.raises(GradvarError, match="at least 24 verified"):
-        alpha_table([small], seed=1)
+    alone = alpha_table([small], seed=1)
+    assert (list(alone["prompt_id"]), list(alone["verdict"])) == (["p1"], ["unresolved"])
+    with pytest.raises(GradvarError, match="at least 16 verified"):
+        alpha_table([groups[1].select(np.arange(15))], seed=1)
     with pytest.raises(GradvarError, match="ascending"):
         alpha_table(groups, grid=(1.0, 0.5), seed=1)
 

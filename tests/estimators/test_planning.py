@@ -195,11 +195,18 @@ def test_silent_share_and_silent_prompts(groups):
     assert only(table, prompt_id="p1")["verdict"] == "silent: all rewards equal"
 
 
+def test_prompts_without_three_groups_of_any_size_are_unresolved(groups):
+    table = planning_table(groups, sizes=(64,), seed=0)
+    cv = table[table["quantity"] == "cv"]
+    assert list(cv["prompt_id"]) == [group.prompt_id for group in groups]
+    assert (cv["verdict"] == "unresolved").all()
+    assert cv["method"].str.contains("fewer than 192 verified responses").all()
+    assert set(table["quantity"]) <= {"cv", "silent_share"}
+
+
 def test_refuses(groups):
     with pytest.raises(GradvarError, match="at least 2"):
         planning_table(groups, sizes=(1,), seed=0)
-    with pytest.raises(GradvarError, match="three groups"):
-        planning_table(groups, sizes=(64,), seed=0)
     with pytest.raises(GradvarError, match="alpha"):
         planning_table(groups, rule="vl_norm", seed=0)
 

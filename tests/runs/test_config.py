@@ -36,6 +36,14 @@ def test_lists_become_tuples_and_whole_numbers_become_floats():
         (EstimateConfig, {"level": 1.0}, "--level"),
         (EstimateConfig, {"alphas": ["x"]}, "--alpha: expected float, received 'x'"),
         (EstimateConfig, {"group_size": 1}, "--group-size"),
+        (
+            SampleConfig,
+            {"seed": 2**63},
+            "--seed: expected a whole number from 0 to 2^63 - 1, received 9223372036854775808",
+        ),
+        (MeasureConfig, {"seed": 2**63}, "--seed"),
+        (EstimateConfig, {"seed": 2**63}, "--seed"),
+        (EstimateConfig, {"seed": -1}, "--seed"),
     ],
 )
 def test_bad_values_are_one_line(kind, settings, words):
