@@ -337,6 +337,8 @@ def pooled_rho(
     elif all(np.isfinite(r).all() for r in replicates):
         told = none if tails is None else replace(none, method=none.method.replace(_JACKKNIFE, _JACKKNIFE + _UNSEEN))
         here = _interval(told, value, prompts, replicates, same, group_size, tails or [None] * len(prompts))
+    else:
+        here = replace(here, method=f"{none.method}; no interval, one response carries everything")
     there = replace(across, value=value)
     if clusters < MINIMUM_PROMPTS:
         return here, replace(across, method=f"{across.method}; not given below {MINIMUM_PROMPTS} prompts")

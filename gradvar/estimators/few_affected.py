@@ -117,6 +117,8 @@ def ratio_of_loud(
     rises = [max(moved(one, share, share.low), 0.0) for one, share in zip(loud, shares, strict=True)]
     low = held.value * math.exp(-math.hypot(math.log(held.value / held.low), *falls))
     high = held.value * math.exp(math.hypot(math.log(held.high / held.value), *rises))
+    if still and len(plain) == 1:
+        high = min(high, 1.0)  # no share of silent groups makes it more
     method = f"{found.method}; dynamic sampling by shares of silent groups"
     return replace(found, low=min(low, found.value), high=max(high, found.value), method=method)
 

@@ -224,12 +224,7 @@ def _difference(deviation: ExponentFit, within: ExponentFit, level: float) -> Es
     degrees = len(deviation.influence) - deviation.exponent.clusters - 1
     influence = deviation.influence - within.influence
     half = t_quantile(level, effective_degrees(influence, degrees)) * float(np.linalg.norm(influence))
+    method = "deviation exponent minus within-length exponent, paired HC3 influences, t"
     if math.isnan(deviation.exponent.low) or math.isnan(within.exponent.low):
-        half = math.nan
-    return replace(
-        deviation.exponent,
-        value=value,
-        low=value - half,
-        high=value + half,
-        method="deviation exponent minus within-length exponent, paired HC3 influences, t",
-    )
+        half, method = math.nan, f"{method}; no interval, as one of the two has none"
+    return replace(deviation.exponent, value=value, low=value - half, high=value + half, method=method)

@@ -92,12 +92,16 @@ def silent_rows(
             for ends in ([one.low for one in own], [one.high for one in own])
         )
         low, high = share_interval(shares, level)
+        method = f"mean of the prompts' exact shares, t on the logit; {PROMPTS_LIKE_THESE}"
+        if math.isnan(low):
+            few = len(shares) < MINIMUM_PROMPTS
+            method += f"; not given below {MINIMUM_PROMPTS} prompts" if few else "; no interval, the shares are equal"
         estimate = Estimate(
             value=float(shares.mean()),
             low=low,
             high=high,
             level=level,
-            method=f"mean of the prompts' exact shares, t on the logit; {PROMPTS_LIKE_THESE}",
+            method=method,
             n=sum(len(rewards) for rewards in known),
             clusters=len(known),
             seed=seed,
@@ -128,9 +132,9 @@ def share_interval(shares: Array, level: float) -> tuple[float, float]:
     rare = 1.0 - ((1.0 - level) / 2.0) ** (1.0 / count)
     if not 0.0 < mean < 1.0:
         return (0.0, rare) if mean == 0.0 else (1.0 - rare, 1.0)
-    influence = (shares - mean) / count
-    if not influence.any():
+    if np.ptp(shares) == 0.0:
         return math.nan, math.nan
+    influence = (shares - mean) / count
     variance = count / (count - 1) * float(influence @ influence)
     quantile = t_quantile(level, effective_degrees(influence, count - 1))
     middle, slope = float(special.logit(mean)), 1.0 / (mean - mean**2)

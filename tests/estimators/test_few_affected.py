@@ -106,3 +106,12 @@ def test_dynamic_sampling_without_a_silent_prompts_zero(advantage):
     table = extras_table([one], rules=("grpo",), buffer=BUFFER, advantage=advantage, seed=2, permutations=64)
     row = only(table, quantity="cv_ratio", extra=SAMPLING)
     assert row["low"] < row["value"] < row["high"]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_dynamic_sampling_makes_no_prompt_noisier_than_it_is(seed):
+    """1 - ratio^2 = S / (1 - rho) where a silent group's update is 0, whatever S."""
+    one = simulator.prompt("p", 128, rng=np.random.default_rng(seed), p=0.15, **LAW)
+    made = extras_table([one], rules=("dr_grpo",), alphas=(), permutations=64, seed=0)
+    row = only(made, quantity="cv_ratio", extra=SAMPLING)
+    assert row["low"] < row["value"] < row["high"] <= 1.0

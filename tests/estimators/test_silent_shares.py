@@ -9,7 +9,7 @@ from scipy import special, stats
 from statsmodels.stats.proportion import proportion_confint
 
 from gradvar.estimators.silent_shares import share_interval, silent_estimate, silent_rows
-from tests.estimators import references
+from tests.estimators import references, simulator
 from tests.estimators.test_tables import prompts
 
 
@@ -113,3 +113,12 @@ def test_silent_shares_that_are_all_one_number():
     assert share_interval(np.array([1.0, 1.0, 1.0, 1 - 1e-9]), 0.95)[0] == pytest.approx(0.025 ** (1 / 4))
     assert np.isnan(share_interval(np.full(4, 0.25), 0.95)).all()
     assert np.isnan(share_interval(np.array([0.0, 0.5, 1.0]), 0.95)).all()
+
+
+@pytest.mark.parametrize(("count", "why"), [(3, "not given below 4 prompts"), (5, "the shares are equal")])
+def test_a_share_without_interval_says_why(count, why):
+    rewards = np.repeat([0.0, 1.0], 16)
+    alike = [replace(simulator.prompt(str(k), 32, rng=np.random.default_rng(k)), rewards=rewards) for k in range(count)]
+    made = silent_rows(alike, (4,), {"target": "a"}, level=0.95, seed=0)
+    (without,) = [row for row in made if math.isnan(row.estimate.low)]
+    assert without.estimate.method.endswith(why)
