@@ -80,12 +80,13 @@ class ExponentFit:
     """Row of the response with the most of the deviations, where it was suspect enough to be left out once."""
     exponent_without: float = math.nan
     """beta without it."""
+    error_without: float = math.nan
+    """Standard error of that; with it, it may make the error as large as what it moves."""
 
     @property
     def rests_on(self) -> int | None:
         """Row of a response without which beta lies more than a standard error away; None where there is none."""
-        error = float(np.linalg.norm(self.influence))
-        return self.outlier if abs(self.exponent.value - self.exponent_without) > error else None
+        return self.outlier if abs(self.exponent.value - self.exponent_without) > self.error_without else None
 
     def verdict_across(self, margin: float = 0.25) -> tuple[str, float]:
         """Verdict for prompts like these, and the responses it would take if prompts came in the same proportion."""
@@ -162,8 +163,8 @@ def fit_variance_law(
         The law. Where the power law does not converge its numbers are NaN and the verdict "undetermined"; where fewer
         than two responses carry the deviations beyond what length explains (one huge outlier), or one that is left out
         moves the exponent by more than its half-width, the exponent has no interval, hence the same verdict, and its
-        method says so; scale, level and curvature follow it. `rests_on` names a response that moves it by more than a
-        standard error.
+        method says so; scale, level and curvature follow it. `rests_on` names a response that moves it by more than
+        a standard error without it.
 
     Raises:
         GradvarError: Shapes that differ, fewer than 4 responses (3 plus one a prompt), lengths that are not positive
@@ -250,12 +251,13 @@ def _exponents(
 ) -> dict[str, Any]:
     shares = weights_behind(data)
     behind, largest = 1.0 / float((shares**2).sum()), int(shares.argmax())
-    outlier, without = None, math.nan
+    outlier, without, error = None, math.nan, math.nan
     if shares[largest] > LARGEST_SHARE and power.converged:
         outlier = largest
         less = without_response(data, largest, dependence)
         fitted = None if less is None else _fit_power(less, None)
-        without = float(fitted.shape[0]) if fitted is not None and fitted.converged else math.nan
+        if fitted is not None and fitted.converged:
+            without, error = float(fitted.shape[0]), float(np.linalg.norm(fitted.shape_influence[:, 0]))
 
     def judged(estimate: Estimate) -> Estimate:
         return moved_by_one(resting_on(estimate, behind), without)
@@ -270,6 +272,7 @@ def _exponents(
         "influence": power.shape_influence[:, 0],
         "outlier": outlier,
         "exponent_without": without,
+        "error_without": error,
     }
 
 

@@ -28,10 +28,10 @@ def test_power_law_is_statsmodels_gamma_glm_with_our_hc3():
     assert law.exponent.value == pytest.approx(fit.params[1], rel=1e-6)
     assert law.scale.value == pytest.approx(math.exp(fit.params[0]), rel=1e-6)
     assert law.families["power"].deviance == pytest.approx(fit.deviance, rel=1e-9)
-    # HC3 by hand: bread X'X (the Gamma log-link weight is 1), residuals over 1 - leverage.
-    residual = (y - fit.fittedvalues) / fit.fittedvalues
-    bread = np.linalg.inv(design.T @ design)
-    leverage = np.einsum("ij,jk,ik->i", design, bread, design)
+    # HC3 by hand: bread X' diag(y/mu) X, the observed information, residuals over 1 - leverage.
+    residual, weight = (y - fit.fittedvalues) / fit.fittedvalues, y / fit.fittedvalues
+    bread = np.linalg.inv(design.T @ (np.maximum(weight, 0.05)[:, None] * design))
+    leverage = np.maximum(weight, 0.05) * np.einsum("ij,jk,ik->i", design, bread, design)
     meat = (design * ((residual / (1 - leverage)) ** 2)[:, None]).T @ design
     error = math.sqrt((bread @ meat @ bread)[1, 1])
     u = (bread @ design.T)[1] * residual / (1 - leverage)
@@ -182,7 +182,8 @@ def test_pooled_has_one_constant_a_prompt():
         ]
     )
     half = stats.t.ppf(0.975, 3) * math.sqrt(3 / 4 * ((refits - refits.mean()) ** 2).sum())
-    assert law.exponent_across.high - law.exponent_across.value == pytest.approx(half, rel=0.25)
+    here = law.exponent.high - law.exponent.value  # never narrower than for these prompts
+    assert law.exponent_across.high - law.exponent_across.value == pytest.approx(max(half, here), rel=0.25)
     assert law.exponent_across.value == law.exponent.value
 
 

@@ -45,14 +45,15 @@ def test_small_runs_stay_in_this_process_and_large_ones_do_not(run, monkeypatch)
     assert os.getpid() not in list(together.together([os.getpid, os.getpid], groups))
 
 
-def test_the_tables_are_the_same_to_the_last_bit(run, monkeypatch):
+def test_the_tables_are_the_same(run, monkeypatch):
     given = {"group_size": 4, "seed": 3}
     here = {**fit(run, given), **alpha(run, given)}
     monkeypatch.setattr(together, "WORTH", 0)
     there = {**fit(run, given), **alpha(run, given)}
     assert list(here) == list(there) == ["law", "identity", "proxies", "alpha", "forms", "planning"]
     for name, table in here.items():
-        pd.testing.assert_frame_equal(table, there[name], check_exact=True)
+        # To the last bit at one thread of BLAS; it may have two here and one there.
+        pd.testing.assert_frame_equal(table, there[name], rtol=1e-9, atol=1e-12)
 
 
 def test_extras_made_target_by_target_are_those_of_all_targets(run, processes):
@@ -66,7 +67,7 @@ def test_extras_made_target_by_target_are_those_of_all_targets(run, processes):
     assert found.index.equals(whole.index)
     for name in ("value", "low", "high", "n"):
         np.testing.assert_array_equal(found[name], whole[name], err_msg=name)
-    pd.testing.assert_frame_equal(table, cv_table(estimated_groups(run), **options), check_exact=True)
+    pd.testing.assert_frame_equal(table, cv_table(estimated_groups(run), **options), rtol=1e-9, atol=1e-12)
 
 
 def test_results_come_in_the_order_of_the_tasks(run, processes):
@@ -84,7 +85,7 @@ def test_a_rule_registered_here_is_known_there(run, processes, monkeypatch):
     make = partial(cv_table, groups, rules=("mine", "grpo"), group_size=4, seed=0)
     there, process = together.together([make, os.getpid], groups)
     assert process != os.getpid()
-    pd.testing.assert_frame_equal(there, make(), check_exact=True)
+    pd.testing.assert_frame_equal(there, make(), rtol=1e-9, atol=1e-12)
     assert (there["rule"] == "mine").any()
 
 
