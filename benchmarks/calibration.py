@@ -25,7 +25,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from benchmarks.calibration_batches import POPULATIONS, batch_intervals, batch_t
 from benchmarks.calibration_draws import HERE, Found, bare, every_interval, found_of
 from benchmarks.calibration_extras import SILENT, moments_of_extras, silent_intervals
 from benchmarks.calibration_lines import from_many
+from benchmarks.calibration_rows import KINDS, Setting, difference_of, row_of
 from benchmarks.calibration_truths import (
     GROUP,
     RULES,
@@ -50,11 +51,7 @@ from benchmarks.calibration_truths import (
     proxy_truths,
     signal_for,
 )
-from gradvar.estimators.comparison import estimate_difference
-from gradvar.estimators.intervals import decide_from_margin, wilson
-from gradvar.runs.records import Estimate
 
-KINDS = {"law", "groups", "audit", "proxies", "forms", "lines", "extras"}
 BATCHES, REWARDS = "batches", "rewards"
 """Settings of their own: prompts with something in common, and rewards alone."""
 SKETCHED = ", sketched"
@@ -79,26 +76,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "beta 2, low rank, CV 0.6": {"beta": 2.0, **LOW, "cv": 0.6},
 }
 WRONG_SAMPLER = "wrong temperature: n ||E s||^2 = 0.4 E||s||^2"
-MARGINS = {
-    "deviation exponent": (0.75, 1.25),
-    "within exponent": (0.75, 1.25),
-    "cv ratio": (-math.inf, 1.0),
-    "length pressure": (-math.inf, 0.0),
-    "assumption 0: identity": (-math.inf, 0.1),
-    "assumption 1": (-0.1, 0.1),
-    "assumption 3": (0.9, 1.1),
-    "assumption 4": (-math.inf, 0.25),
-}
-"""Quantities with a verdict, by the beginning of their name."""
-EDGES = {
-    "cosine ": (-1.0, 1.0),
-    "silent share": (0.0, 1.0),
-    "eta ratio ": (0.0, math.inf),
-    "eta ": (0.0, 1.0),
-    "alpha* ": (0.0, 3.0),
-}
-"""Least and greatest value of a quantity (of alpha*, on the grid), by the beginning of its name, where an interval may
-end: beyond it nothing can fail."""
 DIFFERENCES = {
     "deviation exponent, grpo": "deviation_exponent",
     "within exponent, grpo": "within_exponent",
@@ -107,18 +84,6 @@ DIFFERENCES = {
     "alpha* by eta": "alpha_star_eta",
 }
 """Compared between independent runs, with what `compare` calls them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What is drawn: one law, or K prompts each with one of several."""
-
-    name: str
-    laws: tuple[str, ...]
-    n: int
-    prompts: int
-    draws: int
-    kinds: frozenset[str] = frozenset(KINDS)
 
 
 @cache
@@ -192,58 +157,6 @@ def one_draw(job: tuple[Setting, int]) -> list[Found]:
     )
 
 
-def _of_quantity(ranges: dict[str, tuple[float, float]], quantity: str) -> tuple[float, float] | None:
-    """The range of a quantity, if it has one."""
-    return next((ends for start, ends in ranges.items() if quantity.startswith(start)), None)
-
-
-def row_of(found: Sequence[Found], setting: Setting) -> dict[str, Any]:
-    """One line of the table."""
-    truth, value, low, high = (np.array([getattr(f, x) for f in found]) for x in ("truth", "value", "low", "high"))
-    too_high, too_low = low > truth + 1e-12, high < truth - 1e-12
-    missed = too_high | too_low
-    bounded = np.isfinite(low) & np.isfinite(high)
-    one = found[0]
-    if one.quantity.endswith("p value"):
-        missed, bounded = value < 0.05, np.ones_like(missed)
-    count = len(found)
-    ends = wilson(int((~missed).sum()), count, 0.95)
-    error = (value - truth)[np.isfinite(value) & np.isfinite(truth)]
-    margin, wrong, rejected = _of_quantity(MARGINS, one.quantity), math.nan, math.nan
-    edges = _of_quantity(EDGES, one.quantity) or (-math.inf, math.inf)
-    if margin is not None:
-        sides = np.array([decide_from_margin(f.value, f.low, f.high, *margin) for f in found])
-        inside = (margin[0] <= truth) & (truth <= margin[1])
-        wrong = float((((sides == 1) & ~inside) | ((sides == -1) & inside)).mean())
-        rejected = float((sides == -1).mean())
-    return {
-        "setting": setting.name,
-        "n": setting.n,
-        "prompts": setting.prompts,
-        "quantity": one.quantity,
-        "estimand": one.estimand,
-        "draws": count,
-        "truth": _short(float(np.median(truth))),
-        "coverage": round(1 - float(missed.mean()), 3),
-        "coverage_low": round(ends[0], 3),
-        "coverage_high": round(ends[1], 3),
-        "too_high": round(float(too_high.mean()), 3),
-        "too_low": round(float(too_low.mean()), 3),
-        "at_edge": round(float((bounded & ((low <= edges[0]) | (high >= edges[1]))).mean()), 3),
-        "no_interval": round(1 - float(bounded.mean()), 3),
-        "median_bias": _short(float(np.median(error))) if error.size else "",
-        "width": _short(float(np.median(high[bounded] - low[bounded])))
-        if bounded.any() and np.isfinite(low).any()
-        else "",
-        "wrong": "" if math.isnan(wrong) else round(wrong, 3),
-        "rejected": "" if math.isnan(rejected) else round(rejected, 3),
-    }
-
-
-def _short(x: float) -> Any:
-    return "" if math.isnan(x) else float(f"{x:.4g}")
-
-
 def rows_of(results: list[list[Found]], setting: Setting) -> Iterator[dict[str, Any]]:
     """One row a quantity and estimand, then those of differences between runs."""
     by_name: dict[tuple[str, str], list[Found]] = {}
@@ -255,23 +168,9 @@ def rows_of(results: list[list[Found]], setting: Setting) -> Iterator[dict[str, 
     if len(setting.laws) == 1 and not setting.kinds & {BATCHES, REWARDS}:
         for quantity, name in DIFFERENCES.items():
             found = by_name.get((quantity, HERE), [])
-            pairs = [_difference(name, a, b) for a, b in zip(found[::2], found[1::2], strict=False)]
+            pairs = [difference_of(name, a, b) for a, b in zip(found[::2], found[1::2], strict=False)]
             if pairs:
                 yield row_of(pairs, setting)
-
-
-def _difference(name: str, one: Found, two: Found) -> Found:
-    """Two runs of the same law, as `compare` sets them side by side: no difference, or a ratio of 1."""
-    first, second = (
-        Estimate(value=f.value, low=f.low, high=f.high, level=0.95, method="", n=1, clusters=1, seed=None)
-        for f in (one, two)
-    )
-    made = estimate_difference(name, first, second)
-    ratio = name in ("cv", "noise_scale")
-    label = f"compare: {one.quantity}, {'ratio' if ratio else 'difference'} of two runs"
-    return Found(
-        quantity=label, estimand=HERE, truth=1.0 if ratio else 0.0, value=made.value, low=made.low, high=made.high
-    )
 
 
 def settings(scale: float) -> list[Setting]:

@@ -96,6 +96,8 @@ def ratio_of_loud(
     found = pooled_cv_ratio(sampled, plain, group_size=group_size, level=level)
     if math.isnan(found.value) or math.isnan(found.low):
         return found
+    if still and len(plain) == 1:  # no share of silent groups makes it more than 1
+        found = replace(found, high=max(min(found.high, 1.0), found.value))
     held, loud = found, list(sampled)
     if still:
         given = [_given_loud(one, 1.0 - share.value) for one, share in zip(plain, shares, strict=True)]
@@ -118,7 +120,7 @@ def ratio_of_loud(
     low = held.value * math.exp(-math.hypot(math.log(held.value / held.low), *falls))
     high = held.value * math.exp(math.hypot(math.log(held.high / held.value), *rises))
     if still and len(plain) == 1:
-        high = min(high, 1.0)  # no share of silent groups makes it more
+        high = min(high, 1.0)
     method = f"{found.method}; dynamic sampling by shares of silent groups"
     return replace(found, low=min(low, found.value), high=max(high, found.value), method=method)
 

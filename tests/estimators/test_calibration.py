@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import calibration, calibration_report
-from benchmarks.calibration import Setting
 from benchmarks.calibration_draws import Found
+from benchmarks.calibration_rows import Setting, row_of
 from benchmarks.calibration_truths import LAW, audit_truths, group_moments_of, group_truths, law_truths, proxy_truths
 from gradvar.estimators import advantages
 from gradvar.estimators.law import fit_exponent
@@ -112,17 +112,15 @@ def test_every_draw_counts():
     def found(value, low, high, truth=1.0, quantity="within exponent, score"):
         return Found(quantity=quantity, estimand="these prompts", truth=truth, value=value, low=low, high=high)
 
-    row = calibration.row_of(
-        [found(1.0, 0.9, 1.1), found(nan, nan, nan), found(nan, 0.0, inf), found(2.0, 1.9, 2.1)], setting
-    )
+    row = row_of([found(1.0, 0.9, 1.1), found(nan, nan, nan), found(nan, 0.0, inf), found(2.0, 1.9, 2.1)], setting)
     assert (row["coverage"], row["no_interval"], row["wrong"], row["rejected"]) == (0.75, 0.5, 0.25, 0.25)
     assert row["coverage_low"] < 0.75 < row["coverage_high"]
     assert row["width"] == pytest.approx(0.2)
     assert (row["too_high"], row["too_low"], row["at_edge"]) == (0.25, 0.0, 0.0)
-    right = calibration.row_of([found(2.0, 1.9, 2.1, truth=2.0)], setting)
+    right = row_of([found(2.0, 1.9, 2.1, truth=2.0)], setting)
     assert (right["wrong"], right["rejected"], right["median_bias"]) == (0.0, 1.0, 0.0)
     cosines = [found(0.9, low, high, truth=0.95, quantity="cosine grpo") for low, high in ((0.8, 1.0), (0.7, 0.9))]
-    edge = calibration.row_of([*cosines, found(nan, -inf, inf, quantity="cosine grpo")], setting)
+    edge = row_of([*cosines, found(nan, -inf, inf, quantity="cosine grpo")], setting)
     assert (edge["too_high"], edge["too_low"], edge["at_edge"]) == (0.0, 0.333, 0.333)
 
 
