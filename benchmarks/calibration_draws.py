@@ -191,6 +191,7 @@ def _exponents(samples: list[Sample], what: str) -> tuple[Estimate, Estimate]:
         n_centred=np.concatenate([s.n_centred for s in samples]) if corrected else None,
         mean_deviation=np.concatenate([s.mean_deviation for s in samples]) if corrected else None,
         clusters=np.repeat(np.arange(len(samples)), sizes),
+        carrying=sum(s.carrying for s in samples),
         dependence=lambda q: np.concatenate([f(x) for f, x in zip(parts, np.split(q, cuts), strict=True)]),
     )
     return fit.exponent, fit.exponent_across

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradvar.estimators.advantages import LEAST_CARRYING
 from gradvar.estimators.aggregation import aggregation_weights
 from gradvar.estimators.cv import UNRESOLVED, Needed, cv_from_rho, n_to_resolve, pooled_rho, resolution
 from gradvar.estimators.groups import GroupMoments
@@ -51,6 +52,8 @@ class GivenLengths(GroupMoments):
 
     third_root: float = 0.0
     """Cube root of the noise's third central moment, lengths given."""
+    carrying: int = 0
+    """How many responses carry the noise."""
 
     def combined(self, along_same: float, along_cross: float, group_size: int) -> tuple[float, float]:
         """Variance from pairs and bend of an estimate with these slopes."""
@@ -83,6 +86,8 @@ class Measured:
     slope: Array
     """(N,) derivative of V_i to a number added to every A."""
     max_length: float
+    carrying: int
+    """How many responses carry the noise (`advantages.carrying`)."""
 
 
 def no_update(n: int) -> GivenLengths:
@@ -122,6 +127,7 @@ def form_moments(
                 kind=0,
                 pairs=whole**2 * pairs,
                 bend=whole * 2.0 / (n * (n - 1.0)) * (influences @ kernel[0] @ influences.T),
+                carrying=measured.carrying,
                 third_root=_third_root(w * measured.spread, measured.skewness),
             )
     return found
@@ -214,7 +220,9 @@ def form_cv_rows(
     for rho, estimand in list(zip(both, (THESE_PROMPTS, PROMPTS_LIKE_THESE), strict=True))[: 2 if pooled else 1]:
         if rho.high <= 0.0 or (below and (estimand == THESE_PROMPTS or len(moments) >= MINIMUM_PROMPTS)):
             # ||grad J||^2 came out near -noise or below: nothing but a CV of at least 0 can be told.
-            rho = _nothing_told(rho)
+            rho = _nothing_told(rho, "||grad J||^2 estimated near minus the noise or below")
+        elif (few := sum(m.carrying for m in moments)) < LEAST_CARRYING:
+            rho = _nothing_told(rho, f"only {few} responses carry the noise (A^2 above its mean)")
         method = rho.method.replace("permutation groups", f"{CV_FORMS[form]}, ||grad J||^2 of different responses")
         needed = Needed(n=math.nan, at_least=False)
         if estimand == THESE_PROMPTS:
@@ -246,8 +254,8 @@ def no_form_cv_rows(
     ]
 
 
-def _nothing_told(rho: Estimate) -> Estimate:
-    method = rho.method.split("; no gradient")[0] + "; ||grad J||^2 estimated near minus the noise or below"
+def _nothing_told(rho: Estimate, why: str) -> Estimate:
+    method = f"{rho.method.split('; no gradient')[0]}; {why}"
     return replace(rho, value=math.nan, low=-math.inf, high=1.0, method=method)
 
 

@@ -13,6 +13,9 @@ from gradvar.errors import GradvarError
 from gradvar.estimators.cv import NO_GRADIENT, SILENT
 from gradvar.runs.records import PromptScores
 
+SMALLEST = 1e-100
+"""Of a Gram's largest entry, and one over it the largest: estimates hold its powers, which float64 keeps up to
+1e308."""
 SUM_TARGET = "sum"
 """Name of the target that is all targets' parameters together."""
 
@@ -25,7 +28,7 @@ def arrange(groups: Sequence[PromptScores]) -> dict[str, dict[str, PromptScores]
 
     Raises:
         GradvarError: No prompts, a (prompt, target) pair twice, targets of one prompt with other responses, or a Gram
-            that is not finite.
+            that is not finite or whose squares are not.
     """
     if not groups:
         raise GradvarError("no prompts to estimate from: measure at least one prompt first")
@@ -37,6 +40,12 @@ def arrange(groups: Sequence[PromptScores]) -> dict[str, dict[str, PromptScores]
         if not np.isfinite(scores.gram).all():
             raise GradvarError(
                 f"prompt {scores.prompt_id!r}: the gram of {scores.target!r} holds NaN or infinity: measure it again"
+            )
+        largest = float(np.abs(scores.gram).max(initial=0.0))
+        if largest > 0.0 and not SMALLEST < largest < 1.0 / SMALLEST:
+            raise GradvarError(
+                f"prompt {scores.prompt_id!r}: the gram of {scores.target!r} has entries up to {largest:.0e}, expected "
+                f"{SMALLEST:.0e} to {1.0 / SMALLEST:.0e}, as their squares leave float64: measure it again"
             )
         prompts[scores.prompt_id] = scores
     held = [frozenset(prompts) for prompts in targets.values()]

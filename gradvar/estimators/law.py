@@ -42,6 +42,7 @@ from gradvar.estimators.law_data import (
 from gradvar.estimators.law_estimates import (
     LARGEST_SHARE,
     FamilyFit,
+    carried_by,
     curvature_of,
     exponent_across_of,
     exponent_of,
@@ -50,6 +51,7 @@ from gradvar.estimators.law_estimates import (
     moved_by_one,
     resting_on,
     scales_of,
+    under_a_line,
 )
 from gradvar.estimators.least_squares import Spread, least_squares, owed, rank_correlation
 from gradvar.estimators.quasi import Dependence, QuasiFit
@@ -140,6 +142,7 @@ def fit_variance_law(
     margin: float = 0.25,
     level: float = 0.95,
     dependence: Dependence | None = None,
+    carrying: int | None = None,
 ) -> VarianceLaw:
     """Fit how deviations (or within-length variances) grow with length.
 
@@ -158,6 +161,8 @@ def fit_variance_law(
             `spread.within_dependence`), which turns the sandwich into a full delete-one jackknife. Without it the
             observations count as independent: harmless for deviations, not for within-length variances, which share
             neighbours.
+        carrying: How many responses carry the noise (`advantages.carrying`); below `advantages.LEAST_CARRYING` nothing
+            has an interval. None: all.
 
     Returns:
         The law. Where the power law does not converge its numbers are NaN and the verdict "undetermined"; where fewer
@@ -182,11 +187,12 @@ def fit_variance_law(
         "power": power,
     }
     curved = data.fit(curved_shape(centred), power.shape[0] if power.converged else 1.0, 0.0, dependence=dependence)
-    exponents = _exponents(data, power, margin, level, dependence)
+    exponents = _exponents(data, power, margin, level, dependence, carrying)
     scale, level_at, reference = scales_of(power, data.centre, level)
     shared = owed(codes, dependence)
     slope, slope_r2, _ = least_squares(x, y, codes, shared, level, logs=True)
     line, line_r2, intercept = least_squares(x, y, codes, shared, level, spread=_spread(data, power))
+    line, intercept = (carried_by(under_a_line(one, carrying), carrying) for one in (line, intercept))
     return VarianceLaw(
         **exponents,
         scale=following(scale, exponents["exponent"]),
@@ -194,12 +200,12 @@ def fit_variance_law(
         reference_length=reference,
         families=families_of(fits, x, data.centre),
         curvature=following(curvature_of(curved, level), exponents["exponent"]),
-        loglog_slope=slope,
+        loglog_slope=carried_by(slope, carrying),
         loglog_r2=slope_r2,
         line_slope=line,
         line_intercept=intercept,
         line_r2=line_r2,
-        rank_correlation=rank_correlation(x, y, codes, shared, level),
+        rank_correlation=carried_by(rank_correlation(x, y, codes, shared, level), carrying),
     )
 
 
@@ -213,10 +219,11 @@ def fit_exponent(
     margin: float = 0.25,
     level: float = 0.95,
     dependence: Dependence | None = None,
+    carrying: int | None = None,
 ) -> ExponentFit:
     """Fit the power law's exponent alone; arguments, numbers and errors as in `fit_variance_law`."""
     data = checked_data(lengths, deviations, clusters, n_centred, mean_deviation, margin, level)
-    return ExponentFit(**_exponents(data, _fit_power(data, dependence), margin, level, dependence))
+    return ExponentFit(**_exponents(data, _fit_power(data, dependence), margin, level, dependence, carrying))
 
 
 def fitted_means(lengths: Any, deviations: Any) -> Array:
@@ -247,7 +254,12 @@ def _spread(data: LawData, power: QuasiFit) -> Spread | None:
 
 
 def _exponents(
-    data: LawData, power: QuasiFit, margin: float, level: float, dependence: Dependence | None
+    data: LawData,
+    power: QuasiFit,
+    margin: float,
+    level: float,
+    dependence: Dependence | None,
+    carrying: int | None,
 ) -> dict[str, Any]:
     shares = weights_behind(data)
     behind, largest = 1.0 / float((shares**2).sum()), int(shares.argmax())
@@ -260,7 +272,7 @@ def _exponents(
             without, error = float(fitted.shape[0]), float(np.linalg.norm(fitted.shape_influence[:, 0]))
 
     def judged(estimate: Estimate) -> Estimate:
-        return moved_by_one(resting_on(estimate, behind), without)
+        return moved_by_one(carried_by(resting_on(estimate, behind), carrying), without)
 
     exponent = judged(exponent_of(power, level))
     verdict, n_needed = _verdict(exponent, margin)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from gradvar.estimators.advantages import FEW_CARRYING, LEAST_CARRYING
 from gradvar.estimators.intervals import (
     MINIMUM_PROMPTS,
     PROMPTS_LIKE_THESE,
@@ -26,6 +27,10 @@ Array = NDArray[np.float64]
 
 MINIMUM_RESPONSES = 16
 """Fewer responses than this get an exponent without interval: its coverage was not measured below."""
+
+LEAST_UNDER_A_LINE = 20
+"""Responses that must carry the noise for a line to have an interval where fewer than `FEW_CARRYING` of all do: with
+one in ten right it leans on where the few happen to lie, and slopes were covered 76 to 92% with 3 to 15 of them."""
 
 FEWEST_BEHIND = 2.0
 """An exponent that rests on fewer responses than this (`responses_behind`) gets no interval: one response sets it."""
@@ -95,6 +100,14 @@ def resting_on(estimate: Estimate, behind: float) -> Estimate:
     return replace(estimate, low=math.nan, high=math.nan, method=estimate.method + note)
 
 
+def carried_by(estimate: Estimate, carrying: int | None) -> Estimate:
+    """Return the estimate without interval where fewer than `LEAST_CARRYING` responses carry the noise."""
+    if carrying is None or carrying >= LEAST_CARRYING or math.isnan(estimate.low):
+        return estimate
+    note = f"; no interval, only {carrying} responses carry the noise (A^2 above its mean), below {LEAST_CARRYING}"
+    return replace(estimate, low=math.nan, high=math.nan, method=estimate.method + note)
+
+
 def moved_by_one(estimate: Estimate, without: float) -> Estimate:
     """Return the estimate without interval where one response moves it by more than its half-width.
 
@@ -112,6 +125,14 @@ def following(estimate: Estimate, exponent: Estimate) -> Estimate:
     if math.isfinite(exponent.low) or math.isnan(estimate.low):
         return estimate
     return replace(estimate, low=math.nan, high=math.nan, method=f"{estimate.method}; no interval, as the exponent")
+
+
+def under_a_line(estimate: Estimate, carrying: int | None) -> Estimate:
+    """Return a line's estimate without interval where too few responses of many carry the noise."""
+    if carrying is None or carrying >= min(LEAST_UNDER_A_LINE, FEW_CARRYING * estimate.n) or math.isnan(estimate.low):
+        return estimate
+    note = f"; no interval, only {carrying} responses carry the noise (A^2 above its mean), below {LEAST_UNDER_A_LINE}"
+    return replace(estimate, low=math.nan, high=math.nan, method=estimate.method + note)
 
 
 def scales_of(fit: QuasiFit, centre: float, level: float) -> tuple[Estimate, Estimate, float]:
@@ -132,11 +153,12 @@ def scales_of(fit: QuasiFit, centre: float, level: float) -> tuple[Estimate, Est
     def at(log_length: float) -> Estimate:
         log_value = float(fit.constants.mean()) + float(fit.shape[0]) * log_length
         half = quantile * float(np.linalg.norm(constant_influence + log_length * slope_influence))
+        told = method
         if n < MINIMUM_RESPONSES:
-            half = math.nan
+            half, told = math.nan, f"{method}; no interval below {MINIMUM_RESPONSES} responses"
         with np.errstate(over="ignore"):
             value, low, high = (float(np.exp(log_value + step)) for step in (0.0, -half, half))
-        return Estimate(value=value, low=low, high=high, level=level, method=method, n=n, clusters=clusters, seed=None)
+        return Estimate(value=value, low=low, high=high, level=level, method=told, n=n, clusters=clusters, seed=None)
 
     return at(-centre), at(pivot), _exp(centre + pivot)
 
@@ -145,8 +167,12 @@ def curvature_of(fit: QuasiFit, level: float) -> Estimate:
     """Coefficient of log(L)^2 in a curved fit."""
     n, clusters = len(fit.shape_influence), len(fit.constants)
     method = "Gamma quasi-likelihood, HC3 sandwich, t; coefficient of log(L)^2"
-    if not fit.converged or n < MINIMUM_RESPONSES:
+    if not fit.converged:
         return symmetric(math.nan, math.nan, level, method + "; not determined", n, clusters)
+    if n < MINIMUM_RESPONSES:
+        return symmetric(
+            math.nan, math.nan, level, f"{method}; not estimated below {MINIMUM_RESPONSES} responses", n, clusters
+        )
     half = _half_width(fit.shape_influence[:, 1], fit, level)
     return symmetric(float(fit.shape[1]), half, level, method, n, clusters)
 

@@ -158,6 +158,7 @@ def _fit(samples: list[Sample], what: str, writer: LawWriter, *, full: bool) -> 
         clusters=np.repeat(np.arange(len(samples)), sizes),
         margin=writer.margin,
         level=writer.level,
+        carrying=sum(s.carrying for s in samples),
         dependence=lambda q: np.concatenate(
             [part(piece) for part, piece in zip(parts, np.split(q, cuts), strict=True)]
         ),

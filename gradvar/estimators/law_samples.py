@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gradvar.estimators.advantages import advantages
+from gradvar.estimators.advantages import advantages, carrying
 from gradvar.estimators.baselines import advantage_dependence
 from gradvar.estimators.inputs import generator
 from gradvar.estimators.quasi import Dependence
@@ -45,6 +45,8 @@ class Sample:
     deviation_dependence: Dependence
     within_dependence: Dependence
     left_out: int
+    carrying: int
+    """How many of the responses carry the noise (`advantages.carrying`)."""
     names: tuple[int, ...]
     """Of the responses: their ids where known, else their places among the responses studied."""
 
@@ -111,6 +113,7 @@ def sample_of(
         deviation_dependence=between,
         within_dependence=shared,
         left_out=left_out,
+        carrying=count if factors is None else int(carrying(factors[chosen]).sum()) if count else 0,
         names=part.rollout_ids or tuple(np.flatnonzero(chosen).tolist()),
     )
 

@@ -28,6 +28,9 @@ Spread = tuple[Array, float]
 """Standard deviations (n,) of the observations, and their ratio to the means."""
 CLOSE = 1.0 - 1e-12
 """Beyond this a correlation is 1."""
+MOST_MOVED = 3.0
+"""By how much at most the log of an observation counts as moved by another response: near 0 it knows no bound."""
+LEAST_LEFT = math.exp(-MOST_MOVED)
 _TOO_FEW = f"; no interval below {MINIMUM_RESPONSES} responses"
 """As for the exponent: under a law of L^2 lines through 8 responses were covered 78%."""
 SHARED = 36
@@ -74,9 +77,12 @@ def least_squares(
     changes = [part[np.ix_(keep[own], keep[own])] for part, own in zip(shared, members, strict=True)]
     x, y, codes = x[keep], y[keep], codes[keep]
     if logs:
-        # An observation near 0 has no first order: its log moves by 1 at most.
+        # The difference itself: a neighbour with a large advantage multiplies what it is subtracted from.
         inside = [y[codes == k] for k in range(len(members))]
-        changes = [np.clip(part / own, -1.0, 1.0) for part, own in zip(changes, inside, strict=True)]
+        changes = [
+            np.clip(-np.log(np.maximum(1.0 - part / own, LEAST_LEFT)), -MOST_MOVED, MOST_MOVED)
+            for part, own in zip(changes, inside, strict=True)
+        ]
         x, y = np.log(x), np.log(y)
     changes = [part for part in changes if len(part)]
     present, codes = np.unique(codes, return_inverse=True)
@@ -140,6 +146,11 @@ def _reach(
     if once and jackknife > 0.0:
         whole *= math.sqrt(float(without_surplus(jackknife, 0.0, pairs)) / jackknife)
     influence = max(alone, whole, key=lambda x: float(x @ x))
+    seen = float(np.linalg.norm(alone))
+    if not once and seen > 0.0:
+        # Residuals large by chance where the gain is small could be so where it is not.
+        evenly = float(np.linalg.norm(gain) * np.linalg.norm(freed)) / math.sqrt(len(gain))
+        influence = influence * max(1.0, evenly / seen)
     if spread is not None:
         sizes, relative = spread
         skewness = 2.0 * relative  # a Gamma's

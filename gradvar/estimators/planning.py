@@ -28,11 +28,11 @@ from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import check_advantage
 from gradvar.estimators.aggregation import Rule, expand_rules, find_rule
 from gradvar.estimators.bias import Statistic, eta_estimate, is_direction_known, jackknifed, log_noise
-from gradvar.estimators.cv import UNRESOLVED, cv_from_rho, pooled_rho, resolution
+from gradvar.estimators.cv import SILENT, UNRESOLVED, cv_from_rho, pooled_rho, resolution
 from gradvar.estimators.enough import responses_for_cv_1
 from gradvar.estimators.group_products import Layout
 from gradvar.estimators.groups import PERMUTATIONS, GroupMoments, draw_groups, pairs_of_kinds, variant_coefficients
-from gradvar.estimators.inputs import arrange, generator, has_gradient, is_silent, why_nothing
+from gradvar.estimators.inputs import arrange, generator, why_nothing
 from gradvar.estimators.intervals import (
     MINIMUM_PROMPTS,
     PROMPTS_LIKE_THESE,
@@ -119,14 +119,14 @@ def planning_table(
         raise GradvarError(f"sizes must be at least 2, received {list(sizes)}")
     rows: list[TableRow] = []
     targets = arrange(groups)
-    loud = {name: s.verified() for own in targets.values() for name, s in own.items() if not is_silent(s)}
+    loud = {name: s.verified() for own in targets.values() for name, s in own.items() if not _why(s, advantage)}
     drawn: Drawn = {target: {n: {} for n in ordered} for target in targets}
     ends: dict[tuple[str, str], PromptTails] = {}
     for name, scores in loud.items():
         grams = {
             target: own[name].verified().gram
             for target, own in targets.items()
-            if name in own and has_gradient(own[name])
+            if name in own and not _why(own[name], advantage)
         }
         for n in ordered:
             if 3 * n <= len(scores.lengths):
@@ -139,7 +139,7 @@ def planning_table(
             )
     for (target, prompts), (k, (found, a)) in itertools.product(targets.items(), enumerate(variants)):
         labels: dict[str, Any] = {"target": target, "rule": found.name, "alpha": a, "advantage": advantage}
-        nothing = {name: why for name, s in prompts.items() if (why := why_nothing(s, "grpo")) is not None}
+        nothing = {name: why for name, s in prompts.items() if (why := _why(s, advantage)) is not None}
         used = {name: s.verified() for name, s in prompts.items() if name not in nothing}
         for name, scores in prompts.items():
             if name not in used:
@@ -195,6 +195,11 @@ def planning_table(
                 rows += _rows_of_pool(held, ordered, named, **shared)
                 rows += _efficiency_rows(pointed, ordered, named, **shared)
     return estimate_table(rows)
+
+
+def _why(scores: PromptScores, advantage: str) -> str | None:
+    """`why_nothing`; a prompt without verified response is silent."""
+    return why_nothing(scores, advantage) or (SILENT if np.isnan(scores.rewards).all() else None)
 
 
 def _limit(counts: Mapping[str, int], largest: int, sizes: Sequence[int]) -> str:

@@ -317,11 +317,30 @@ def test_a_scale_curved_in_the_share_of_correct_responses_is_covered():
 
 def test_a_parabola_reaches_as_far_as_its_values():
     """-s t + b t^2 + b over |t| <= q on a grid, from 0 outwards on either side, b / 2 further where the vertex is."""
-    t = np.linspace(-2.0, 2.0, 4001)
-    for slope, bend in itertools.product((0.0, 0.3, 3.0), (-0.5, 0.0, 0.5)):
+    for slope, bend, skewness in itertools.product((-3.0, 0.0, 0.3, 3.0), (-0.5, 0.0, 0.5), (-0.3, 0.0, 0.4)):
+        further = skewness * (2 * 2.0**2 + 1) / 6  # Hall (1992)
+        t = np.linspace(-2.0 - max(further, 0.0), 2.0 - min(further, 0.0), 40001)
         values = -slope * t + bend * (t**2 + 1.0)
         expected = max(-values.min() + max(bend, 0.0) / 2, 0.0), max(values.max() - min(bend, 0.0) / 2, 0.0)
-        assert _bent_reach(slope, bend, 2.0) == pytest.approx(expected, abs=1e-6)
+        assert _bent_reach(slope, bend, skewness, 2.0) == pytest.approx(expected, abs=1e-6)
+
+
+def test_where_few_are_right_a_share_may_be_larger_than_seen():
+    """With 5 of 64 right the scale is large by chance and by its own bias: its low end allows for both."""
+    rng = np.random.default_rng(8)
+    scores, _, lengths = simulator.draw(64, rng=rng)
+    for right, widened in ((5, True), (32, False)):
+        rewards = (np.arange(64) < right).astype(float)
+        got = parts(scores, rewards, lengths, draw_groups(64, 8, 64, rng=rng), [("dr_grpo", None)])
+        result = jackknifed([got], scale)
+        (slope, bend, skewness) = result.curved[0]
+        centred = rewards - rewards.mean()
+        assert skewness == pytest.approx((centred**3).sum() / (centred @ centred) ** 1.5, rel=0.05, abs=1e-3)
+        found = estimate_of(result, 0, level=0.95, method="m")
+        symmetric = replace(result, curved=[(slope, bend, 0.0)])
+        plain = estimate_of(symmetric, 0, level=0.95, method="m")
+        assert (found.low < plain.low - 1e-6) == widened
+        assert found.low <= plain.low
 
 
 @pytest.mark.parametrize("correct", [1, 2])

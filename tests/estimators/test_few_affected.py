@@ -75,6 +75,20 @@ def test_an_extra_that_changes_two_responses_has_no_interval_and_three_have_one(
             assert (f"changes {count} of 64" in row["method"]) == (count < 3)
 
 
+def test_filtering_that_leaves_out_none_of_few_right_ones_has_no_interval():
+    one = cut(128, 3, longest=5000.0)
+    order = np.argsort(-one.lengths)
+    truncated = np.isin(np.arange(128), order[:4])
+    for right, told in ((order[[1, *range(5, 128, 8)]], True), (order[5:128:7], False), (order[5:128:2], True)):
+        rewards = np.isin(np.arange(128), right).astype(float)
+        along = one.gram + np.trace(one.gram) / 32 * np.outer(rewards, rewards)  # a signal that is resolved
+        scores = replace(one, truncated=truncated, rewards=rewards, gram=along)
+        table = extras_table([scores], rules=("grpo",), seed=0, permutations=64)
+        row = only(table, quantity="cv_ratio", extra=FILTERING)
+        assert math.isnan(row["low"]) == math.isnan(row["high"]) == (not told)
+        assert ("none of which carries the noise" in row["method"]) == (not told)
+
+
 def test_further_responses_lie_where_those_seen_do():
     few = FewAffected(rows=np.array([True, False, True, False]))
     assert few.unseen(np.array([1.0, 9.0, -3.0, 9.0])) == (pytest.approx(3.0 * math.sqrt(2.0)), 0.0)

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from scipy import optimize, stats
 from statsmodels.tools.sm_exceptions import DomainWarning
 
 from gradvar.errors import GradvarError
-from gradvar.estimators import deviations, fit_variance_law, within_length_variance
+from gradvar.estimators import deviations, fit_variance_law, law_table, within_length_variance
 from gradvar.estimators.law import fit_exponent, heterogeneity
 from gradvar.estimators.law_data import checked_data, responses_behind
 from gradvar.estimators.spread import deviation_dependence, within_dependence
@@ -106,6 +107,8 @@ def reach(x, ols, which, law=None, y=None):
 
     if law is None:
         half = stats.t.ppf(0.975, degrees(influence)) * np.linalg.norm(influence)
+        freed = ols.resid / (1 - ols.get_influence().hat_matrix_diag)
+        half *= max(1, np.linalg.norm(gain) * np.sqrt((freed**2).mean()) / np.linalg.norm(influence))  # homoscedastic
         return [half * max(1, len(x) / (8 * degrees(influence))) ** (1 / 3)] * 2
     spread = law_spread(law, x, y)
     part, z = gain * spread, stats.norm.ppf(0.975)
@@ -172,7 +175,9 @@ def test_pooled_has_one_constant_a_prompt():
     assert law.exponent.clusters == 4
     ols = sm.OLS(np.log(y), design).fit(cov_type="HC3")
     assert law.loglog_slope.value == pytest.approx(ols.params[0], rel=1e-9)
-    quantiles = [stats.t.ppf(0.975, degrees) * ols.bse[0] for degrees in (115, 20)]
+    freed = ols.resid / (1 - ols.get_influence().hat_matrix_diag)
+    even = np.linalg.norm(np.linalg.pinv(design)[0]) * np.linalg.norm(freed) / math.sqrt(120)  # homoscedastic
+    quantiles = [stats.t.ppf(0.975, degrees) * max(even, ols.bse[0]) for degrees in (115, 20)]
     assert quantiles[0] <= law.loglog_slope.high - law.loglog_slope.value < quantiles[1]
     # Prompts like these: close to a delete-one-prompt jackknife done by refitting.
     refits = np.array(
@@ -375,3 +380,38 @@ def test_known_laws_are_covered_long(n, beta):
     hits, wrong, _ = coverage(n, beta, 1000, seed=1)
     assert (abs(hits / 1000 - 0.95) < 0.02 + 0.028).all(), hits
     assert wrong <= 50 + 4 * math.sqrt(1000 * 0.05 * 0.95)
+
+
+def test_few_right_responses_give_no_interval_and_say_so():
+    """With 3 right ones of 40 nothing of the advantage-weighted law has an interval; the score's has its own."""
+    one = simulator.prompt("p", 40, rng=np.random.default_rng(2), beta=1.0, signal=1.0)
+    told = {}
+    for right in (3, 4):
+        rewards = (np.arange(40) < right).astype(float)
+        table = law_table([replace(one, rewards=rewards)], advantages_studied=("score", "grpo"), subsets=False, seed=0)
+        for row in table.to_dict("records"):
+            told[right, row["advantage"], row["quantity"]] = row
+    for what in ("exponent", "scale", "level", "curvature", "loglog_slope", "line_slope", "rank_correlation"):
+        few, enough = told[3, "grpo", f"within_{what}"], told[4, "grpo", f"within_{what}"]
+        assert math.isfinite(few["value"])
+        assert math.isnan(few["low"])
+        assert math.isnan(few["high"])
+        assert math.isfinite(told[3, "score", f"within_{what}"]["low"])
+        assert "below 4" not in enough["method"]
+    note = "no interval, only 3 responses carry the noise"
+    assert note in told[3, "grpo", "within_exponent"]["method"]
+    assert note in told[3, "grpo", "within_loglog_slope"]["method"]
+    assert told[3, "grpo", "within_exponent"]["verdict"] == "undetermined"
+
+
+@pytest.mark.parametrize(
+    ("n", "right", "bounded"), [(128, 19, False), (128, 20, True), (60, 15, True), (60, 14, False)]
+)
+def test_a_line_has_no_interval_where_few_of_many_carry_it(n, right, bounded):
+    lengths = np.geomspace(50.0, 800.0, n)
+    law = fit_variance_law(lengths, lengths * np.random.default_rng(5).gamma(1.0, size=n), carrying=right)
+    assert math.isfinite(law.exponent.low)
+    assert math.isfinite(law.loglog_slope.low)
+    for estimate in (law.line_slope, law.line_intercept):
+        assert math.isfinite(estimate.low) == math.isfinite(estimate.high) == bounded
+        assert (f"only {right} responses carry the noise" in estimate.method) != bounded

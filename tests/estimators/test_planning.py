@@ -211,6 +211,18 @@ def test_refuses(groups):
         planning_table(groups, rule="vl_norm", seed=0)
 
 
+def test_equal_rewards_are_silent_only_where_the_advantage_is_zero(groups):
+    """Raw rewards of 1, and the score, leave an update where no group advantage does."""
+    equal = replace(groups[0], rewards=np.ones(len(groups[0].rewards)))
+    for advantage, silent in (("grpo", True), ("raw", False), ("score", False)):
+        table = planning_table([equal], sizes=(4,), advantage=advantage, permutations=32, seed=0)
+        assert (set(table["verdict"].dropna()) == {"silent: all rewards equal"}) == silent
+        assert ("eta" in set(table["quantity"])) != silent
+    unknown = replace(equal, rewards=np.full(len(equal.rewards), np.nan))
+    table = planning_table([unknown], sizes=(4,), advantage="score", permutations=32, seed=0)
+    assert only(table, quantity="cv")["verdict"] == "silent: all rewards equal"
+
+
 def test_silent_share_over_prompts_counts_silent_ones(groups):
     several = [replace(g, prompt_id=f"q{k}") for k, g in enumerate([groups[0], groups[1], groups[0], groups[1]])]
     several[3] = replace(several[3], rewards=np.ones(len(several[3].rewards)))

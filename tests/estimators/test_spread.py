@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 
@@ -135,6 +137,13 @@ def test_local_moments_are_those_of_responses_alike_in_length(n, alike):
         relative = [values[j] / law[j] for j in near]
         deviation, mean = np.std(relative, ddof=1) * law[i], np.mean(relative) * law[i]
         assert (spread[i], skewness[i]) == pytest.approx((deviation, 2 * deviation / mean))
+    # Where few carry the noise, as many as hold 4 of them on average.
+    few = np.arange(n) % 10 == 0
+    wider, _ = local_moments(lengths, values, law, carrying=few, rng=rng)
+    count = min(max(alike, math.ceil(4 * n / few.sum())), n)
+    for i in range(n):
+        near = sorted(range(n), key=lambda j: abs(lengths[j] - lengths[i]))[:count]
+        assert wider[i] == pytest.approx(np.std([values[j] / law[j] for j in near], ddof=1) * law[i])
     # Nothing spreads where nothing is.
     assert not np.any(local_moments(lengths, 0.0 * law, 0.0 * law, rng=rng))
 

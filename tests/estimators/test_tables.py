@@ -392,3 +392,9 @@ def test_responses_that_would_settle_a_ratio_move_the_end_that_has_to_leave_one(
 
     assert needed(1.2, 0.9, 1.3) == math.ceil(64 * (math.log(1.2 / 0.9) / math.log(1.2)) ** 2)
     assert needed(0.8, 0.5, 1.1) == math.ceil(64 * (math.log(1.1 / 0.8) / math.log(0.8)) ** 2)
+
+
+@pytest.mark.parametrize("unit", [1e101, 1e-101])
+def test_a_gram_beyond_float64_is_refused(unit):
+    with pytest.raises(GradvarError, match=r"entries up to .*, expected 1e-100 to 1e\+100.*measure it again"):
+        cv_table([replace(prompts(1, 12, ("a",))[0], gram=np.eye(12) * unit)], seed=0)

@@ -91,6 +91,20 @@ def test_unseen_responses_by_their_definition():
     assert both == pytest.approx((0.0, math.hypot(one, two)))
 
 
+def test_the_nearest_hold_four_that_carry_the_noise():
+    """The 8 nearest, and further ones until 4 of those with a large advantage are among them; all where there are 3."""
+    lengths = np.array([7.0 * 1.1**k for k in (3, 0, 1, 2, *range(4, 60))])
+    order = np.argsort(lengths)
+    for right, short, long in (((0, 1, 2, 3), 8, 60), ((5, 20, 30, 40, 50), 41, 40), ((1, 2, 3), 60, 60)):
+        rewards = np.zeros(60)
+        rewards[order[list(right)]] = 1.0
+        beyond = PromptTails.of(np.eye(60), rewards, lengths, advantage="grpo").beyond
+        assert sorted(beyond.below[0]) == sorted(order[:short])
+        assert sorted(beyond.above[0]) == sorted(order[60 - long :])
+    half = PromptTails.of(np.eye(60), np.arange(60) % 2.0, lengths, advantage="grpo").beyond
+    assert sorted(half.below[0]) == sorted(order[:8])
+
+
 def test_only_the_side_that_an_unseen_response_would_take_is_widened():
     (a, b), _, _, lengths = moments(seed=3)
     assert lengths.min() > 20
