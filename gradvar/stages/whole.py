@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gradvar.errors import GradvarError
 from gradvar.estimators import find_rule, parse_variant
 from gradvar.gradients import check_targets
@@ -55,6 +57,7 @@ def run_all(
         check_sampling(run, given)
         sample(run, given, listener)
     reward(run, given, listener)
+    check_groups(run, given)
     measure(run, given, listener)
     line = disagreement(run)
     if line is not None:
@@ -99,6 +102,23 @@ def check_sampling(run: Run, given: Mapping[str, Any]) -> None:
             choose_reward(prompt.data_source, prompt.ground_truth, override)
     skeleton = load_skeleton(ready.folder, trust_remote_code=ready.config.trust_remote_code)
     check_targets(skeleton, agreed_config(run, MeasureConfig, given).targets)
+
+
+def check_groups(run: Run, given: Mapping[str, Any]) -> None:
+    """Check that a prompt's responses make two groups before they are measured, which takes longest.
+
+    Raises:
+        GradvarError: No prompt holds as many verified responses (of any kind for the score).
+    """
+    config = agreed_config(run, EstimateConfig, given)
+    sampled = [prompt.prompt_id for prompt in run.prompts() if run.file("rollouts", prompt.prompt_id).exists()]
+    rewards = [run.rewards(prompt_id) for prompt_id in sampled]
+    most = max(len(r) if config.advantage == "score" else int((~np.isnan(r)).sum()) for r in rewards)
+    if 0 < most < 2 * config.group_size:  # without any the score alone is estimated
+        raise GradvarError(
+            f"--group-size: expected at most {most // 2}, half the {most} verified responses of the prompt with most (a "
+            f"CV needs two disjoint groups), received {config.group_size}; nothing was measured"
+        )
 
 
 def demo(run: Run, given: Mapping[str, Any], listener: Listener | None = None) -> list[Path]:

@@ -261,6 +261,19 @@ def test_an_import_of_single_responses(refused, tmp_path):
     assert "expected at least 2" in refused("sample", tmp_path / "r", "--model", policy_path(), "--from", path)
 
 
+def test_an_import_too_small_for_two_groups_is_refused_before_it_is_measured(refused, tmp_path):
+    rows = [
+        {"prompt_token_ids": [1, 2], "response_token_ids": [3, 4 + k], "reward": float(k % 2), "prompt_id": "p"}
+        for k in range(6)
+    ]
+    path = write(tmp_path / "r.jsonl", "\n".join(json.dumps(row) for row in rows))
+    run = tmp_path / "r"
+    line = refused("run", run, "--model", policy_path(), "--from", path, "--group-size", "4")
+    assert "expected at most 3, half the 6 verified responses" in line
+    assert not list(run.glob("grams/*"))
+    assert list(run.glob("rewards/*"))
+
+
 def test_a_prompt_that_is_not_unicode(refused, tmp_path):
     path = write(tmp_path / "p.jsonl", '{"prompt": "\\ud800 a", "answer": "1"}\n')
     options = ["--template", "none", *asked(prompts=path)[:4], "--max-tokens", "64"]
