@@ -181,7 +181,7 @@ def settings(scale: float) -> list[Setting]:
 
     made = [
         Setting(name=name, laws=(name,), n=n, prompts=1, draws=times(draws))
-        for name, (n, draws) in itertools.product(SETTINGS, ((16, 250), (64, 250), (128, 250), (512, 60)))
+        for name, (n, draws) in itertools.product(SETTINGS, ((16, 250), (64, 250), (128, 250), (512, 80)))
     ]
     made += [
         Setting(
@@ -192,7 +192,7 @@ def settings(scale: float) -> list[Setting]:
     names = tuple(name for name, law in SETTINGS.items() if "p" not in law)  # one share of correct responses
     made += [
         Setting(name="8 prompts of any of these", laws=names, n=n, prompts=8, draws=times(draws))
-        for n, draws in ((16, 400), (64, 150), (128, 40), (512, 12))
+        for n, draws in ((16, 400), (64, 150), (128, 80), (512, 24))
     ]
     moving = ("beta 1, mean moves with L",)
     made.append(Setting(name="8 equal prompts, mean moves with L", laws=moving, n=64, prompts=8, draws=times(120)))

@@ -28,6 +28,7 @@ from gradvar.estimators.bias import (
     estimate_of,
     eta_estimate,
     inner_product,
+    is_direction_known,
     jackknifed,
     log_efficiency,
     log_noise,
@@ -36,12 +37,14 @@ from gradvar.estimators.bias import (
     scale,
     what_is_known,
 )
+from gradvar.estimators.carrying import together
 from gradvar.estimators.cv import cv_from_rho, pooled_rho
 from gradvar.estimators.eta_ratios import eta_ratios
 from gradvar.estimators.group_products import Layout
 from gradvar.estimators.groups import GroupMoments, draw_groups, group_coefficients, group_moments, moments_of_kinds
 from gradvar.estimators.identity import identity_from_parts, identity_parts
 from gradvar.estimators.inputs import is_silent
+from gradvar.estimators.intervals import MINIMUM_PROMPTS
 from gradvar.estimators.law import fit_exponent
 from gradvar.estimators.law_samples import Sample, sample_of, spread_of
 from gradvar.estimators.length_bins import bin_products, length_bins
@@ -50,7 +53,7 @@ from gradvar.estimators.pairs import mean_coefficients, pair_covariance
 from gradvar.estimators.planning import extrapolated_cv
 from gradvar.estimators.prediction import Pair, predictions
 from gradvar.estimators.proxies import prompt_pairs
-from gradvar.estimators.ratios import pooled_cv_ratio
+from gradvar.estimators.ratios import cv_ratio_across, pooled_cv_ratio
 from gradvar.estimators.spread import NEIGHBOURS
 from gradvar.estimators.surplus import of_log_efficiency, of_log_rho
 from gradvar.estimators.tails import PromptTails
@@ -191,7 +194,7 @@ def _exponents(samples: list[Sample], what: str) -> tuple[Estimate, Estimate]:
         n_centred=np.concatenate([s.n_centred for s in samples]) if corrected else None,
         mean_deviation=np.concatenate([s.mean_deviation for s in samples]) if corrected else None,
         clusters=np.repeat(np.arange(len(samples)), sizes),
-        carrying=sum(s.carrying for s in samples),
+        carrying=together(s.carrying[what] for s in samples),
         dependence=lambda q: np.concatenate([f(x) for f, x in zip(parts, np.split(q, cuts), strict=True)]),
     )
     return fit.exponent, fit.exponent_across
@@ -230,7 +233,10 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
         else:
             both = [prompt.beside(variants[k], variants[0]) for prompt in described]
             ratio = pooled_cv_ratio(moments[k], moments[0], group_size=GROUP, level=LEVEL, tails=both)
-            yield f"cv ratio {name}/grpo", ratio, None
+            across = (
+                cv_ratio_across(moments[k], moments[0], ratio, level=LEVEL) if len(used) >= MINIMUM_PROMPTS else None
+            )
+            yield f"cv ratio {name}/grpo", ratio, across
     yield from _sizes(used, rng)
     if n < 3 * GROUP:
         return
@@ -249,11 +255,17 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
     noise, angle = jackknifed(pool, log_noise), jackknifed(pool, cosine)
     along, product, longer = (jackknifed(pool, one) for one in (scale, inner_product(1), pressure(1)))
     known = what_is_known(pool, level=LEVEL)
+    several = len(used) >= MINIMUM_PROMPTS
+    over_prompts = jackknifed(pool, log_noise, across=True) if several else None
+    sure = several and is_direction_known(pool, level=LEVEL, across=True)
     for k in REWARDED:
         name = label(*RULES[k])
         turning = [prompt.angle(variants[k]) for prompt in described]
         eta = eta_estimate(pool, noise, k, level=LEVEL, method="", tails=tails[k], known=known.direction)
-        yield f"eta {name}", eta, None
+        over = None
+        if over_prompts is not None:
+            over = eta_estimate(pool, over_prompts, k, level=LEVEL, method="", across=True, known=sure)
+        yield f"eta {name}", eta, over
         yield (
             f"cosine {name}",
             cosine_estimate(pool, angle, k, level=LEVEL, method="", tails=turning, known=known),

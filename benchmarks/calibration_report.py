@@ -13,6 +13,8 @@ WRONG = 0.05
 """Most wrong verdicts."""
 CLAIMED = ("deviation exponent", "within exponent", "rho ", "cv ratio ", "cv form ", "eta ")
 """Beginnings of the quantities for which the claim is made; the others are tabled."""
+BIASED = ("rho ", "cv ratio ", "eta ", "cosine ", "scale ", "alpha* ", "noise scale ")
+"""Beginnings of the ratios and argmaxes whose bias is tabled."""
 UNRESOLVED = 0.02
 """Beyond this share of draws without a bounded interval, all of which cover, a row cannot but lie above."""
 ONE_SIDED = 0.5
@@ -80,6 +82,7 @@ def summary(rows: Sequence[Row], minutes: float, workers: int) -> str:
         "A cell without numbers: no bounded interval there. `[x%]`: median share without a bounded interval.",
         "",
     ]
+    lines += _bias([r for r in single if r["prompts"] == 1], sizes)
     lines += _batches([r for r in covered if r["setting"].startswith("batches")])
     lines += ["## The test of assumption 0", "", "| setting | N | prompts | share of p < 0.05 | rejected by margin |"]
     lines += ["|---|---|---|---|---|"]
@@ -98,6 +101,31 @@ def summary(rows: Sequence[Row], minutes: float, workers: int) -> str:
     lines += _listing("Exponents, rho, CV ratios and eta above the claim", above)
     lines += _listing("More wrong verdicts than claimed", wrong)
     return "\n".join(lines) + "\n"
+
+
+def _bias(rows: list[Row], sizes: Sequence[int]) -> list[str]:
+    """Median bias of what no estimator knows without bias: ratios and argmaxes."""
+    lines = [
+        "## Median bias of ratios",
+        "",
+        "Median over draws of estimate less truth, over the truth (alpha*: as it is): least / median / most over "
+        "settings.",
+        "",
+        "| quantity | " + " | ".join(f"N = {n}" for n in sizes) + " |",
+        "|---|" + "---|" * len(sizes),
+    ]
+    for name in dict.fromkeys(r["quantity"] for r in rows if r["quantity"].startswith(BIASED)):
+        cells = []
+        for n in sizes:
+            found = sorted(
+                r["median_bias"] / (1.0 if name.startswith("alpha*") else r["truth"])
+                for r in rows
+                if r["quantity"] == name and r["n"] == n and r["median_bias"] != "" and r["truth"] not in ("", 0.0)
+            )
+            cells.append(" / ".join(f"{found[k]:+.3f}" for k in (0, len(found) // 2, -1)) if found else "")
+        if any(cells):
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def _kinds(rows: Sequence[Row]) -> str:

@@ -248,6 +248,11 @@ def signal_for(cv: float, law: dict[str, Any]) -> float:
     return round(math.sqrt(low * high), 3)
 
 
+def grid_of(law: dict[str, Any]) -> Array:
+    """Lengths (L,) at equally likely quantiles."""
+    return _grid(law)[1]
+
+
 def _grid(law: dict[str, Any], count: int = 2000) -> tuple[Array, Array, Array]:
     """Lengths at equally likely quantiles: z, L and p(L)."""
     spread, p = law.get("spread", 0.6), law.get("p", 0.4)

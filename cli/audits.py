@@ -14,7 +14,7 @@ from gradvar.runs.records import counted
 from gradvar.runs.rows import last_target, overall
 
 from . import console
-from .console import count, verdict
+from .console import at_least, count, verdict
 
 if TYPE_CHECKING:
     from gradvar.runs import EstimateConfig, Run
@@ -78,7 +78,8 @@ def _print_assumptions(judged: pd.DataFrame, options: EstimateConfig) -> None:
         if getattr(options, MARGINS[quantity]) != getattr(usual, MARGINS[quantity]):
             told += f" (margin {escape(_margin(row))})"
         if row["verdict"] == "undetermined" and pd.notna(row["n_needed"]):
-            told += f", {count(row['n_needed'])} responses would decide"
+            needed = at_least(count(row["n_needed"]), row.get("n_needed_at_least"))
+            told += f", {needed} responses would decide"
         if pd.isna(row["value"]):
             why = str(row["method"]).removeprefix("not estimated; ").removeprefix("not measured: ")
             told += f" ({escape(why)})"

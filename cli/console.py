@@ -144,3 +144,8 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float):
         return None if math.isnan(value) else (value if math.isfinite(value) else ("inf" if value > 0 else "-inf"))
     return value
+
+
+def at_least(needed: str, only: Any) -> str:
+    """Return a number of responses, marked where it is a lower bound only."""
+    return f"≥ {needed}" if only is not None and bool(only) and needed[:1].isdigit() else needed

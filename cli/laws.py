@@ -10,7 +10,7 @@ from gradvar.runs.records import counted
 from gradvar.runs.rows import last_target, overall, row_of
 
 from . import console
-from .console import count, verdict
+from .console import at_least, count, verdict
 
 _WHAT = {"deviation": "deviation from the mean", "within": "within-length variance"}
 _SIGNS = {"proportional": "[green]+[/green]", "not proportional": "[red]-[/red]"}
@@ -52,7 +52,7 @@ def print_exponents(law: pd.DataFrame, *, margin: float) -> None:
                 number(row["value"]),
                 interval(row),
                 verdict(row["verdict"], short=True),
-                count(row["n_needed"]) if undecided else "",
+                at_least(count(row["n_needed"]), row.get("n_needed_at_least")) if undecided else "",
             ]
         )
     level = f"{100 * float(whole['level'].iloc[0]):g}%"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -14,7 +14,7 @@ from gradvar.runs.records import counted
 from gradvar.runs.rows import last_target, overall, row_of
 
 from . import console
-from .console import count, verdict
+from .console import at_least, count, verdict
 from .laws import print_classes, print_difference, print_exponents, print_families, print_law_by_prompt
 
 if TYPE_CHECKING:
@@ -230,8 +230,3 @@ def _print_prompts(cv: pd.DataFrame) -> None:
 def _first(names: Sequence[str], most: int = 8) -> str:
     """Return some names, and that there are more."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
-
-
-def at_least(needed: str, only: Any) -> str:
-    """Return a number of responses, marked where it is a lower bound only."""
-    return f"≥ {needed}" if only is not None and bool(only) and needed[:1].isdigit() else needed

@@ -55,27 +55,6 @@ def _opo(rewards: Array, lengths: Array | None) -> Array:
     return np.asarray(np.where(silent, 0.0, rewards - baseline))
 
 
-LEAST_CARRYING = 4
-"""Responses that must carry the noise for what they say of it to have an interval: where one response in ten is right,
-exponents were covered 43 to 86% with 2 or 3 right ones among 64, 93 to 100% from 4 on."""
-
-FEW_CARRYING = 0.25
-"""Share of responses that carry the noise below which they are few among many."""
-
-
-def carrying(factors: Array) -> NDArray[np.bool_]:
-    """Which of the responses (n,) carry the noise: those of A^2 above its mean; all where A^2 is one value.
-
-    A right response among nine wrong ones has 81 times their A^2: what its gradient does, theirs hardly show.
-
-    Args:
-        factors: (n,) A.
-    """
-    squares = np.square(factors)
-    found = squares > (1.0 + 1e-9) * squares.mean()
-    return np.asarray(found if found.any() else np.ones_like(found))
-
-
 _DEFINED: dict[str, Callable[[Array, Array | None], Array]] = {
     "grpo": _grpo,
     "mean": _mean,

@@ -88,10 +88,11 @@ def audit_table(
         seed: Of permutations, sign flips and ties.
 
     Returns:
-        The table with `assumption`, `margin_low`, `margin_high`, `n_needed` (responses of all prompts of the row),
-        `estimand`, `length_low`, `length_high` (tokens), `probe_part` (the part of assumption 1's squared error that
-        more probes would lower) and `silent` (prompts of the row with equal rewards). Silent prompts
-        have their verdict in 2 to 4 where the advantage has a baseline; they do not count in pooled rows.
+        The table with `assumption`, `margin_low`, `margin_high`, `n_needed` (responses of all prompts of the row, where
+        `n_needed_at_least` a lower bound), `estimand`, `length_low`, `length_high` (tokens), `probe_part` (the part of
+        assumption 1's squared error that more probes would lower) and `silent` (prompts of the row with equal rewards).
+        Silent prompts have their verdict in 2 to 4 where the advantage has a baseline; they do not count in pooled
+        rows.
 
     Raises:
         GradvarError: Unknown advantage or rule, a margin that is not positive, or as `arrange`.

@@ -83,6 +83,7 @@ class Audit:
         margin: tuple[float, float] = (math.nan, math.nan),
         verdict: str | None = None,
         n_needed: float = math.nan,
+        at_least: bool = False,
         estimand: str = THESE_PROMPTS,
         advantage: str | None = None,
         scope: str = ALL_RESPONSES,
@@ -111,6 +112,7 @@ class Audit:
                     "margin_low": margin[0],
                     "margin_high": margin[1],
                     "n_needed": n_needed,
+                    "n_needed_at_least": at_least,
                     "estimand": estimand,
                     "length_low": lengths[0],
                     "length_high": lengths[1],
@@ -275,6 +277,7 @@ def law_rows(audit: Audit, groups: Sequence[PromptScores], margin: float) -> Non
             margin=(1.0 - margin, 1.0 + margin),
             verdict=verdicts.get(row["verdict"], row["verdict"]),
             n_needed=row["n_needed"],
+            at_least=bool(row["n_needed_at_least"]),
             estimand=row["estimand"],
             silent=row["silent"],
         )

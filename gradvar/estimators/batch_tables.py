@@ -273,15 +273,20 @@ def _rows(
     compared: tuple[Rule, float | None],
 ) -> list[TableRow]:
     rows = []
+    silent = not any(moments.power.mean() > 0.0 for moments, _ in batches.values())
     for (scope, size), (moments, extrapolated) in batches.items():
         add = _Adder(study=study, variant=variant, scope=scope, size=size, extrapolated=extrapolated)
-        if not moments.power.mean() > 0.0:
+        if silent:
             none = replace(study.none(), method=f"{METHOD}; {study.nothing}")
             rows.append(add.row("cv", none, 0.0, verdict=study.nothing))
             continue
         for suffix, statistic in (("", total_rho), ("_given_prompts", given_rho)):
             found = spread(statistic, moments)
             rho = rho_interval(found, add.none())
+            if not moments.power.mean() > 0.0:
+                # Estimated without bias, a large batch's E||ghat||^2 may come out negative where the signal is weak.
+                method = f"{rho.method}; E||ghat||^2 estimated at or below 0"
+                rho = replace(rho, value=math.nan, low=-math.inf, high=1.0, method=method)
             about: dict[str, Any] = {"verdict": resolution(rho), "needed": _needed(rho, size)}
             rows.append(add.row(f"rho{suffix}", rho, found.sketch, **about))
             rows.append(add.row(f"cv{suffix}", cv_from_rho(rho), math.nan, **about))

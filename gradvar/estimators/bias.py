@@ -86,8 +86,8 @@ class Jackknifed:
         return quantiles_of_columns(influences, level, self.n - self.clusters)
 
 
-RARE = 3.0
-"""Skewness of the share of correct responses from which on a scale's bias moves its interval, to one over this."""
+RARE = 1.0 / 3.0
+"""Skewness of the share of correct responses at which a scale's bias moves its interval by all of it; below by less."""
 
 Statistic = Callable[[Array, Array, Array, Array], Array]
 """(same (..., R), cross (..., R), mixed (..., R, H), direction (..., H)) to (..., R)."""
@@ -233,7 +233,7 @@ def estimate_of(
             rest = quantile * math.sqrt(max(error**2 - explained, 0.0))
             # Where few are right the ratio's own bias, of order 1/(N p), is what pairs of responses do not see.
             straight = [_bent_reach(float(slope[k]), 0.0, skew, quantile) for slope, _, skew in result.curved]
-            rare = min(max(RARE * abs(skew) for *_, skew in result.curved), 1.0)
+            rare = min(max(abs(skew) for *_, skew in result.curved) / RARE, 1.0)
             ends = []
             for side, far in enumerate((max(bias, 0.0), max(-bias, 0.0))):
                 bent = math.hypot(rest, far, *(reach[side] for reach in bends))

@@ -19,9 +19,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from gradvar.estimators.advantages import advantages, carrying, check_advantage
+from gradvar.estimators.advantages import advantages, check_advantage
 from gradvar.estimators.aggregation import Rule, expand_rules
 from gradvar.estimators.bias import cosine, cosine_estimate, estimate_of, gated, jackknifed, what_is_known
+from gradvar.estimators.carrying import few_that_carry
 from gradvar.estimators.cv import UNRESOLVED, cv_from_rho, pooled_rho, resolution
 from gradvar.estimators.few_affected import FewAffected, enough_affected, ratio_of_loud, share_of_responses
 from gradvar.estimators.group_products import Layout
@@ -102,7 +103,7 @@ def extras_table(
         "cosine_difference"   to the plain update's, paired; verdict likewise
         "affected"            share of responses (of groups, for dynamic sampling) that the extra changes
     Where filtering or punishment changes fewer than 3 responses, ratio and difference have no interval; nor where
-    filtering leaves out none of the few that carry the noise (fewer than a quarter).
+    filtering leaves out none of the few that carry the noise (`carrying.few_that_carry`).
 
     Args:
         groups: Prompts by targets; several targets get their sum as well.
@@ -222,7 +223,7 @@ def _prompt(
         kinds.append(plain * loud[..., None] / (1.0 - silent.value))
         still = moments[SAMPLING].same * float(loud.mean()) >= (1.0 - ROUNDING) * moments[NONE].same
     aim = reward_direction(scores.rewards, drawn)[None]
-    behind = carrying(advantages(scores.rewards, advantage, lengths=scores.lengths))
+    behind = few_that_carry(advantages(scores.rewards, advantage, lengths=scores.lengths))
     return _Prompt(
         tails={NONE: as_is, FILTERING: as_is, PUNISHMENT: less.alone(variant), SAMPLING: as_is},
         affected={

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradvar.estimators.advantages import FEW_CARRYING
 from gradvar.estimators.groups import GroupMoments
 from gradvar.estimators.intervals import wilson
 from gradvar.estimators.ratios import pooled_cv_ratio
@@ -42,13 +41,15 @@ class FewAffected:
     either_way: bool = False
     """Whether they pull both ways: left out of the update, a response takes signal and noise with it."""
     carrying: NDArray[np.bool_] | None = None
-    """(N,) which responses carry the noise (`advantages.carrying`); None: all."""
+    """(N,) which responses carry the noise where they are few (`carrying.few_that_carry`)."""
 
     @property
     def mute(self) -> bool:
-        """Whether none of them carries the noise where few do: one that does would move it by far more than they."""
-        # One in ten right: ratios under filtering were covered 66% without (N = 128).
-        if self.carrying is None or not self.either_way or float(self.carrying.mean()) >= FEW_CARRYING:
+        """Whether none of those left out carries the noise where few do: one that does moves it by far more than they.
+
+        One in ten right: ratios under filtering were covered 66% without (N = 128).
+        """
+        if self.carrying is None or not self.either_way or not self.rows.any():
             return False
         return not (self.carrying & self.rows).any()
 
@@ -66,12 +67,12 @@ class FewAffected:
 def enough_affected(prompts: Sequence[FewAffected], estimate: Estimate) -> Estimate:
     """The estimate, without interval where an extra changes fewer than `LEAST_AFFECTED` responses, or mute ones."""
     count = sum(int(one.rows.sum()) for one in prompts)
-    mute = all(one.mute for one in prompts)
+    mute = any(one.mute for one in prompts)
     if math.isnan(estimate.value) or (count >= LEAST_AFFECTED and not mute):
         return estimate
     note = f"{estimate.method}; no interval, the extra changes {count} of {estimate.n} responses"
     if count >= LEAST_AFFECTED:
-        note += ", none of which carries the noise (A^2 above its mean)"
+        note += ", none of which is one of the few of A^2 above its mean"
     return replace(estimate, low=math.nan, high=math.nan, method=note)
 
 

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradvar.estimators.advantages import LEAST_CARRYING
 from gradvar.estimators.aggregation import aggregation_weights
+from gradvar.estimators.carrying import LEAST_CARRYING, few_words, together
 from gradvar.estimators.cv import UNRESOLVED, Needed, cv_from_rho, n_to_resolve, pooled_rho, resolution
 from gradvar.estimators.groups import GroupMoments
 from gradvar.estimators.intervals import MINIMUM_PROMPTS, PROMPTS_LIKE_THESE, THESE_PROMPTS
@@ -52,8 +52,8 @@ class GivenLengths(GroupMoments):
 
     third_root: float = 0.0
     """Cube root of the noise's third central moment, lengths given."""
-    carrying: int = 0
-    """How many responses carry the noise."""
+    carrying: float = 1.0
+    """Effective number of the responses that carry the noise; 1 of a silent prompt adds none."""
 
     def combined(self, along_same: float, along_cross: float, group_size: int) -> tuple[float, float]:
         """Variance from pairs and bend of an estimate with these slopes."""
@@ -86,8 +86,8 @@ class Measured:
     slope: Array
     """(N,) derivative of V_i to a number added to every A."""
     max_length: float
-    carrying: int
-    """How many responses carry the noise (`advantages.carrying`)."""
+    carrying: float
+    """Effective number of the responses that carry the noise (`carrying.effective_carrying`)."""
 
 
 def no_update(n: int) -> GivenLengths:
@@ -218,15 +218,17 @@ def form_cv_rows(
     below = noise > 0.0 >= sum(m.same for m in moments)
     rows = []
     for rho, estimand in list(zip(both, (THESE_PROMPTS, PROMPTS_LIKE_THESE), strict=True))[: 2 if pooled else 1]:
+        few = None
         if rho.high <= 0.0 or (below and (estimand == THESE_PROMPTS or len(moments) >= MINIMUM_PROMPTS)):
             # ||grad J||^2 came out near -noise or below: nothing but a CV of at least 0 can be told.
             rho = _nothing_told(rho, "||grad J||^2 estimated near minus the noise or below")
-        elif (few := sum(m.carrying for m in moments)) < LEAST_CARRYING:
-            rho = _nothing_told(rho, f"only {few} responses carry the noise (A^2 above its mean)")
+        elif (number := together(m.carrying for m in moments)) < LEAST_CARRYING and not math.isnan(rho.low):
+            rho, few = _nothing_told(rho, few_words(number)), number
         method = rho.method.replace("permutation groups", f"{CV_FORMS[form]}, ||grad J||^2 of different responses")
         needed = Needed(n=math.nan, at_least=False)
         if estimand == THESE_PROMPTS:
-            more = math.floor(rho.n / rho.clusters) + 1.0
+            size = rho.n / rho.clusters
+            more = math.ceil(size * LEAST_CARRYING / few) if few is not None else math.floor(size) + 1.0
             needed = Needed(n=more, at_least=True) if rho.low == -math.inf else n_to_resolve(rho, group_size)
         estimate = replace(cv_from_rho(rho), method=method, seed=seed)
         rows.append(_row(estimate, form, variant, labels, group_size, resolution(rho), estimand, needed))

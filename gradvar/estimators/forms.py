@@ -19,8 +19,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from gradvar.errors import GradvarError
-from gradvar.estimators.advantages import LEAST_CARRYING, advantages, carrying, check_advantage
+from gradvar.estimators.advantages import advantages, check_advantage
 from gradvar.estimators.aggregation import aggregation_weights, expand_rules
+from gradvar.estimators.carrying import effective_carrying, few_that_carry, unless_few
 from gradvar.estimators.form_cvs import (
     CV_FORMS,
     GivenLengths,
@@ -214,8 +215,8 @@ def _measured(scores: PromptScores, advantage: str, neighbours: int, seed: int) 
 
     values = within(0.0)
     centre = _centre(scores.lengths, values)
-    behind = carrying(factors)
-    spread, skewness = local_moments(scores.lengths, values, centre, carrying=behind, rng=ties())
+    few = few_that_carry(factors)
+    spread, skewness = local_moments(scores.lengths, values, centre, carrying=few, rng=ties())
     step = float(np.abs(factors).max())  # V is quadratic in A: any step gives the derivative
     return Measured(
         gram=scores.gram,
@@ -228,7 +229,7 @@ def _measured(scores: PromptScores, advantage: str, neighbours: int, seed: int) 
         spread=spread,
         skewness=skewness,
         shared=dependence_among(weighted_gram(scores.gram, factors), near),
-        carrying=int(behind.sum()),
+        carrying=effective_carrying(factors),
         slope=(within(step) - within(-step)) / (2.0 * step) if step > 0.0 else np.zeros_like(values),
         max_length=float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max()),
     )
@@ -251,8 +252,8 @@ class LogRatio(NamedTuple):
     """(N,) standard deviation of what its own V_i adds."""
     skewness: Array
     """(N,) its skewness."""
-    carrying: int
-    """How many responses carry the noise."""
+    carrying: float
+    """Effective number of those that carry the noise."""
 
 
 def _log_ratio(x: Array, reference: Array, measured: Measured) -> LogRatio:
@@ -274,7 +275,8 @@ def _log_ratio(x: Array, reference: Array, measured: Measured) -> LogRatio:
     def gone(w: Array, total: float) -> Array:
         """What the log of sum w_i v_i, a total, loses with each response."""
         owed = measured.shared(w[:, None])[:, 0] - baseline_moves(measured) * float(w @ measured.slope)
-        return np.asarray(-np.log(np.maximum(1.0 - (w * own + owed) / total, LEAST_LEFT)))
+        lost = -np.log(np.maximum(1.0 - (w * own + owed) / total, LEAST_LEFT))
+        return np.asarray(lost - lost.mean())
 
     influence = 0.5 * (gone(x**2, top) - gone(reference**2, bottom))
     gain = 0.5 * (x**2 / top - reference**2 / bottom)
@@ -333,10 +335,7 @@ def _form_rows(
         high=math.exp(min(value + above, 700.0)),
         method=f"{FORM_2}; jackknife of the log over responses, t; {THESE_PROMPTS}",
     )
-    few = sum(f.carrying for f in found)
-    if few < LEAST_CARRYING:
-        note = f"; no interval, only {few} responses carry the noise (A^2 above its mean), below {LEAST_CARRYING}"
-        second = replace(second, low=math.nan, high=math.nan, method=second.method + note)
+    second = unless_few(second, min(f.carrying for f in found))  # every prompt's log counts alike
     paper = claim(key, compared)
     equal = paper == EQUAL
     first = math.exp(float(np.mean(firsts)))

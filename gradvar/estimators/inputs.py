@@ -28,7 +28,7 @@ def arrange(groups: Sequence[PromptScores]) -> dict[str, dict[str, PromptScores]
 
     Raises:
         GradvarError: No prompts, a (prompt, target) pair twice, targets of one prompt with other responses, or a Gram
-            that is not finite or whose squares are not.
+            that is not finite or whose higher powers leave float64.
     """
     if not groups:
         raise GradvarError("no prompts to estimate from: measure at least one prompt first")
@@ -45,7 +45,7 @@ def arrange(groups: Sequence[PromptScores]) -> dict[str, dict[str, PromptScores]
         if largest > 0.0 and not SMALLEST < largest < 1.0 / SMALLEST:
             raise GradvarError(
                 f"prompt {scores.prompt_id!r}: the gram of {scores.target!r} has entries up to {largest:.0e}, expected "
-                f"{SMALLEST:.0e} to {1.0 / SMALLEST:.0e}, as their squares leave float64: measure it again"
+                f"{SMALLEST:.0e} to {1.0 / SMALLEST:.0e}, as powers leave float64: rescale it, which changes no CV"
             )
         prompts[scores.prompt_id] = scores
     held = [frozenset(prompts) for prompts in targets.values()]

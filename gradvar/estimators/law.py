@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from gradvar.estimators.carrying import LEAST_CARRYING, least_under_a_line, unless_few
 from gradvar.estimators.intervals import (
     decide_from_margin,
     n_to_decide,
@@ -40,9 +41,10 @@ from gradvar.estimators.law_data import (
     without_response,
 )
 from gradvar.estimators.law_estimates import (
+    FEWEST_BEHIND,
     LARGEST_SHARE,
+    MINIMUM_RESPONSES,
     FamilyFit,
-    carried_by,
     curvature_of,
     exponent_across_of,
     exponent_of,
@@ -51,7 +53,6 @@ from gradvar.estimators.law_estimates import (
     moved_by_one,
     resting_on,
     scales_of,
-    under_a_line,
 )
 from gradvar.estimators.least_squares import Spread, least_squares, owed, rank_correlation
 from gradvar.estimators.quasi import Dependence, QuasiFit
@@ -76,6 +77,8 @@ class ExponentFit:
     """"proportional to length", "not proportional" or "undetermined"."""
     n_needed: float
     """Responses that would settle the verdict; the n used where it is settled."""
+    n_needed_at_least: bool
+    """Whether that is only how many an interval takes at least: there is none."""
     influence: Array = field(repr=False)
     """(n,) what each response adds to the exponent's error."""
     outlier: int | None = None
@@ -142,7 +145,7 @@ def fit_variance_law(
     margin: float = 0.25,
     level: float = 0.95,
     dependence: Dependence | None = None,
-    carrying: int | None = None,
+    carrying: float | None = None,
 ) -> VarianceLaw:
     """Fit how deviations (or within-length variances) grow with length.
 
@@ -161,15 +164,15 @@ def fit_variance_law(
             `spread.within_dependence`), which turns the sandwich into a full delete-one jackknife. Without it the
             observations count as independent: harmless for deviations, not for within-length variances, which share
             neighbours.
-        carrying: How many responses carry the noise (`advantages.carrying`); below `advantages.LEAST_CARRYING` nothing
-            has an interval. None: all.
+        carrying: Effective number of the responses that carry the noise (`carrying.together`). Below
+            `carrying.LEAST_CARRYING` nothing has an interval, below `carrying.least_under_a_line` no line. None: all.
 
     Returns:
         The law. Where the power law does not converge its numbers are NaN and the verdict "undetermined"; where fewer
-        than two responses carry the deviations beyond what length explains (one huge outlier), or one that is left out
-        moves the exponent by more than its half-width, the exponent has no interval, hence the same verdict, and its
-        method says so; scale, level and curvature follow it. `rests_on` names a response that moves it by more than
-        a standard error without it.
+        than two responses carry the deviations beyond what length explains (one huge outlier), one that is left out
+        moves the exponent by more than its half-width, or few carry the noise (`carrying`), the exponent has no
+        interval, hence the same verdict, and its method says so; scale, level and curvature follow it. `rests_on` names
+        a response that moves it by more than a standard error without it.
 
     Raises:
         GradvarError: Shapes that differ, fewer than 4 responses (3 plus one a prompt), lengths that are not positive
@@ -192,7 +195,9 @@ def fit_variance_law(
     shared = owed(codes, dependence)
     slope, slope_r2, _ = least_squares(x, y, codes, shared, level, logs=True)
     line, line_r2, intercept = least_squares(x, y, codes, shared, level, spread=_spread(data, power))
-    line, intercept = (carried_by(under_a_line(one, carrying), carrying) for one in (line, intercept))
+    line, intercept = (
+        unless_few(one, carrying, max(LEAST_CARRYING, least_under_a_line(len(x)))) for one in (line, intercept)
+    )
     return VarianceLaw(
         **exponents,
         scale=following(scale, exponents["exponent"]),
@@ -200,12 +205,12 @@ def fit_variance_law(
         reference_length=reference,
         families=families_of(fits, x, data.centre),
         curvature=following(curvature_of(curved, level), exponents["exponent"]),
-        loglog_slope=carried_by(slope, carrying),
+        loglog_slope=unless_few(slope, carrying),
         loglog_r2=slope_r2,
         line_slope=line,
         line_intercept=intercept,
         line_r2=line_r2,
-        rank_correlation=carried_by(rank_correlation(x, y, codes, shared, level), carrying),
+        rank_correlation=unless_few(rank_correlation(x, y, codes, shared, level), carrying),
     )
 
 
@@ -219,7 +224,7 @@ def fit_exponent(
     margin: float = 0.25,
     level: float = 0.95,
     dependence: Dependence | None = None,
-    carrying: int | None = None,
+    carrying: float | None = None,
 ) -> ExponentFit:
     """Fit the power law's exponent alone; arguments, numbers and errors as in `fit_variance_law`."""
     data = checked_data(lengths, deviations, clusters, n_centred, mean_deviation, margin, level)
@@ -259,7 +264,7 @@ def _exponents(
     margin: float,
     level: float,
     dependence: Dependence | None,
-    carrying: int | None,
+    carrying: float | None,
 ) -> dict[str, Any]:
     shares = weights_behind(data)
     behind, largest = 1.0 / float((shares**2).sum()), int(shares.argmax())
@@ -272,15 +277,18 @@ def _exponents(
             without, error = float(fitted.shape[0]), float(np.linalg.norm(fitted.shape_influence[:, 0]))
 
     def judged(estimate: Estimate) -> Estimate:
-        return moved_by_one(carried_by(resting_on(estimate, behind), carrying), without)
+        return moved_by_one(unless_few(resting_on(estimate, behind), carrying), without)
 
     exponent = judged(exponent_of(power, level))
     verdict, n_needed = _verdict(exponent, margin)
+    if math.isnan(exponent.low):
+        n_needed = _more(exponent.n, behind, carrying)
     return {
         "exponent": exponent,
         "exponent_across": judged(exponent_across_of(power, level)),
         "verdict": verdict,
         "n_needed": n_needed,
+        "n_needed_at_least": math.isnan(exponent.low),
         "influence": power.shape_influence[:, 0],
         "outlier": outlier,
         "exponent_without": without,
@@ -302,7 +310,9 @@ def heterogeneity(fits: Sequence[ExponentFit], level: float) -> tuple[Estimate, 
     # A law without any scatter has an exponent without error, which would outweigh everything.
     usable = [f for f in fits if math.isfinite(f.exponent.low) and float(np.linalg.norm(f.influence)) > 1e-8]
     method = "DerSimonian-Laird over prompts, no interval"
-    n = sum(f.exponent.n for f in fits)
+    n = sum(f.exponent.n for f in usable)
+    if len(usable) < len(fits):
+        method += f"; {len(usable)} of {len(fits)} prompts' exponents have an interval"
     if len(usable) < 2:
         return symmetric(math.nan, math.nan, level, method + "; fewer than 2 prompts", n, len(usable)), math.nan
     beta = np.array([f.exponent.value for f in usable])
@@ -312,6 +322,12 @@ def heterogeneity(fits: Sequence[ExponentFit], level: float) -> tuple[Estimate, 
     excess = (q - (len(usable) - 1)) / (weight.sum() - (weight**2).sum() / weight.sum())
     p = float(special.chdtrc(len(usable) - 1, q))
     return symmetric(math.sqrt(max(float(excess), 0.0)), math.nan, level, method, n, len(usable)), p
+
+
+def _more(n: int, behind: float, carrying: float | None) -> float:
+    """How many responses an exponent takes at least that has no interval among n."""
+    shares = FEWEST_BEHIND / behind, LEAST_CARRYING / carrying if carrying is not None else 0.0
+    return float(max(MINIMUM_RESPONSES, n + 1, *(math.ceil(n * share) for share in shares)))
 
 
 def _verdict(exponent: Estimate, margin: float) -> tuple[str, float]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from gradvar.estimators.advantages import FEW_CARRYING, LEAST_CARRYING
 from gradvar.estimators.intervals import (
     MINIMUM_PROMPTS,
     PROMPTS_LIKE_THESE,
@@ -27,10 +26,6 @@ Array = NDArray[np.float64]
 
 MINIMUM_RESPONSES = 16
 """Fewer responses than this get an exponent without interval: its coverage was not measured below."""
-
-LEAST_UNDER_A_LINE = 20
-"""Responses that must carry the noise for a line to have an interval where fewer than `FEW_CARRYING` of all do: with
-one in ten right it leans on where the few happen to lie, and slopes were covered 76 to 92% with 3 to 15 of them."""
 
 FEWEST_BEHIND = 2.0
 """An exponent that rests on fewer responses than this (`responses_behind`) gets no interval: one response sets it."""
@@ -100,14 +95,6 @@ def resting_on(estimate: Estimate, behind: float) -> Estimate:
     return replace(estimate, low=math.nan, high=math.nan, method=estimate.method + note)
 
 
-def carried_by(estimate: Estimate, carrying: int | None) -> Estimate:
-    """Return the estimate without interval where fewer than `LEAST_CARRYING` responses carry the noise."""
-    if carrying is None or carrying >= LEAST_CARRYING or math.isnan(estimate.low):
-        return estimate
-    note = f"; no interval, only {carrying} responses carry the noise (A^2 above its mean), below {LEAST_CARRYING}"
-    return replace(estimate, low=math.nan, high=math.nan, method=estimate.method + note)
-
-
 def moved_by_one(estimate: Estimate, without: float) -> Estimate:
     """Return the estimate without interval where one response moves it by more than its half-width.
 
@@ -125,14 +112,6 @@ def following(estimate: Estimate, exponent: Estimate) -> Estimate:
     if math.isfinite(exponent.low) or math.isnan(estimate.low):
         return estimate
     return replace(estimate, low=math.nan, high=math.nan, method=f"{estimate.method}; no interval, as the exponent")
-
-
-def under_a_line(estimate: Estimate, carrying: int | None) -> Estimate:
-    """Return a line's estimate without interval where too few responses of many carry the noise."""
-    if carrying is None or carrying >= min(LEAST_UNDER_A_LINE, FEW_CARRYING * estimate.n) or math.isnan(estimate.low):
-        return estimate
-    note = f"; no interval, only {carrying} responses carry the noise (A^2 above its mean), below {LEAST_UNDER_A_LINE}"
-    return replace(estimate, low=math.nan, high=math.nan, method=estimate.method + note)
 
 
 def scales_of(fit: QuasiFit, centre: float, level: float) -> tuple[Estimate, Estimate, float]:

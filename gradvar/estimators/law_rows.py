@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradvar.errors import GradvarError
+from gradvar.estimators.carrying import together
 from gradvar.estimators.cv import SILENT
 from gradvar.estimators.intervals import (
     PROMPTS_LIKE_THESE,
@@ -53,6 +54,7 @@ class LawWriter:
         left_out: int,
         verdict: str | None = None,
         n_needed: float = math.nan,
+        at_least: bool = False,
         reference_length: float = math.nan,
         estimand: str = THESE_PROMPTS,
     ) -> TableRow:
@@ -67,6 +69,7 @@ class LawWriter:
             verdict=verdict,
             extra={
                 "n_needed": n_needed,
+                "n_needed_at_least": at_least,
                 "left_out": left_out,
                 "silent": sum(self.nothing.get(name) == SILENT for name in prompts),
                 "reference_length": reference_length,
@@ -158,7 +161,7 @@ def _fit(samples: list[Sample], what: str, writer: LawWriter, *, full: bool) -> 
         clusters=np.repeat(np.arange(len(samples)), sizes),
         margin=writer.margin,
         level=writer.level,
-        carrying=sum(s.carrying for s in samples),
+        carrying=together(s.carrying[what] for s in samples),
         dependence=lambda q: np.concatenate(
             [part(piece) for part, piece in zip(parts, np.split(q, cuts), strict=True)]
         ),
@@ -178,11 +181,13 @@ def _law_rows(
         return writer.row(f"{what}_{name}", estimate, **common, **more)
 
     told = _told(law, samples)
-    rows = [row("exponent", told(law.exponent), verdict=law.verdict, n_needed=law.n_needed)]
+    rows = [
+        row("exponent", told(law.exponent), verdict=law.verdict, n_needed=law.n_needed, at_least=law.n_needed_at_least)
+    ]
     if pooled:
-        verdict, needed = law.verdict_across(writer.margin)
+        verdict, responses = law.verdict_across(writer.margin)
         rows.append(
-            row("exponent", told(law.exponent_across), verdict=verdict, n_needed=needed, estimand=PROMPTS_LIKE_THESE)
+            row("exponent", told(law.exponent_across), verdict=verdict, n_needed=responses, estimand=PROMPTS_LIKE_THESE)
         )
     if not isinstance(law, VarianceLaw):
         return rows

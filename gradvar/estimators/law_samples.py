@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gradvar.estimators.advantages import advantages, carrying
+from gradvar.estimators.advantages import advantages
 from gradvar.estimators.baselines import advantage_dependence
+from gradvar.estimators.carrying import effective_carrying
 from gradvar.estimators.inputs import generator
 from gradvar.estimators.quasi import Dependence
 from gradvar.estimators.spread import (
@@ -45,8 +46,9 @@ class Sample:
     deviation_dependence: Dependence
     within_dependence: Dependence
     left_out: int
-    carrying: int
-    """How many of the responses carry the noise (`advantages.carrying`)."""
+    carrying: dict[str, float]
+    """Effective number of the responses that carry "deviation" and "within" (`carrying.effective_carrying`): the mean
+    that deviations are taken from is that of all responses, also where a subset is fitted."""
     names: tuple[int, ...]
     """Of the responses: their ids where known, else their places among the responses studied."""
 
@@ -104,6 +106,9 @@ def sample_of(
             of_baseline = advantage_dependence(scores.rewards, advantage, scores.lengths, subset=chosen)
             between = _both(between, of_baseline(lambda x: deviations(scores.gram, x)[chosen]))
             shared = _both(shared, of_baseline(lambda x: variance_among(weighted(x), near)))
+    own, everyone = float(count), float(n)
+    if factors is not None:
+        own, everyone = effective_carrying(factors[chosen]), effective_carrying(factors)
     return Sample(
         lengths=part.lengths.astype(np.float64),
         deviations=spread[chosen],
@@ -113,7 +118,7 @@ def sample_of(
         deviation_dependence=between,
         within_dependence=shared,
         left_out=left_out,
-        carrying=count if factors is None else int(carrying(factors[chosen]).sum()) if count else 0,
+        carrying={"deviation": min(own, everyone), "within": own},
         names=part.rollout_ids or tuple(np.flatnonzero(chosen).tolist()),
     )
 

@@ -61,7 +61,8 @@ def law_table(
     truncated (exponents only). Pooled rows (no prompt_id) have one constant per prompt.
 
     A fit that cannot be made is one exponent row with NaN, its reason in `method`: silent prompts (all rewards
-    equal) have the verdict "silent: all rewards equal", others "undetermined".
+    equal) have the verdict "silent: all rewards equal", others "undetermined". Where few responses carry the noise
+    (`carrying`) nothing measured with advantages has an interval, a straight line less often.
 
     Args:
         groups: Prompts by targets; several targets get their sum as well.
@@ -74,7 +75,8 @@ def law_table(
         seed: Breaks ties between neighbours in length.
 
     Returns:
-        The table. `n_needed` counts responses of all prompts of the row.
+        The table. `n_needed` counts responses of all prompts of the row; where `n_needed_at_least` is true only as many
+        as an interval takes at least, as there is none.
 
     Raises:
         GradvarError: No prompts, an unknown advantage, or prompts that do not fit together.

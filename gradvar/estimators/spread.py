@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradvar.errors import GradvarError
-from gradvar.estimators.advantages import LEAST_CARRYING
 
 Array = NDArray[np.float64]
 
@@ -21,6 +20,8 @@ NEIGHBOURS = 5
 """Default k of the within-length variance."""
 ALIKE = 16
 """Responses whose values tell the spread at one length: coverage is the same with 12 and 24."""
+ALIKE_CARRYING = 4
+"""Of them that carry the noise, on average, where few do."""
 
 
 def weighted_gram(gram: Any, advantages: Any | None = None) -> Array:
@@ -176,8 +177,8 @@ def local_moments(
 ) -> tuple[Array, Array]:
     """Standard deviations and skewness (N,) of values, from those of responses alike in length.
 
-    At most `ALIKE` responses, and half of all, itself among them, or where few carry the noise as many as hold
-    `LEAST_CARRYING` such on average (one in ten right: ratios were covered 85 to 91% without). Each is divided by a
+    At most `ALIKE` responses, and half of all, itself among them, or where few carry the noise as many as hold 4 such
+    on average (one in ten right: ratios were covered 85 to 91% without). Each is divided by a
     fitted law so that its slope does not count as spread. Their own level stands in for the law's: where E[g | L] moves
     with L, v(L) rises again at the short end and a power law lies at half of it, with half the relative spread.
     Skewness is a Gamma's, 2 sd / mean.
@@ -186,13 +187,13 @@ def local_moments(
         lengths: (N,) tokens.
         values: (N,) at least 0.
         centre: (N,) the law.
-        carrying: (N,) which responses carry the noise (`advantages.carrying`); None: all.
+        carrying: (N,) which responses carry the noise where they are few (`carrying.few_that_carry`).
         rng: Breaks ties in length.
     """
     n = len(values)
     alike = max(2, min(ALIKE, n // 2))
     if carrying is not None and carrying.any():
-        alike = min(max(alike, math.ceil(LEAST_CARRYING / float(carrying.mean()))), n)
+        alike = min(max(alike, math.ceil(ALIKE_CARRYING / float(carrying.mean()))), n)
     near = nearest_in_length(lengths, alike - 1, rng=rng)
     relative = values / np.where(centre > 0.0, centre, 1.0)
     beside = np.column_stack([relative, relative[near]])

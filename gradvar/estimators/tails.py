@@ -36,13 +36,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from gradvar.estimators.advantages import LEAST_CARRYING, advantages, carrying
+from gradvar.estimators.advantages import advantages
 from gradvar.estimators.aggregation import Rule, scope_weights
+from gradvar.estimators.carrying import few_that_carry
 
 Array = NDArray[np.float64]
 
 NEAREST = 8
-"""Responses whose influence is carried on, or more: until `LEAST_CARRYING` of them carry the noise."""
+"""Responses whose influence is carried on."""
+ENOUGH = 4
+"""Of them that carry the noise, where few do: as many more are taken."""
 ROUNDING = 1e-24
 """Squares below this share of the largest are rounding: A = r - mean leaves some where it is 0."""
 
@@ -73,7 +76,7 @@ class Beyond:
     longest: float = math.inf
     """No response is longer, tokens."""
     carrying: NDArray[np.bool_] | None = None
-    """(N,) which responses carry the noise; None: all."""
+    """(N,) which responses carry the noise where they are few (`carrying.few_that_carry`)."""
 
     @functools.cached_property
     def below(self) -> tuple[NDArray[np.intp], float] | None:
@@ -92,7 +95,7 @@ class Beyond:
     def _nearest(self, order: NDArray[np.intp]) -> NDArray[np.intp]:
         if self.carrying is None:
             return order[:NEAREST]
-        enough = int(np.searchsorted(np.cumsum(self.carrying[order]), LEAST_CARRYING)) + 1
+        enough = int(np.searchsorted(np.cumsum(self.carrying[order]), ENOUGH)) + 1
         return order[: max(NEAREST, enough)]
 
     @functools.cached_property
@@ -169,7 +172,7 @@ class PromptTails:
         factors = np.ones(len(sizes)) if advantage == "score" else advantages(rewards, advantage, lengths=sizes)
         limit = max(max_length, float(sizes.max())) if max_length > 0 else math.inf
         growth = _slope(sizes, factors**2 * np.diagonal(gram))
-        return cls(beyond=Beyond(lengths=sizes, longest=limit, carrying=carrying(factors)), growth=growth)
+        return cls(beyond=Beyond(lengths=sizes, longest=limit, carrying=few_that_carry(factors)), growth=growth)
 
     def alone(self, rule: Variant) -> LengthTails:
         """Tails of the noise of `rule`."""

@@ -84,7 +84,10 @@ def _law(material: Material) -> list[Finding]:
             verdicts.append(str(row["verdict"]))
             across = row_of(own[own["prompt_id"].isna()], estimand=PROMPTS_LIKE_THESE)
             more = f"; prompts like these {interval(across)}" if across is not None and pd.notna(across["low"]) else ""
-            needed = f", {number(row['n_needed'])} responses would tell" if row["verdict"] == "undetermined" else ""
+            least = "at least " if row.get("n_needed_at_least") else ""
+            needed = (
+                f", {least}{number(row['n_needed'])} responses would tell" if row["verdict"] == "undetermined" else ""
+            )
             parts.append(
                 f"for {name} it grows as length to the power {number(row['value'])} {interval(row)}{more}: "
                 f"{row['verdict']}{needed}"

@@ -116,7 +116,7 @@ def check_groups(run: Run, given: Mapping[str, Any]) -> None:
     most = max(len(r) if config.advantage == "score" else int((~np.isnan(r)).sum()) for r in rewards)
     if 0 < most < 2 * config.group_size:  # without any the score alone is estimated
         raise GradvarError(
-            f"--group-size: expected at most {most // 2}, half the {most} verified responses of the prompt with most (a "
+            f"--group-size: expected at most {most // 2}, half the {most} verified responses of the largest prompt (a "
             f"CV needs two disjoint groups), received {config.group_size}; nothing was measured"
         )
 

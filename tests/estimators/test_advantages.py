@@ -3,7 +3,6 @@ import pytest
 
 from gradvar.errors import GradvarError
 from gradvar.estimators import ADVANTAGES, advantages
-from gradvar.estimators.advantages import carrying
 from tests.estimators import references
 
 
@@ -36,23 +35,6 @@ def test_centred_advantages_sum_to_zero():
     rewards = np.random.default_rng(1).normal(size=9)
     for kind in ("grpo", "mean", "rloo"):
         assert abs(advantages(rewards, kind).sum()) < 1e-12
-
-
-@pytest.mark.parametrize(
-    ("rewards", "kind", "expected"),
-    [
-        ([1, 0, 0, 0, 0, 0, 0, 0, 0, 0], "grpo", [0]),  # the right one: 81 times the others' square
-        ([0, 1, 1, 1, 1, 1], "mean", [0]),
-        ([1, 0, 1, 0], "grpo", [0, 1, 2, 3]),  # one value up to rounding
-        ([1, 1, 0, 0, 0, 1], "rloo", [0, 1, 2, 3, 4, 5]),
-        ([1, 1, 1], "grpo", [0, 1, 2]),
-        ([0.1, 0.2, 0.9, 0.3], "raw", [2]),
-        ([1, 0, 0, 0], "score", [0, 1, 2, 3]),
-    ],
-)
-def test_which_responses_carry_the_noise(rewards, kind, expected):
-    """Those of A^2 above its mean; all where it is one value."""
-    assert np.flatnonzero(carrying(advantages(rewards, kind))).tolist() == expected
 
 
 def test_opo_balances_the_length_weighted_rewards():

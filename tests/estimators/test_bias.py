@@ -341,6 +341,14 @@ def test_where_few_are_right_a_share_may_be_larger_than_seen():
         plain = estimate_of(symmetric, 0, level=0.95, method="m")
         assert (found.low < plain.low - 1e-6) == widened
         assert found.low <= plain.low
+        # Nearly all of the bias moves the end, beside what the share explains and the rest of the error.
+        t = float(result.quantiles(0.95)[0])
+        further = max(skewness, 0.0) * (2 * t**2 + 1) / 6
+        rest = t * math.sqrt(max(float(result.error()[0]) ** 2 - float(slope[0]) ** 2, 0.0))
+        moved = math.hypot(rest, abs(float(slope[0])) * (t + further)) + max(float(result.bias[0]), 0.0)
+        if widened:
+            assert skewness > 1 / 3
+            assert found.value - found.low == pytest.approx(moved)
 
 
 @pytest.mark.parametrize("correct", [1, 2])

@@ -86,7 +86,13 @@ def test_filtering_that_leaves_out_none_of_few_right_ones_has_no_interval():
         table = extras_table([scores], rules=("grpo",), seed=0, permutations=64)
         row = only(table, quantity="cv_ratio", extra=FILTERING)
         assert math.isnan(row["low"]) == math.isnan(row["high"]) == (not told)
-        assert ("none of which carries the noise" in row["method"]) == (not told)
+        assert ("none of which is one of the few" in row["method"]) == (not told)
+        # Beside a silent prompt, and one with nothing truncated, it is as mute.
+        silent = replace(scores, prompt_id="silent", rewards=np.ones(128))
+        half = replace(scores, prompt_id="half", rewards=np.arange(128) % 2.0, truncated=np.zeros(128, dtype=bool))
+        both = extras_table([scores, silent, half], rules=("grpo",), seed=0, permutations=64)
+        row = only(both, quantity="cv_ratio", extra=FILTERING, prompt_id=None)
+        assert math.isnan(row["low"]) == (not told)
 
 
 def test_further_responses_lie_where_those_seen_do():

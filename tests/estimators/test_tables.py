@@ -396,5 +396,5 @@ def test_responses_that_would_settle_a_ratio_move_the_end_that_has_to_leave_one(
 
 @pytest.mark.parametrize("unit", [1e101, 1e-101])
 def test_a_gram_beyond_float64_is_refused(unit):
-    with pytest.raises(GradvarError, match=r"entries up to .*, expected 1e-100 to 1e\+100.*measure it again"):
+    with pytest.raises(GradvarError, match=r"entries up to .*, expected 1e-100 to 1e\+100.*rescale it"):
         cv_table([replace(prompts(1, 12, ("a",))[0], gram=np.eye(12) * unit)], seed=0)
