@@ -12,6 +12,7 @@ and quantity:
     too_high, too_low   share of draws whose interval lies above, below the truth
     at_edge             share of draws whose interval ends where the quantity does (a cosine of 1), on one side at least
     no_interval         share of draws without a bounded interval ("unresolved", or too few responses)
+    bounded_coverage    coverage of the others alone
     median_bias, width  of the estimate; of the bounded intervals (median)
     wrong, rejected     share of draws whose verdict is wrong, and wholly outside the margin (where there is a verdict)
 """

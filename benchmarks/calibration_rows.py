@@ -88,6 +88,7 @@ def row_of(found: Sequence[Found], setting: Setting) -> dict[str, Any]:
         "too_low": round(float(too_low.mean()), 3),
         "at_edge": round(float((bounded & ((low <= edges[0]) | (high >= edges[1]))).mean()), 3),
         "no_interval": round(1 - float(bounded.mean()), 3),
+        "bounded_coverage": round(1 - float(missed[bounded].mean()), 3) if bounded.any() else "",
         "median_bias": _short(float(np.median(error))) if error.size else "",
         "width": _short(float(np.median(high[bounded] - low[bounded])))
         if bounded.any() and np.isfinite(low).any()
