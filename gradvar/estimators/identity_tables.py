@@ -11,6 +11,7 @@ import pandas as pd
 from gradvar.estimators.cv import NO_GRADIENT
 from gradvar.estimators.identity import UNDETERMINED, IdentityCheck, identity_from_parts, identity_parts
 from gradvar.estimators.inputs import arrange, generator, has_gradient
+from gradvar.estimators.intervals import THESE_PROMPTS
 from gradvar.runs.records import PromptScores, TableRow, estimate_table, no_estimate
 
 
@@ -74,7 +75,10 @@ def _identity_rows(
             advantage="score",
             group_size=group_size,
             verdict=check.verdict if quantity == "identity_signal" else None,
-            extra={"n_needed": check.n_needed if quantity == "identity_signal" else math.nan},
+            extra={
+                "n_needed": check.n_needed if quantity == "identity_signal" else math.nan,
+                "estimand": THESE_PROMPTS,
+            },
         )
         for quantity, estimate in (("identity_signal", check.signal), ("identity_p_value", check.p_value))
     ]

@@ -312,6 +312,27 @@ def test_few_prompts_get_no_interval_and_silent_ones_count_with_their_zeros():
     assert (table[table["quantity"] == "squared_signal"]["value"] == 0).all()
 
 
+def test_a_large_batch_without_signal_is_unresolved_not_silent():
+    """Without bias its E||ghat||^2, nearly the squared signal, comes out negative in half of all draws."""
+    negative = 0
+    for seed in range(6):
+        prompts, gradients = Population(rng=np.random.default_rng(seed), signal=0.0, between=0.0).draw(6, 16)
+        exact = exact_products(prompts, gradients)
+        sizes = {"batch_prompts": (2, 10_000), "group_size": 4}
+        table = batch_table(prompts, {"layer": exact}, rules=("grpo",), **sizes, seed=0)
+        assert not table["verdict"].astype(str).str.startswith("silent").any()
+        large = table[table["batch_prompts"] == 10_000].set_index("quantity")
+        if large.loc["squared_signal", "value"] < -1e-3 * abs(large.loc["intra_variance", "value"]):
+            negative += 1
+            rho, cv = large.loc["rho"], large.loc["cv"]
+            assert rho["verdict"] == cv["verdict"] == "unresolved"
+            assert math.isnan(rho["value"])
+            assert (rho["low"], rho["high"]) == (-math.inf, 1.0)
+            assert (cv["low"], cv["high"]) == (0.0, math.inf)
+            assert "estimated at or below 0" in rho["method"]
+    assert 0 < negative < 6
+
+
 def test_unverified_responses_are_left_out_of_products_too():
     population = Population(rng=np.random.default_rng(9))
     prompts, gradients = population.draw(5, 20)

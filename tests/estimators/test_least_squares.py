@@ -105,6 +105,29 @@ def test_lines_and_rank_correlations_have_no_interval_below_sixteen(n):
     assert math.isfinite(rank.low) == math.isfinite(rank.high) == (n == 16)
 
 
+def test_a_slope_of_logs_by_leaving_out_one_by_one():
+    """What a response's own value and the others' logs without it, themselves taken anew, make of the slope."""
+    x, y, codes, dependence = data((40,), seed=7)
+    slope, _, _ = least_squares(x, y, codes, owed(codes, dependence), 0.95, logs=True)
+    logs = np.log(x) - np.log(x).mean()
+    gain = logs / (logs @ logs)
+    assert slope.value == pytest.approx(gain @ np.log(y))
+    freed = (np.log(y) - np.log(y).mean() - slope.value * logs) / (1 - 1 / 40 - logs**2 / (logs @ logs))
+    change = dependence(np.eye(40))  # y_j - y_j without i at [i, j]
+    alone, whole = [], []
+    for i in range(40):
+        moved = [min(max(math.log(y[j] / max(y[j] - change[i, j], 1e-9)), -3.0), 3.0) for j in range(40) if j != i]
+        alone.append(gain[i] * freed[i])
+        whole.append(alone[i] + np.delete(gain, i) @ moved)
+    factor = max(1.0, np.linalg.norm(gain) * np.sqrt(np.mean(freed**2)) / np.linalg.norm(alone))
+    influence = factor * np.array(whole)
+    assert np.linalg.norm(whole) > np.linalg.norm(alone)
+    squares = influence**2
+    degrees = min(2 * squares.sum() ** 2 / (np.sum(squares**2) - squares.sum() ** 2 / 40), 38)
+    half = stats.t.ppf(0.975, degrees) * np.linalg.norm(influence) * max(1, 40 / (8 * degrees)) ** (1 / 3)
+    assert slope.high - slope.value == pytest.approx(half)
+
+
 def test_lines_of_two_prompts_by_their_influences():
     """A line's slope is sum gain y: what leaving a response out does to it, by hand."""
     x, y, codes, dependence = data((30, 24), seed=5)
