@@ -31,7 +31,6 @@ from gradvar.estimators.groups import (
     GroupMoments,
     draw_groups,
     group_coefficients,
-    group_moments,
     loud_groups,
     moments_of_kinds,
 )
@@ -41,7 +40,7 @@ from gradvar.estimators.ratios import pooled_cv_ratio
 from gradvar.estimators.silent_shares import silent_estimate
 from gradvar.estimators.tails import LengthTails, PromptTails
 from gradvar.estimators.transforms import soft_overlong
-from gradvar.estimators.update_products import Products, products, reward_direction
+from gradvar.estimators.update_products import Products, moments_of_updates, products, reward_direction
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, no_estimate
 
 Array = NDArray[np.float64]
@@ -129,7 +128,9 @@ def extras_table(
     variants = expand_rules(rules, alphas)
     targets = arrange(groups)
     rows: list[TableRow] = []
-    found: dict[tuple[str, Variant], dict[str, _Prompt]] = {}
+    found: dict[tuple[str, Variant], dict[str, _Prompt]] = {
+        (target, variant): {} for target in targets for variant in variants
+    }
     everyone = {name: scores for prompts in targets.values() for name, scores in prompts.items()}
     for name, raw in everyone.items():
         scores = raw.verified()
@@ -156,9 +157,8 @@ def extras_table(
         affected = {SAMPLING: silent}
         for extra, changed in ((FILTERING, scores.truncated), (PUNISHMENT, punished.rewards < scores.rewards)):
             affected[extra] = share_of_responses(changed, level=level, seed=seed)
-        for target, prompts in targets.items():
-            if name not in prompts:
-                continue
+        mine = {target: prompts[name].verified() for target, prompts in targets.items() if name in prompts}
+        for target in mine:
             rows += [
                 TableRow(
                     quantity="affected",
@@ -169,10 +169,10 @@ def extras_table(
                 )
                 for extra, share in affected.items()
             ]
-            mine = prompts[name].verified()
-            for variant in variants:
-                made = _prompt(mine, punished.rewards, drawn, variant, advantage, limit, silent)
-                found.setdefault((target, variant), {})[name] = made
+        for variant in variants:
+            made = _Drawn.of(scores, punished.rewards, drawn, variant, advantage, limit, silent)
+            for target, one in mine.items():
+                found[target, variant][name] = _prompt(one, made)
     for (target, (rule, alpha)), prompts_of_rule in found.items():
         pools: list[tuple[str | None, list[_Prompt]]] = [(name, [one]) for name, one in prompts_of_rule.items()]
         if len(prompts_of_rule) > 1:
@@ -195,47 +195,85 @@ def extras_table(
     return estimate_table(rows)
 
 
-def _prompt(
-    scores: PromptScores,
-    punished: Array,
-    drawn: NDArray[np.intp],
-    variant: Variant,
-    advantage: str,
-    limit: float,
-    silent: Estimate,
-) -> _Prompt:
-    rule, alpha = variant
-    options: dict[str, Any] = {"advantage": advantage, "alpha": alpha, "max_length": limit}
-    plain = group_coefficients(drawn, scores.rewards, scores.lengths, rule, **options)
-    filtered = group_coefficients(drawn, scores.rewards, scores.lengths, rule, masked=scores.truncated, **options)
-    kinds = [filtered, group_coefficients(drawn, punished, scores.lengths, rule, **options), plain]
-    layout = Layout(groups=drawn, kinds=np.stack(kinds), n_responses=len(scores.lengths))
-    moments = dict(zip(ORDER[:3], moments_of_kinds(scores.gram, layout), strict=True))
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Drawn:
+    """One prompt's updates of one rule on its groups, the same for all targets."""
+
+    layout: Layout
+    """With the updates of `ORDER` and grad J."""
+    loud: tuple[Layout, NDArray[np.bool_]] | None
+    """The plain update in the groups that dynamic sampling keeps, (P, B) which; None: all are silent."""
+    variant: Variant
+    punished: Array
+    """(N,) rewards."""
+    advantage: str
+    limit: float
+    """M in tokens."""
+    few: NDArray[np.bool_] | None
+    """(N,) `few_that_carry`."""
+    silent: Estimate
+
+    @classmethod
+    def of(
+        cls,
+        scores: PromptScores,
+        punished: Array,
+        drawn: NDArray[np.intp],
+        variant: Variant,
+        advantage: str,
+        limit: float,
+        silent: Estimate,
+    ) -> _Drawn:
+        """From the groups (P, B, n)."""
+        rule, alpha = variant
+        options: dict[str, Any] = {"advantage": advantage, "alpha": alpha, "max_length": limit}
+        plain = group_coefficients(drawn, scores.rewards, scores.lengths, rule, **options)
+        filtered = group_coefficients(drawn, scores.rewards, scores.lengths, rule, masked=scores.truncated, **options)
+        kinds = [filtered, group_coefficients(drawn, punished, scores.lengths, rule, **options), plain]
+        loud, n = None, len(scores.lengths)
+        if silent.value < 1.0:
+            kept = loud_groups(drawn, scores.rewards)
+            inside = plain * kept[..., None]
+            loud = Layout(groups=drawn, kinds=inside[None], n_responses=n), kept
+            kinds.append(inside / (1.0 - silent.value))
+        kinds.append(reward_direction(scores.rewards, drawn))
+        return cls(
+            layout=Layout(groups=drawn, kinds=np.stack(kinds), n_responses=n),
+            loud=loud,
+            variant=variant,
+            punished=punished,
+            advantage=advantage,
+            limit=limit,
+            few=few_that_carry(advantages(scores.rewards, advantage, lengths=scores.lengths)),
+            silent=silent,
+        )
+
+
+def _prompt(scores: PromptScores, drawn: _Drawn) -> _Prompt:
     described, less = (
-        PromptTails.of(scores.gram, rewards, scores.lengths, advantage=advantage, max_length=limit)
-        for rewards in (scores.rewards, punished)
+        PromptTails.of(scores.gram, rewards, scores.lengths, advantage=drawn.advantage, max_length=drawn.limit)
+        for rewards in (scores.rewards, drawn.punished)
     )
-    as_is = described.alone(variant)
+    as_is = described.alone(drawn.variant)
+    turned = products(scores.gram, drawn.layout, 1)
+    moments = dict(zip(ORDER[:3], moments_of_updates(scores.gram, drawn.layout, turned, 3), strict=True))
     still = True
-    if silent.value < 1.0:
-        loud = loud_groups(drawn, scores.rewards)
-        moments[SAMPLING] = group_moments(scores.gram, drawn, plain, loud)
-        kinds.append(plain * loud[..., None] / (1.0 - silent.value))
-        still = moments[SAMPLING].same * float(loud.mean()) >= (1.0 - ROUNDING) * moments[NONE].same
-    aim = reward_direction(scores.rewards, drawn)[None]
-    behind = few_that_carry(advantages(scores.rewards, advantage, lengths=scores.lengths))
+    if drawn.loud is not None:
+        layout, kept = drawn.loud
+        moments[SAMPLING] = moments_of_kinds(scores.gram, layout, kept)[0]
+        still = moments[SAMPLING].same * float(kept.mean()) >= (1.0 - ROUNDING) * moments[NONE].same
     return _Prompt(
-        tails={NONE: as_is, FILTERING: as_is, PUNISHMENT: less.alone(variant), SAMPLING: as_is},
+        tails={NONE: as_is, FILTERING: as_is, PUNISHMENT: less.alone(drawn.variant), SAMPLING: as_is},
         affected={
-            FILTERING: FewAffected(rows=scores.truncated, either_way=True, carrying=behind),
-            PUNISHMENT: FewAffected(rows=punished < scores.rewards),
+            FILTERING: FewAffected(rows=scores.truncated, either_way=True, carrying=drawn.few),
+            PUNISHMENT: FewAffected(rows=drawn.punished < scores.rewards),
         },
-        silent=silent,
+        silent=drawn.silent,
         still=still,
         moments=moments,
-        turning=described.angle(variant),
-        turned=products(scores.gram, replace(layout, kinds=np.stack([*kinds, *aim])), 1),
-        nothing=why_nothing(scores, advantage),
+        turning=described.angle(drawn.variant),
+        turned=turned,
+        nothing=why_nothing(scores, drawn.advantage),
     )
 
 

@@ -31,7 +31,7 @@ from gradvar.estimators.bias import Statistic, eta_estimate, is_direction_known,
 from gradvar.estimators.cv import SILENT, UNRESOLVED, cv_from_rho, pooled_rho, resolution
 from gradvar.estimators.enough import responses_for_cv_1
 from gradvar.estimators.group_products import Layout
-from gradvar.estimators.groups import PERMUTATIONS, GroupMoments, draw_groups, pairs_of_kinds, variant_coefficients
+from gradvar.estimators.groups import PERMUTATIONS, GroupMoments, draw_groups, variant_coefficients
 from gradvar.estimators.inputs import arrange, generator, why_nothing
 from gradvar.estimators.intervals import (
     MINIMUM_PROMPTS,
@@ -41,7 +41,7 @@ from gradvar.estimators.intervals import (
 )
 from gradvar.estimators.silent_shares import silent_estimate, silent_rows
 from gradvar.estimators.tails import LengthTails, PromptTails
-from gradvar.estimators.update_products import Array, Products, products, reward_direction
+from gradvar.estimators.update_products import Array, Products, moments_of_updates, products, reward_direction
 from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_table, no_estimate
 
 SIZES = (4, 8, 16, 32, 64, 128)
@@ -229,22 +229,8 @@ def _products_of_targets(
     made: dict[str, list[tuple[GroupMoments, Products]]] = {}
     for target, gram in grams.items():
         every = products(gram, layout, 1)
-        pairs, bends = pairs_of_kinds(gram, layout.means[:-1], every.same[1:], every.cross[1:])
-        made[target] = []
-        for k in range(len(variants)):
-            own = every.of_updates(slice(k, k + 1))
-            moments = GroupMoments(
-                same=float(own.same[0, 0]),
-                cross=float(own.cross[0, 0]),
-                same_without=own.same[1:, 0],
-                cross_without=own.cross[1:, 0],
-                same_noise=own.noise[0][:, 0],
-                cross_noise=own.noise[1][:, 0],
-                kind=k,
-                pairs=pairs,
-                bend=bends[k],
-            )
-            made[target].append((moments, own))
+        moments = moments_of_updates(gram, layout, every, len(variants))
+        made[target] = [(one, every.of_updates(slice(k, k + 1))) for k, one in enumerate(moments)]
     return made
 
 

@@ -30,6 +30,7 @@ from gradvar.estimators.group_products import (
     tallies,
     without_rounding,
 )
+from gradvar.estimators.groups import GroupMoments, pairs_of_kinds
 
 Array = NDArray[np.float64]
 
@@ -151,6 +152,26 @@ def products(gram: Array, layout: Layout, directions: int) -> Products:
         ),
         deviations=aim - aim.mean(),
     )
+
+
+def moments_of_updates(gram: Array, layout: Layout, every: Products, count: int) -> list[GroupMoments]:
+    """Moments of the first `count` kinds of update, from their `products` on the same layout."""
+    own = slice(0, count)
+    covariances, bends = pairs_of_kinds(gram, layout.means[own], every.same[1:, own], every.cross[1:, own])
+    return [
+        GroupMoments(
+            same=float(every.same[0, k]),
+            cross=float(every.cross[0, k]),
+            same_without=every.same[1:, k],
+            cross_without=every.cross[1:, k],
+            same_noise=every.noise[0][:, k],
+            cross_noise=every.noise[1][:, k],
+            kind=k,
+            pairs=covariances,
+            bend=bends[k],
+        )
+        for k in range(count)
+    ]
 
 
 def reward_direction(rewards: Array, groups: NDArray[np.intp]) -> Array:
