@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,12 +26,12 @@ from gradvar.estimators.form_cvs import (
     CV_FORMS,
     GivenLengths,
     Measured,
-    baseline_moves,
     form_cv_rows,
     form_moments,
     no_form_cv_rows,
     no_update,
 )
+from gradvar.estimators.form_ratios import LogRatio, log_ratio
 from gradvar.estimators.inputs import arrange, generator, why_nothing
 from gradvar.estimators.intervals import (
     MINIMUM_PROMPTS,
@@ -65,8 +65,6 @@ from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_tabl
 
 Array = NDArray[np.float64]
 
-LEAST_LEFT = 0.05
-"""Of a sum without one response, which what the others owe to it could make negative."""
 FORM_1 = "form 1: lengths given, Var = V L"  # any V: it cancels
 FORM_2 = CV_FORMS["cv_form_2"]
 
@@ -181,7 +179,7 @@ def form_table(
                 limit = measured.max_length
                 base = aggregation_weights(compared[0].name, scores.lengths, max_length=limit)
                 x = aggregation_weights(rule.name, scores.lengths, alpha=alpha, max_length=limit)
-                ratio = _log_ratio(x, base, measured)
+                ratio = log_ratio(x, base, measured)
                 first = math.log(
                     conditional_cv(rule.name, scores.lengths, scores.lengths, 1.0, alpha=alpha, max_length=limit)
                     / conditional_cv(compared[0].name, scores.lengths, scores.lengths, 1.0, max_length=limit)
@@ -240,55 +238,6 @@ def _pooled_prompts(moments: Mapping[str, Any], sizes: Mapping[str, int], group_
     enough = [name for name, size in sizes.items() if size >= LEAST]
     large = [name for name in enough if sizes[name] >= 3 * group_size]
     return large if any(name in moments for name in large) else enough
-
-
-class LogRatio(NamedTuple):
-    """Log of one rule's CV over another's in form 2, of one prompt."""
-
-    value: float
-    influence: Array
-    """(N,) what each response adds to its error."""
-    spread: Array
-    """(N,) standard deviation of what its own V_i adds."""
-    skewness: Array
-    """(N,) its skewness."""
-    carrying: float
-    """Effective number of those that carry the noise."""
-
-
-def _log_ratio(x: Array, reference: Array, measured: Measured) -> LogRatio:
-    """Log of CV(x) / CV(reference) for given lengths, and its error.
-
-    Lengths are given, so what varies is V_i around its centre v(L_i), beside what the others owe to response i: as a
-    neighbour, and through the baseline that all advantages share (without that 89 to 93% were covered at N = 64 and
-    128). The centre is a power law's, which follows a V_i by its leverage. The logs' own differences, not their slopes:
-    one response may hold a third of a sum (one in ten right: 90 to 92% covered by slopes).
-    """
-    v = measured.within
-    top, bottom = float(x**2 @ v), float(reference**2 @ v)
-    if top <= 0.0 or bottom <= 0.0:
-        none = np.full(len(v), math.nan)
-        return LogRatio(math.nan, none, none, none, measured.carrying)
-    value = 0.5 * math.log(top / bottom) - math.log(float(x.sum() / reference.sum()))
-    own = (v - measured.centre) / (1.0 - _leverage(measured.lengths))
-
-    def gone(w: Array, total: float) -> Array:
-        """What the log of sum w_i v_i, a total, loses with each response."""
-        owed = measured.shared(w[:, None])[:, 0] - baseline_moves(measured) * float(w @ measured.slope)
-        lost = -np.log(np.maximum(1.0 - (w * own + owed) / total, LEAST_LEFT))
-        return np.asarray(lost - lost.mean())
-
-    influence = 0.5 * (gone(x**2, top) - gone(reference**2, bottom))
-    gain = 0.5 * (x**2 / top - reference**2 / bottom)
-    return LogRatio(value, influence, gain * measured.spread, measured.skewness, measured.carrying)
-
-
-def _leverage(lengths: Array) -> Array:
-    """Leverages (N,) of a straight line in log L, at most 1 - 1/N."""
-    n = len(lengths)
-    logs = np.log(lengths)
-    squares = (logs - logs.mean()) ** 2
-    return np.asarray(np.minimum(1.0 / n + squares / max(float(squares.sum()), 1e-12), 1.0 - 1.0 / n))
 
 
 def _centre(lengths: Array, v: Array) -> Array:

@@ -20,7 +20,8 @@ from gradvar.estimators import (
     within_length_variance,
 )
 from gradvar.estimators.form_cvs import _group_weights, _noise, baseline_moves, form_moments
-from gradvar.estimators.forms import _log_ratio, _measured
+from gradvar.estimators.form_ratios import log_ratio
+from gradvar.estimators.forms import _measured
 from gradvar.estimators.inputs import generator
 from gradvar.estimators.intervals import reach_of_sum
 from gradvar.estimators.noise_scale import noise_moments
@@ -300,7 +301,7 @@ def test_ends_of_a_ratio_by_hand(count):
         measured = _measured(one, "grpo", 5, 5)
         x, y = (references.weights(rule, one.lengths, alpha=2.0, max_length=3000) for rule in ("vl_norm", "grpo"))
         gain = 0.5 * (x**2 / (x**2 @ measured.within) - y**2 / (y**2 @ measured.within))
-        found = _log_ratio(x, y, measured)
+        found = log_ratio(x, y, measured)
         logs.append(0.5 * math.log((x**2 @ measured.within) / (y**2 @ measured.within)) - math.log(x.sum() / y.sum()))
         influence.append(found.influence / count)
         spread.append(gain * measured.spread / count)
@@ -332,7 +333,7 @@ def test_influences_of_a_ratio_by_leaving_out_one_by_one():
         change[i] += apart[i]
         left = [max((w**2 @ (v - change)) / (w**2 @ v), 0.05) for w in (x, y)]
         gone.append(0.5 * (math.log(left[1]) - math.log(left[0])))
-    found = _log_ratio(x, y, measured).influence
+    found = log_ratio(x, y, measured).influence
     assert found == pytest.approx(np.array(gone) - np.mean(gone))
     linear = (0.5 * (x**2 / (x**2 @ v) - y**2 / (y**2 @ v))) @ (
         owed - np.outer(pulled, measured.slope) + np.diag(apart)
