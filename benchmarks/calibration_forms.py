@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from benchmarks.calibration_truths import GROUP, LONGEST, conditional_variances, gradient_of, label
 from gradvar.estimators import form_table
+from gradvar.estimators.advantages import advantages
 from gradvar.estimators.aggregation import find_rule, scope_weights
+from gradvar.estimators.carrying import LEAST_CARRYING, effective_carrying
 from gradvar.estimators.intervals import THESE_PROMPTS
 from gradvar.runs.records import Estimate, PromptScores
 
@@ -33,6 +35,7 @@ def form_intervals(
     rows = table[table["estimand"] == THESE_PROMPTS]
     rows = rows[rows["prompt_id"].isna()] if len(prompts) > 1 else rows
     parts = [_parts(scores.lengths, law) for scores, law in zip(prompts, laws, strict=True)]
+    carrying = [effective_carrying(advantages(scores.rewards, "grpo")) for scores in prompts]
     for row in rows.to_dict("records"):
         if row["rule"] is None or row["quantity"] == "cv_ratio_form_1":  # without an interval: it is arithmetic
             continue
@@ -41,9 +44,12 @@ def form_intervals(
         own = [part[name] for part in parts]
         estimate = Estimate(**{key: row[key] for key in NUMBERS})
         if row["quantity"].startswith("cv_ratio"):
+            # Pooled ratios leave out prompts that few responses carry.
+            used = list(zip(own, parts, carrying, strict=True))
+            used = [one for one in used if one[2] >= LEAST_CARRYING] or used
             logs = [
                 math.log(one[form] / one["signal"] * part["grpo"]["signal"] / part["grpo"][form]) / 2.0
-                for one, part in zip(own, parts, strict=True)
+                for one, part, _ in used
             ]
             yield f"cv ratio form {form} {name}/grpo", math.exp(float(np.mean(logs))), estimate
         else:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import advantages, check_advantage
 from gradvar.estimators.aggregation import aggregation_weights, expand_rules
-from gradvar.estimators.carrying import effective_carrying, few_that_carry, unless_few
+from gradvar.estimators.carrying import LEAST_CARRYING, effective_carrying, few_that_carry, unless_few
 from gradvar.estimators.form_cvs import (
     CV_FORMS,
     GivenLengths,
@@ -131,7 +131,8 @@ def form_table(
     weights for given lengths) or "not claimed"; `holds_needs`, responses a prompt that would
     decide an undetermined one.
     Pooled ratios (no prompt_id) average the logs over prompts, form 2 for both estimands (`estimand`). Prompts that are
-    silent or without gradient are left out of them.
+    silent or without gradient are left out of them, of form 2 also those that few responses carry (`carrying`), which
+    have no interval of their own.
 
     Args:
         groups: Prompts by targets; several targets get their sum as well.
@@ -261,11 +262,14 @@ def _form_rows(
     seed: int,
 ) -> list[TableRow]:
     rule, alpha = key
-    clusters = len(found)
-    value = float(np.mean([f.value for f in found]))
-    influence = np.concatenate([f.influence for f in found]) / clusters
-    spread = np.concatenate([f.spread for f in found]) / clusters
-    skewness, most = np.concatenate([f.skewness for f in found]), len(influence) - clusters
+    # Every prompt's log counts alike, so one that a handful of responses carries would set the interval of all.
+    held = [f for f in found if f.carrying >= LEAST_CARRYING] or found
+    left, clusters = len(found) - len(held), len(held)
+    method = f"{FORM_2}; without {left} of {len(found)} prompts, which few responses carry" if left else FORM_2
+    value = float(np.mean([f.value for f in held]))
+    influence = np.concatenate([f.influence for f in held]) / clusters
+    spread = np.concatenate([f.spread for f in held]) / clusters
+    skewness, most = np.concatenate([f.skewness for f in held]), len(influence) - clusters
     below, above = reach_of_sum(influence, spread, skewness, most=most, level=level)
     none = Estimate(
         value=math.nan,
@@ -273,23 +277,26 @@ def _form_rows(
         high=math.nan,
         level=level,
         method=FORM_1,
-        n=len(influence),
-        clusters=clusters,
+        n=sum(len(f.influence) for f in found),
+        clusters=len(found),
         seed=seed,
     )
     second = replace(
         none,
+        n=len(influence),
+        clusters=clusters,
         value=math.exp(value),
         low=math.exp(value - below),
         high=math.exp(min(value + above, 700.0)),
-        method=f"{FORM_2}; jackknife of the log over responses, t; {THESE_PROMPTS}",
+        method=f"{method}; jackknife of the log over responses, t; {THESE_PROMPTS}",
     )
-    second = unless_few(second, min(f.carrying for f in found))  # every prompt's log counts alike
+    if second.low < second.high:  # proportional weights make equal CVs, whoever carries the noise
+        second = unless_few(second, min(f.carrying for f in held))
     paper = claim(key, compared)
     equal = paper == EQUAL
     first = math.exp(float(np.mean(firsts)))
     common: dict[str, Any] = {**labels, "rule": rule.name, "alpha": alpha, "scope": "all responses, lengths given"}
-    across = _across_prompts(second, np.array([f.value for f in found]), level)
+    across = _across_prompts(second, np.array([f.value for f in held]), method, level)
 
     def told(estimand: str, ratio: Estimate) -> dict[str, Any]:
         return {
@@ -331,9 +338,9 @@ def _form_rows(
     ]
 
 
-def _across_prompts(second: Estimate, logs: Array, level: float) -> Estimate:
+def _across_prompts(second: Estimate, logs: Array, words: str, level: float) -> Estimate:
     """Form 2 for prompts like these: mean of the prompts' logs, t over K - 1."""
-    method = f"{FORM_2}; mean of the prompts' logs, t; {PROMPTS_LIKE_THESE}"
+    method = f"{words}; mean of the prompts' logs, t; {PROMPTS_LIKE_THESE}"
     if len(logs) < MINIMUM_PROMPTS:
         note = f"{method}; not given below {MINIMUM_PROMPTS} prompts"
         return replace(second, value=math.nan, low=math.nan, high=math.nan, method=note)

@@ -46,6 +46,8 @@ NEAREST = 8
 """Responses whose influence is carried on."""
 ENOUGH = 4
 """Of them that carry the noise, where few do: as many more are taken."""
+FAR = 3
+"""At most one in so many, since what lies in the middle tells nothing of an end."""
 ROUNDING = 1e-24
 """Squares below this share of the largest are rounding: A = r - mean leaves some where it is 0."""
 
@@ -96,7 +98,7 @@ class Beyond:
         if self.carrying is None:
             return order[:NEAREST]
         enough = int(np.searchsorted(np.cumsum(self.carrying[order]), ENOUGH)) + 1
-        return order[: max(NEAREST, enough)]
+        return order[: max(NEAREST, min(enough, len(order) // FAR))]
 
     @functools.cached_property
     def _logs(self) -> Array:

@@ -116,10 +116,27 @@ def test_form_2_with_few_right_responses():
     """A prompt's own rows, and pooled ratios, whose logs count alike; pooled CVs go by sums."""
     few, many = prompt(64, 3, "few"), prompt(64, 32, "many", 3)
     table = form_table([few, many], rules=("grpo", "dapo"), seed=0)
-    for name, bounded in (("few", False), ("many", True), (None, False)):
-        row = only(table, quantity="cv_ratio_form_2", rule="dapo", prompt_id=name, estimand="these prompts")
+    rows = {}
+    for name, bounded in (("few", False), ("many", True), (None, True)):
+        rows[name] = row = only(
+            table, quantity="cv_ratio_form_2", rule="dapo", prompt_id=name, estimand="these prompts"
+        )
         assert math.isfinite(row["low"]) == math.isfinite(row["high"]) == bounded
         assert ("carry the noise" in row["method"]) != bounded
+    # Pooled, the prompt without interval is left out.
+    assert "without 1 of 2 prompts, which few responses carry" in rows[None]["method"]
+    assert [rows[None][x] for x in ("value", "low", "high", "n")] == [
+        rows["many"][x] for x in ("value", "low", "high", "n")
+    ]
+    none = form_table([few, replace(few, prompt_id="also")], rules=("grpo", "dapo", "vl_norm"), alphas=(0.0,), seed=0)
+    assert math.isnan(
+        only(none, quantity="cv_ratio_form_2", rule="dapo", prompt_id=None, estimand="these prompts")["low"]
+    )
+    # What equal weights make equal is so whoever carries.
+    same = form_table([few], rules=("dr_grpo", "vl_norm"), alphas=(0.0,), reference="dr_grpo", seed=0)
+    row = only(same, quantity="cv_ratio_form_2", rule="vl_norm", prompt_id="few")
+    assert row["low"] == pytest.approx(1.0)
+    assert row["high"] == pytest.approx(1.0)
     cv = {
         name: only(table, quantity="cv_form_2", rule="dapo", prompt_id=name, estimand="these prompts")
         for name in ("few", "many", None)
