@@ -165,6 +165,27 @@ def _bent_reach(slope: float, bend: float, skewness: float, quantile: float) -> 
     return max(-min(ends) - min(bend, 0.5 * bend), 0.0), max(max(ends) + max(bend, 0.5 * bend), 0.0)
 
 
+def _curved_reach(
+    curved: Sequence[tuple[Array, Array, float]], k: int, error: float, bias: float, quantile: float
+) -> tuple[float, float]:
+    """How far (below, above) the interval of statistic k reaches where `curved` is told apart.
+
+    Its parabolas, the rest of the error and the bias in squares; where few are right the ratio's own bias, of order
+    1/(N p), is what pairs of responses do not see: then it moves the ends, and the parabolas are straight.
+    """
+    own = [(float(slope[k]), float(bend[k]), skewness) for slope, bend, skewness in curved]
+    rest = quantile * math.sqrt(max(error**2 - sum(slope**2 for slope, _, _ in own), 0.0))
+    bends = [_bent_reach(*one, quantile) for one in own]
+    straight = [_bent_reach(slope, 0.0, skewness, quantile) for slope, _, skewness in own]
+    rare = min(max(abs(skewness) for _, _, skewness in own) / RARE, 1.0)
+    ends = []
+    for side, far in enumerate((max(bias, 0.0), max(-bias, 0.0))):
+        bent = math.hypot(rest, far, *(reach[side] for reach in bends))
+        moved = math.hypot(rest, *(reach[side] for reach in straight)) + far
+        ends.append(bent + rare * max(moved - bent, 0.0))
+    return ends[0], ends[1]
+
+
 def log_noise(same: Array, cross: Array, mixed: Array, direction: Array) -> Array:
     """log(1 - eta)."""
     return np.asarray(np.log(1.0 - mixed[..., 0] ** 2 / (direction[..., :1] * same)))
@@ -226,20 +247,8 @@ def estimate_of(
         if result.curved is None:
             low, high = value - quantile * below - max(bias, 0.0), value + quantile * above - min(bias, 0.0)
         else:
-            bends = [
-                _bent_reach(float(slope[k]), float(bend[k]), skew, quantile) for slope, bend, skew in result.curved
-            ]
-            explained = sum(float(slope[k]) ** 2 for slope, _, _ in result.curved)
-            rest = quantile * math.sqrt(max(error**2 - explained, 0.0))
-            # Where few are right the ratio's own bias, of order 1/(N p), is what pairs of responses do not see.
-            straight = [_bent_reach(float(slope[k]), 0.0, skew, quantile) for slope, _, skew in result.curved]
-            rare = min(max(abs(skew) for *_, skew in result.curved) / RARE, 1.0)
-            ends = []
-            for side, far in enumerate((max(bias, 0.0), max(-bias, 0.0))):
-                bent = math.hypot(rest, far, *(reach[side] for reach in bends))
-                moved = math.hypot(rest, *(reach[side] for reach in straight)) + far
-                ends.append(bent + rare * max(moved - bent, 0.0))
-            low, high = value - ends[0], value + ends[1]
+            below, above = _curved_reach(result.curved, k, error, bias, quantile)
+            low, high = value - below, value + above
     else:
         value, method = math.nan, f"{method}; unresolved"
     return Estimate(

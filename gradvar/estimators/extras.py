@@ -210,7 +210,7 @@ class _Drawn:
     limit: float
     """M in tokens."""
     few: NDArray[np.bool_] | None
-    """(N,) `few_that_carry`."""
+    """(N,) `few_that_carry`; nobody where every A is 0."""
     silent: Estimate
 
     @classmethod
@@ -237,6 +237,7 @@ class _Drawn:
             loud = Layout(groups=drawn, kinds=inside[None], n_responses=n), kept
             kinds.append(inside / (1.0 - silent.value))
         kinds.append(reward_direction(scores.rewards, drawn))
+        factors = advantages(scores.rewards, advantage, lengths=scores.lengths)
         return cls(
             layout=Layout(groups=drawn, kinds=np.stack(kinds), n_responses=n),
             loud=loud,
@@ -244,7 +245,7 @@ class _Drawn:
             punished=punished,
             advantage=advantage,
             limit=limit,
-            few=few_that_carry(advantages(scores.rewards, advantage, lengths=scores.lengths)),
+            few=few_that_carry(factors) if factors.any() else factors != 0.0,
             silent=silent,
         )
 

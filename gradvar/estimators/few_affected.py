@@ -67,7 +67,8 @@ class FewAffected:
 def enough_affected(prompts: Sequence[FewAffected], estimate: Estimate) -> Estimate:
     """The estimate, without interval where an extra changes fewer than `LEAST_AFFECTED` responses, or mute ones."""
     count = sum(int(one.rows.sum()) for one in prompts)
-    mute = any(one.mute for one in prompts)
+    affected = [one for one in prompts if one.rows.any()]
+    mute = bool(affected) and all(one.mute for one in affected)
     if math.isnan(estimate.value) or (count >= LEAST_AFFECTED and not mute):
         return estimate
     note = f"{estimate.method}; no interval, the extra changes {count} of {estimate.n} responses"

@@ -93,6 +93,12 @@ def test_filtering_that_leaves_out_none_of_few_right_ones_has_no_interval():
         both = extras_table([scores, silent, half], rules=("grpo",), seed=0, permutations=64)
         row = only(both, quantity="cv_ratio", extra=FILTERING, prompt_id=None)
         assert math.isnan(row["low"]) == (not told)
+        # A prompt that tells what filtering does speaks for the pool, beside hard ones whose truncated are all wrong.
+        telling = replace(half, truncated=truncated, gram=scores.gram)
+        both = extras_table([scores, telling], rules=("grpo",), seed=0, permutations=64)
+        row = only(both, quantity="cv_ratio", extra=FILTERING, prompt_id=None)
+        assert "none of which is one of the few" not in row["method"]
+        assert not math.isnan(row["low"])
 
 
 def test_further_responses_lie_where_those_seen_do():
