@@ -46,7 +46,7 @@ from gradvar.estimators.identity import identity_from_parts, identity_parts
 from gradvar.estimators.inputs import is_silent
 from gradvar.estimators.intervals import MINIMUM_PROMPTS
 from gradvar.estimators.law import fit_exponent
-from gradvar.estimators.law_samples import Sample, sample_of, spread_of
+from gradvar.estimators.law_samples import Sample, pairs_of, sample_of, spread_of
 from gradvar.estimators.length_bins import bin_products, length_bins
 from gradvar.estimators.noise_scale import noise_moments
 from gradvar.estimators.pairs import mean_coefficients, pair_covariance
@@ -196,6 +196,7 @@ def _exponents(samples: list[Sample], what: str) -> tuple[Estimate, Estimate]:
         clusters=np.repeat(np.arange(len(samples)), sizes),
         carrying=together(s.carrying[what] for s in samples),
         dependence=lambda q: np.concatenate([f(x) for f, x in zip(parts, np.split(q, cuts), strict=True)]),
+        pairs=lambda q: pairs_of(samples, {what: q}),
     )
     return fit.exponent, fit.exponent_across
 

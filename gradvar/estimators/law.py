@@ -16,7 +16,7 @@ Shape letters: n responses fitted, N responses averaged, K prompts.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,7 @@ from gradvar.estimators.law_estimates import (
     MINIMUM_RESPONSES,
     FamilyFit,
     curvature_of,
+    error_of,
     exponent_across_of,
     exponent_of,
     families_of,
@@ -59,6 +60,8 @@ from gradvar.estimators.quasi import Dependence, QuasiFit
 from gradvar.runs.records import Estimate
 
 Array = NDArray[np.float64]
+Pairs = Callable[[Array], float]
+"""q (n,) to a variance."""
 
 PROPORTIONAL = "proportional to length"
 NOT_PROPORTIONAL = "not proportional"
@@ -81,12 +84,21 @@ class ExponentFit:
     """Whether that is only how many an interval takes at least: there is none."""
     influence: Array = field(repr=False)
     """(n,) what each response adds to the exponent's error."""
+    gain: Array = field(repr=False)
+    """(n,) by how much the exponent changes with each response's deviation."""
+    pairs: float = 0.0
+    """Variance that pairs of responses add, which the influences' squares hold twice (`spread_pairs`)."""
     outlier: int | None = None
     """Row of the response with the most of the deviations, where it was suspect enough to be left out once."""
     exponent_without: float = math.nan
     """beta without it."""
     error_without: float = math.nan
     """Standard error of that; with it, it may make the error as large as what it moves."""
+
+    @property
+    def error(self) -> float:
+        """Standard error of the exponent."""
+        return error_of(self.influence, self.pairs)
 
     @property
     def rests_on(self) -> int | None:
@@ -145,6 +157,7 @@ def fit_variance_law(
     margin: float = 0.25,
     level: float = 0.95,
     dependence: Dependence | None = None,
+    pairs: Pairs | None = None,
     carrying: float | None = None,
 ) -> VarianceLaw:
     """Fit how deviations (or within-length variances) grow with length.
@@ -164,6 +177,8 @@ def fit_variance_law(
             `spread.within_dependence`), which turns the sandwich into a full delete-one jackknife. Without it the
             observations count as independent: harmless for deviations, not for within-length variances, which share
             neighbours.
+        pairs: q (n,) to the variance that pairs of responses add to sum_j q_j y_j (`spread_pairs`), which the jackknife
+            counts twice; it is taken out of the exponent's. None: it stays.
         carrying: Effective number of the responses that carry the noise (`carrying.together`). Below
             `carrying.LEAST_CARRYING` nothing has an interval, below `carrying.least_under_a_line` no line. None: all.
 
@@ -190,7 +205,7 @@ def fit_variance_law(
         "power": power,
     }
     curved = data.fit(curved_shape(centred), power.shape[0] if power.converged else 1.0, 0.0, dependence=dependence)
-    exponents = _exponents(data, power, margin, level, dependence, carrying)
+    exponents = _exponents(data, power, margin, level, dependence, carrying, pairs)
     scale, level_at, reference = scales_of(power, data.centre, level)
     shared = owed(codes, dependence)
     slope, slope_r2, _ = least_squares(x, y, codes, shared, level, logs=True)
@@ -224,11 +239,13 @@ def fit_exponent(
     margin: float = 0.25,
     level: float = 0.95,
     dependence: Dependence | None = None,
+    pairs: Pairs | None = None,
     carrying: float | None = None,
 ) -> ExponentFit:
     """Fit the power law's exponent alone; arguments, numbers and errors as in `fit_variance_law`."""
     data = checked_data(lengths, deviations, clusters, n_centred, mean_deviation, margin, level)
-    return ExponentFit(**_exponents(data, _fit_power(data, dependence), margin, level, dependence, carrying))
+    power = _fit_power(data, dependence)
+    return ExponentFit(**_exponents(data, power, margin, level, dependence, carrying, pairs))
 
 
 def fitted_means(lengths: Any, deviations: Any) -> Array:
@@ -265,6 +282,7 @@ def _exponents(
     level: float,
     dependence: Dependence | None,
     carrying: float | None,
+    pairs: Pairs | None,
 ) -> dict[str, Any]:
     shares = weights_behind(data)
     behind, largest = 1.0 / float((shares**2).sum()), int(shares.argmax())
@@ -279,17 +297,21 @@ def _exponents(
     def judged(estimate: Estimate) -> Estimate:
         return moved_by_one(unless_few(resting_on(estimate, behind), carrying), without)
 
-    exponent = judged(exponent_of(power, level))
+    gain = power.shape_gain[:, 0]
+    twice = 0.0 if pairs is None or not power.converged else pairs(gain)
+    exponent = judged(exponent_of(power, level, twice))
     verdict, n_needed = _verdict(exponent, margin)
     if math.isnan(exponent.low):
         n_needed = _more(exponent.n, behind, carrying)
     return {
         "exponent": exponent,
-        "exponent_across": judged(exponent_across_of(power, level)),
+        "exponent_across": judged(exponent_across_of(power, level, twice)),
         "verdict": verdict,
         "n_needed": n_needed,
         "n_needed_at_least": math.isnan(exponent.low),
         "influence": power.shape_influence[:, 0],
+        "gain": gain,
+        "pairs": twice,
         "outlier": outlier,
         "exponent_without": without,
         "error_without": error,
@@ -308,7 +330,7 @@ def heterogeneity(fits: Sequence[ExponentFit], level: float) -> tuple[Estimate, 
         is not positive; the p value of Cochran's Q, chi-square with K - 1 degrees). NaN below two usable fits.
     """
     # A law without any scatter has an exponent without error, which would outweigh everything.
-    usable = [f for f in fits if math.isfinite(f.exponent.low) and float(np.linalg.norm(f.influence)) > 1e-8]
+    usable = [f for f in fits if math.isfinite(f.exponent.low) and f.error > 1e-8]
     method = "DerSimonian-Laird over prompts, no interval"
     n = sum(f.exponent.n for f in usable)
     if len(usable) < len(fits):
@@ -316,7 +338,7 @@ def heterogeneity(fits: Sequence[ExponentFit], level: float) -> tuple[Estimate, 
     if len(usable) < 2:
         return symmetric(math.nan, math.nan, level, method + "; fewer than 2 prompts", n, len(usable)), math.nan
     beta = np.array([f.exponent.value for f in usable])
-    weight = np.array([1.0 / float(f.influence @ f.influence) for f in usable])
+    weight = np.array([1.0 / f.error**2 for f in usable])
     centre = float(weight @ beta / weight.sum())
     q = float(weight @ (beta - centre) ** 2)
     excess = (q - (len(usable) - 1)) / (weight.sum() - (weight**2).sum() / weight.sum())

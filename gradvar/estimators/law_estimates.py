@@ -18,6 +18,7 @@ from gradvar.estimators.intervals import (
     effective_degrees,
     symmetric,
     t_quantile,
+    without_surplus,
 )
 from gradvar.estimators.quasi import QuasiFit
 from gradvar.runs.records import Estimate
@@ -30,6 +31,10 @@ MINIMUM_RESPONSES = 16
 FEWEST_BEHIND = 2.0
 """An exponent that rests on fewer responses than this (`responses_behind`) gets no interval: one response sets it."""
 
+
+PAIRS_FROM = 64
+"""Responses from which on what pairs of them count twice is taken out: of 16 it left exponents covered 89 to 97%, of 32
+differences 91%."""
 
 LARGEST_SHARE = 0.1
 """A response with more than this share of the deviations (`weights_behind`) is left out once, to see what it does."""
@@ -51,24 +56,35 @@ class FamilyFit:
     """False where the fit ran to the edge of what the family allows."""
 
 
-def _half_width(influence: Array, fit: QuasiFit, level: float) -> float:
-    quantile = t_quantile(level, effective_degrees(influence, fit.degrees))
-    return quantile * float(np.linalg.norm(influence))
+def error_of(influence: Array, pairs: float) -> float:
+    """Standard error: the root of the influences' sum of squares, less what pairs of responses count twice in it.
+
+    Not below `PAIRS_FROM` responses.
+    """
+    variance = float(influence @ influence)
+    if len(influence) < PAIRS_FROM:
+        return math.sqrt(variance)
+    return math.sqrt(min(float(without_surplus(variance, 0.0, pairs)), variance))
 
 
-def exponent_of(fit: QuasiFit, level: float) -> Estimate:
-    """Exponent for these prompts; no interval below `MINIMUM_RESPONSES`."""
+def half_width(influence: Array, most: float, level: float, pairs: float = 0.0) -> float:
+    """Half an interval by influences (n,), with at most `most` degrees of freedom."""
+    return t_quantile(level, effective_degrees(influence, most)) * error_of(influence, pairs)
+
+
+def exponent_of(fit: QuasiFit, level: float, pairs: float = 0.0) -> Estimate:
+    """Exponent for these prompts; no interval below `MINIMUM_RESPONSES`. `pairs`: the variance pairs add."""
     n, clusters = len(fit.shape_influence), len(fit.constants)
     method = f"Gamma quasi-likelihood, HC3 sandwich, t; {THESE_PROMPTS}"
     if not fit.converged:
         return symmetric(math.nan, math.nan, level, method + "; did not converge", n, clusters)
-    half = _half_width(fit.shape_influence[:, 0], fit, level)
+    half = half_width(fit.shape_influence[:, 0], fit.degrees, level, pairs)
     if n < MINIMUM_RESPONSES:
         half, method = math.nan, method + f"; no interval below {MINIMUM_RESPONSES} responses"
     return symmetric(float(fit.shape[0]), half, level, method, n, clusters)
 
 
-def exponent_across_of(fit: QuasiFit, level: float) -> Estimate:
+def exponent_across_of(fit: QuasiFit, level: float, pairs: float = 0.0) -> Estimate:
     """Exponent for prompts like these: one prompt left out at a time, by one Newton step."""
     n, clusters = len(fit.shape_influence), len(fit.constants)
     method = f"Gamma quasi-likelihood, delete-one-prompt jackknife, t; {PROMPTS_LIKE_THESE}"
@@ -83,7 +99,7 @@ def exponent_across_of(fit: QuasiFit, level: float) -> Estimate:
     # Prompts drawn again vary at least as much as responses drawn again: with 16 responses to each of 8 prompts the
     # jackknife over prompts alone covered 83 to 88%.
     alone = t_quantile(level, clusters - 1) * math.sqrt(variance)
-    half = max(alone, _half_width(fit.shape_influence[:, 0], fit, level))
+    half = max(alone, half_width(fit.shape_influence[:, 0], fit.degrees, level, pairs))
     return symmetric(float(fit.shape[0]), half, level, method, n, clusters)
 
 
@@ -152,7 +168,7 @@ def curvature_of(fit: QuasiFit, level: float) -> Estimate:
         return symmetric(
             math.nan, math.nan, level, f"{method}; not estimated below {MINIMUM_RESPONSES} responses", n, clusters
         )
-    half = _half_width(fit.shape_influence[:, 1], fit, level)
+    half = half_width(fit.shape_influence[:, 1], fit.degrees, level)
     return symmetric(float(fit.shape[1]), half, level, method, n, clusters)
 
 

@@ -14,8 +14,6 @@ from gradvar.estimators.cv import SILENT
 from gradvar.estimators.intervals import (
     PROMPTS_LIKE_THESE,
     THESE_PROMPTS,
-    effective_degrees,
-    t_quantile,
 )
 from gradvar.estimators.law import (
     UNDETERMINED,
@@ -24,7 +22,8 @@ from gradvar.estimators.law import (
     fit_exponent,
     fit_variance_law,
 )
-from gradvar.estimators.law_samples import ALL_RESPONSES, Sample, spread_of, usable_samples
+from gradvar.estimators.law_estimates import half_width
+from gradvar.estimators.law_samples import ALL_RESPONSES, Sample, pairs_of, spread_of, usable_samples
 from gradvar.runs.records import Estimate, TableRow, no_estimate
 
 Array = NDArray[np.float64]
@@ -134,7 +133,7 @@ def rows_of_samples(
         rows.append(
             writer.row(
                 "exponent_difference",
-                _difference(laws["deviation"], laws["within"], writer.level),
+                _difference(laws["deviation"], laws["within"], list(samples.values()), writer.level),
                 scope=scope,
                 prompts=names,
                 pooled=pooled,
@@ -165,6 +164,7 @@ def _fit(samples: list[Sample], what: str, writer: LawWriter, *, full: bool) -> 
         dependence=lambda q: np.concatenate(
             [part(piece) for part, piece in zip(parts, np.split(q, cuts), strict=True)]
         ),
+        pairs=lambda q: pairs_of(samples, {what: q}),
     )
 
 
@@ -225,11 +225,11 @@ def _told(law: ExponentFit, samples: dict[str, Sample]) -> Callable[[Estimate], 
     return lambda estimate: replace(estimate, method=estimate.method + note)
 
 
-def _difference(deviation: ExponentFit, within: ExponentFit, level: float) -> Estimate:
+def _difference(deviation: ExponentFit, within: ExponentFit, samples: list[Sample], level: float) -> Estimate:
     value = deviation.exponent.value - within.exponent.value
     degrees = len(deviation.influence) - deviation.exponent.clusters - 1
-    influence = deviation.influence - within.influence
-    half = t_quantile(level, effective_degrees(influence, degrees)) * float(np.linalg.norm(influence))
+    pairs = pairs_of(samples, {"deviation": deviation.gain, "within": -within.gain})
+    half = half_width(deviation.influence - within.influence, degrees, level, pairs)
     method = "deviation exponent minus within-length exponent, paired HC3 influences, t"
     if math.isnan(deviation.exponent.low) or math.isnan(within.exponent.low):
         half, method = math.nan, f"{method}; no interval, as one of the two has none"

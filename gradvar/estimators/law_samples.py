@@ -3,7 +3,7 @@
 Shape letters: N responses of one prompt, n of them fitted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from gradvar.estimators.spread import (
     variance_among,
     weighted_gram,
 )
+from gradvar.estimators.spread_pairs import Form, deviation_form, noise_squares, pair_variance, within_form
 from gradvar.runs.records import PromptScores
 
 Array = NDArray[np.float64]
@@ -45,6 +46,10 @@ class Sample:
     """(n,) its mean deviation."""
     deviation_dependence: Dependence
     within_dependence: Dependence
+    forms: dict[str, Form]
+    """Quadratic forms of sums of "deviation" and "within"."""
+    noise: Array
+    """(N, N) `noise_squares` of all responses."""
     left_out: int
     carrying: dict[str, float]
     """Effective number of the responses that carry "deviation" and "within" (`carrying.effective_carrying`): the mean
@@ -91,6 +96,7 @@ def sample_of(
     within = np.zeros(count)
     between: Dependence = _nothing_shared
     shared: Dependence = _nothing_shared
+    near = np.zeros((count, 0), dtype=np.intp)
     if n > 1:
         between = deviation_dependence(scores.gram, factors, subset=chosen)
     if count > 1:
@@ -117,9 +123,26 @@ def sample_of(
         mean_deviation=np.full(count, float(spread.mean())),
         deviation_dependence=between,
         within_dependence=shared,
+        forms={"deviation": deviation_form(chosen), "within": within_form(chosen, near)},
+        noise=noise_squares(weighted_gram(scores.gram, factors), scores.lengths),
         left_out=left_out,
         carrying={"deviation": min(own, everyone), "within": own},
         names=part.rollout_ids or tuple(np.flatnonzero(chosen).tolist()),
+    )
+
+
+def pairs_of(samples: Sequence[Sample], weights: Mapping[str, Array]) -> float:
+    """Variance that pairs of responses add to sums of deviations and of within-length variances together.
+
+    Args:
+        samples: One a prompt.
+        weights: (n,) of "deviation" and of "within", or of one of them, over the responses of all samples.
+    """
+    cuts = np.cumsum([len(s.lengths) for s in samples])[:-1]
+    pieces = {what: np.split(q, cuts) for what, q in weights.items()}
+    return sum(
+        pair_variance(np.sum([s.forms[what](q[k]) for what, q in pieces.items()], axis=0), s.noise)
+        for k, s in enumerate(samples)
     )
 
 

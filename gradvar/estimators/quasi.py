@@ -44,6 +44,8 @@ class QuasiFit:
     """(n, m): what observation i adds to the error of s."""
     constants_influence: Array
     """(n, K): the same for eta."""
+    shape_gain: Array
+    """(n, m): by how much s changes with observation i."""
     cluster_scores: Array
     """(K, m): each cluster's part of the profiled score of s."""
     cluster_information: Array
@@ -202,8 +204,9 @@ def _finish(
             wider = np.linalg.norm(whole, axis=0) >= np.linalg.norm(influence, axis=0)
             influence = np.where(wider, whole, influence)
         shape_influence, constants_influence = influence[:, :m], influence[:, m:]
+        shape_gain = gain[:, :m] / mu[:, None]
     else:
-        shape_influence = np.full((n, m), np.nan)
+        shape_influence, shape_gain = np.full((n, m), np.nan), np.full((n, m), np.nan)
         constants_influence = np.full((n, count), np.nan)
     positive = y > 0
     deviance = 2.0 * float(r.sum() - np.log(y[positive] / mu[positive]).sum())
@@ -216,6 +219,7 @@ def _finish(
         constants=eta,
         shape_influence=shape_influence,
         constants_influence=constants_influence,
+        shape_gain=shape_gain,
         cluster_scores=scores,
         cluster_information=pieces,
         deviance=deviance,

@@ -1,0 +1,78 @@
+"""What pairs of responses add to the error of exponents, against sums written out from gradients."""
+
+import numpy as np
+import pytest
+
+from gradvar.estimators.law_samples import pairs_of, sample_of
+from gradvar.estimators.spread_pairs import deviation_form, noise_squares, pair_variance, within_form
+from tests.estimators import simulator
+
+
+def drawn(n: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, 7)), rng.permutation(np.arange(10, 10 + n)).astype(float)
+
+
+@pytest.mark.parametrize("fitted", [np.ones(9, bool), np.arange(9) % 3 != 1])
+def test_forms_are_the_sums_they_stand_for(fitted: np.ndarray) -> None:
+    g, _ = drawn(9, seed=1)
+    rng = np.random.default_rng(2)
+    places = [i for i in range(9) if fitted[i]]
+    near = np.array(
+        [rng.choice([j for j in range(len(places)) if j != i], 3, replace=False) for i in range(len(places))]
+    )
+    q = rng.normal(size=len(places))
+    mean = sum(g) / 9
+    deviation = sum(q[a] * float((g[i] - mean) @ (g[i] - mean)) for a, i in enumerate(places))
+    within = 0.0
+    for a, i in enumerate(places):
+        apart = g[i] - sum(g[places[b]] for b in near[a]) / 3
+        within += q[a] * 3 / 4 * float(apart @ apart)
+    for form, expected in ((deviation_form(fitted), deviation), (within_form(fitted, near), within)):
+        found = sum(form(q)[i, j] * float(g[i] @ g[j]) for i in range(9) for j in range(9))
+        assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_squares_of_products_between_differences_of_neighbours_in_length() -> None:
+    g, lengths = drawn(8, seed=3)
+    order = sorted(range(8), key=lambda i: lengths[i])
+    found = noise_squares(g @ g.T, lengths)
+    for a, i in enumerate(order):
+        for b, j in enumerate(order):
+            if a < b:
+                expected = 0.0
+                if a > 0 and b < 7:
+                    expected = (0.5 * float((g[i] - g[order[a - 1]]) @ (g[j] - g[order[b + 1]]))) ** 2
+                assert found[i, j] == found[j, i] == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    assert not np.diagonal(found).any()
+
+
+def test_variance_is_that_of_a_form_of_noise_where_the_mean_moves_slowly() -> None:
+    """The form has no diagonal, so all of its variance comes from pairs; sd of the mean of 4000 draws: 2%."""
+    n, rng = 12, np.random.default_rng(4)
+    form = rng.normal(size=(n, n))
+    form = form + form.T
+    form[[0, -1]] = form[:, [0, -1]] = 0.0
+    np.fill_diagonal(form, 0.0)
+    lengths = np.arange(1.0, n + 1)
+    moving = (30.0 + 0.05 * lengths[:, None]) * np.ones(5)
+    values, estimates = [], []
+    for _ in range(4000):
+        e = rng.normal(size=(n, 5))
+        values.append(float((form * (e @ e.T)).sum()))
+        g = e + moving
+        estimates.append(pair_variance(form, noise_squares(g @ g.T, lengths)))
+    assert np.mean(estimates) == pytest.approx(np.var(values), rel=0.1)
+
+
+def test_pairs_of_two_prompts_add_up_and_the_difference_of_two_sums_is_one_form() -> None:
+    prompts = [simulator.prompt(f"p{k}", n, rng=np.random.default_rng([5, k])) for k, n in enumerate((9, 7))]
+    samples = [sample_of(p, p.rewards >= 0, "score", seed=1, neighbours=3, left_out=0) for p in prompts]
+    q = np.random.default_rng(6).normal(size=16)
+    expected = 0.0
+    for sample, part in zip(samples, (q[:9], q[9:]), strict=True):
+        form = sample.forms["deviation"](part) - sample.forms["within"](part)
+        for i in range(len(part)):
+            for j in range(i):
+                expected += (2.0 * form[i, j]) ** 2 * sample.noise[i, j]
+    assert pairs_of(samples, {"deviation": q, "within": -q}) == pytest.approx(expected, rel=1e-12)
