@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from gradvar.estimators.intervals import (
     jackknife_variance,
     quantiles_of_columns,
+    reach_of_skewed,
     t_quantile,
     without_surplus,
 )
@@ -231,7 +232,7 @@ def pressure(which: int) -> Statistic:
 def estimate_of(
     result: Jackknifed, k: int, *, level: float, method: str, tails: Sequence[Unseen] | None = None
 ) -> Estimate:
-    """Statistic k with its t interval, widened by the jackknife's bias on the side it points to.
+    """Statistic k with its t interval, moved by skewness and widened by the jackknife's bias on the side it points to.
 
     `tails`, one a prompt, add what lengths beyond those seen could do to it. Where a part `curved` is told apart (then
     there are no tails) its reach, the rest of the error and the bias, which counts as error, are added in squares
@@ -243,9 +244,12 @@ def estimate_of(
     if math.isfinite(value) and math.isfinite(error):
         quantile, bias = float(result.quantiles(level)[k]), float(result.bias[k])
         unseen = [one.unseen(r[:, k]) for one, r in zip(tails or (), result.influences, strict=False)]
-        below, above = (math.hypot(error, *(ends[side] for ends in unseen)) for side in (0, 1))
         if result.curved is None:
-            low, high = value - quantile * below - max(bias, 0.0), value + quantile * above - min(bias, 0.0)
+            own = reach_of_skewed(np.concatenate([u[:, k] for u in result.influences]), error, quantile)
+            below, above = (
+                math.hypot(reach, *(quantile * ends[side] for ends in unseen)) for side, reach in enumerate(own)
+            )
+            low, high = value - below - max(bias, 0.0), value + above - min(bias, 0.0)
         else:
             below, above = _curved_reach(result.curved, k, error, bias, quantile)
             low, high = value - below, value + above

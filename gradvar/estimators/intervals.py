@@ -140,6 +140,23 @@ def bent_quantiles(bend: float, quantile: float) -> tuple[float, float]:
     return (-quantile - far, quantile - near) if bend > 0.0 else (near - quantile, quantile + far)
 
 
+def reach_of_skewed(influence: Array, error: float, quantile: float) -> tuple[float, float]:
+    """How far (below, above) an interval reaches where the influences (n,) are skewed: Hall's (1992) correction.
+
+    -+q - skewness (2 q^2 + 1)/6 with the skewness of their sum: the farther end moves by all of it, the one brought
+    nearer within `NEAR_BEND`. Where rare long responses make the noise an estimate that lacks them is both too high and
+    too sure: efficiencies over the best one's were covered 89 to 92% without, all misses on one side.
+    """
+    square = float(influence @ influence)
+    if not (0.0 < square < math.inf and error > 0.0):
+        return quantile * error, quantile * error
+    scaled = influence / math.sqrt(square)
+    moved = float((scaled**3).sum()) * (2.0 * quantile**2 + 1.0) / 6.0
+    nearer = float(min(np.abs(bent_quantiles(2.0 * moved / (quantile**2 + 1.0), quantile))))
+    near, far = nearer * error, (quantile + abs(moved)) * error
+    return (near, far) if moved > 0.0 else (far, near)
+
+
 def reach_of_sum(influence: Array, spread: Array, skewness: Any, *, most: float, level: float) -> tuple[float, float]:
     """How far (below, above) the interval of a sum of skewed observations reaches, their places given.
 
