@@ -25,6 +25,7 @@ from gradvar.estimators.intervals import (
     PROMPTS_LIKE_THESE,
     THESE_PROMPTS,
     jackknife_variance,
+    reach_of_skewed,
     t_quantile,
     without_surplus,
 )
@@ -167,8 +168,9 @@ def _interval(
         for replicate, one in zip(replicates, tails, strict=True)
         if one is not None
     ]
+    error = math.sqrt(float(without_surplus(variance, noisy, pairs)) + bias**2)
     below, above = (
-        math.sqrt(float(without_surplus(variance, noisy, pairs)) + bias**2 + sum(ends[side] ** 2 for ends in unseen))
-        for side in (0, 1)
+        math.hypot(reach, *(quantile * ends[side] for ends in unseen))
+        for side, reach in enumerate(reach_of_skewed(influence_of(replicates), error, quantile))
     )
-    return value - quantile * below + min(bias, 0.0), value + quantile * above + max(bias, 0.0)
+    return value - below + min(bias, 0.0), value + above + max(bias, 0.0)
