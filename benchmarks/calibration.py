@@ -146,8 +146,14 @@ def one_draw(job: tuple[Setting, int]) -> list[Found]:
         return [found_of(*row) for row in silent_intervals(population, setting.prompts, setting.n, seed)]
     if len(setting.laws) == 1:
         names = setting.laws * setting.prompts
+        truths = truths_of(names, setting.n)
         return every_interval(
-            [law_of(x) for x in names], setting.n, seed, truths_of(names, setting.n), None, set(setting.kinds)
+            [law_of(x) for x in names],
+            setting.n,
+            seed,
+            truths,
+            truths if setting.prompts > 1 else None,
+            set(setting.kinds),
         )
     # Every prompt's law is drawn: that is what "prompts like these" means.
     chosen = np.random.default_rng([14, setting.n, t]).integers(len(setting.laws), size=setting.prompts)

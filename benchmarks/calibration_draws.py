@@ -23,12 +23,12 @@ from gradvar.estimators.additive import of_prompts_like_these, of_these_prompts,
 from gradvar.estimators.baselines import Baselines, log_independence_ratio
 from gradvar.estimators.best_alpha import best_of_curve
 from gradvar.estimators.bias import (
+    Jackknifed,
     cosine,
     cosine_estimate,
     estimate_of,
     eta_estimate,
     inner_product,
-    is_direction_known,
     jackknifed,
     log_efficiency,
     log_noise,
@@ -129,9 +129,10 @@ def every_interval(
         for name, one, across in maker(prompts, rng):
             if name.startswith(RATIO):
                 rule, _, best = name.removeprefix(RATIO).rpartition(" at ")
-                if "eta grpo" in here:
-                    truth = eta_ratio_truth(here, rule, float(best))
-                    found.append(found_of(f"{RATIO}{rule} over the best vl_norm", HERE, truth, one))
+                for estimand, known, estimate in ((HERE, here, one), (LIKE, like or {}, across)):
+                    if "eta grpo" in known and estimate is not None:
+                        truth = eta_ratio_truth(known, rule, float(best))
+                        found.append(found_of(f"{RATIO}{rule} over the best vl_norm", estimand, truth, estimate))
             if name in here:
                 found.append(found_of(name, HERE, here[name], one))
             if across is not None and like is not None and name in like:
@@ -257,24 +258,30 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
     along, product, longer = (jackknifed(pool, one) for one in (scale, inner_product(1), pressure(1)))
     known = what_is_known(pool, level=LEVEL)
     several = len(used) >= MINIMUM_PROMPTS
-    over_prompts = jackknifed(pool, log_noise, across=True) if several else None
-    sure = several and is_direction_known(pool, level=LEVEL, across=True)
+    of_prompts: list[Jackknifed] = []
+    if several:
+        statistics = (log_noise, cosine, scale, inner_product(1), pressure(1))
+        of_prompts = [jackknifed(pool, statistic, across=True) for statistic in statistics]
+        sure = what_is_known(pool, level=LEVEL, across=True)
     for k in REWARDED:
         name = label(*RULES[k])
         turning = [prompt.angle(variants[k]) for prompt in described]
         eta = eta_estimate(pool, noise, k, level=LEVEL, method="", tails=tails[k], known=known.direction)
-        over = None
-        if over_prompts is not None:
-            over = eta_estimate(pool, over_prompts, k, level=LEVEL, method="", across=True, known=sure)
-        yield f"eta {name}", eta, over
-        yield (
-            f"cosine {name}",
-            cosine_estimate(pool, angle, k, level=LEVEL, method="", tails=turning, known=known),
-            None,
-        )
-        yield f"scale {name}", estimate_of(along, k, level=LEVEL, method=""), None
-        yield f"length product {name}", estimate_of(product, k, level=LEVEL, method=""), None
-        yield f"length pressure {name}", estimate_of(longer, k, level=LEVEL, method=""), None
+        alike: list[Estimate | None] = [None] * 5
+        if of_prompts:
+            noise_like, angle_like, *others = of_prompts
+            spoken: dict[str, Any] = {"level": LEVEL, "method": "", "across": True}
+            alike = [
+                eta_estimate(pool, noise_like, k, tails=tails[k], known=sure.direction, **spoken),
+                cosine_estimate(pool, angle_like, k, tails=turning, known=sure, **spoken),
+                *(estimate_of(other, k, level=LEVEL, method="") for other in others),
+            ]
+        yield f"eta {name}", eta, alike[0]
+        cosine_here = cosine_estimate(pool, angle, k, level=LEVEL, method="", tails=turning, known=known)
+        yield f"cosine {name}", cosine_here, alike[1]
+        yield f"scale {name}", estimate_of(along, k, level=LEVEL, method=""), alike[2]
+        yield f"length product {name}", estimate_of(product, k, level=LEVEL, method=""), alike[3]
+        yield f"length pressure {name}", estimate_of(longer, k, level=LEVEL, method=""), alike[4]
     pairs = np.sum([_pairs(*one) for one in zip(used, drawn, c, strict=True)], axis=0)
     grid = np.append(np.arange(3, len(RULES)), len(RULES) + np.arange(3, len(RULES)))
     curve = [p.of_updates(slice(3, None)) for p in pool]
@@ -283,13 +290,21 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
             twice = part(curve, pairs[np.ix_(grid, grid)], GROUP)
             every = of_log_efficiency(pool, pairs, GROUP)
         star = best_of_curve(jackknifed(curve, statistic), GRID, level=LEVEL, method="", pairs=twice, tails=described)
-        yield f"alpha* by {what}", star, None
+        over_prompts = None
+        if several:
+            of_curve = jackknifed(curve, statistic, across=True)
+            over_prompts = best_of_curve(of_curve, GRID, level=LEVEL, method="", pairs=twice, tails=described)
+        yield f"alpha* by {what}", star, over_prompts
         if what == "eta" and math.isfinite(star.value):
             best = find_rule("vl_norm"), star.value
             ends = [[prompt.beside(variant, best) for prompt in described] for variant in variants]
-            ratios = eta_ratios(pool, GRID, star.value, level=LEVEL, method="", across=False, pairs=every, tails=ends)
+            spoken = {"level": LEVEL, "method": ""}
+            ratios = eta_ratios(pool, GRID, star.value, across=False, pairs=every, tails=ends, **spoken)
+            over: list[Estimate | None] = [None] * len(ratios)
+            if several:
+                over = [*eta_ratios(pool, GRID, star.value, across=True, pairs=every, tails=ends, **spoken)]
             for k in REWARDED:
-                yield f"{RATIO}{label(*RULES[k])} at {star.value}", ratios[k], None
+                yield f"{RATIO}{label(*RULES[k])} at {star.value}", ratios[k], over[k]
 
 
 def _permutations(n: int) -> int:

@@ -283,8 +283,8 @@ def _rows_of_pool(
     ):
         curve = jackknifed(alone, statistic, across=across)
         with np.errstate(all="ignore"):
-            twice = None if across else part(alone, pairs[np.ix_(mine, mine)], group_size)
-        ends = None if across else [s.tails for s in studied]
+            twice = part(alone, pairs[np.ix_(mine, mine)], group_size)
+        ends = [s.tails for s in studied]
         star = best_of_curve(curve, grid, level=level, method=f"argmax, slope 0; {way}", pairs=twice, tails=ends)
         verdict = UNRESOLVED if math.isnan(star.value) else "resolved"
         rows.append(TableRow(quantity=name, estimate=star, target="", rule=find_rule("vl_norm").name, verdict=verdict))

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradvar.estimators.bias import Jackknifed
-from gradvar.estimators.intervals import jackknife_variance
+from gradvar.estimators.intervals import at_least_as_wide, jackknife_variance
 from gradvar.estimators.tails import PromptTails
 from gradvar.runs.records import Estimate
 
@@ -72,8 +72,13 @@ def best_of_curve(
         tails: One a prompt; lower the lower end for shorter responses than those seen.
 
     Returns:
-        The alpha, NaN with "unresolved" where the curve is undefined somewhere on the grid.
+        The alpha, NaN with "unresolved" where the curve is undefined somewhere on the grid. For prompts like these the
+        interval holds that for these prompts, which alone `pairs` and `tails` are used for.
     """
+    if result.here is not None:
+        across = best_of_curve(replace(result, here=None), grid, level=level, method=method)
+        here = best_of_curve(result.here, grid, level=level, method=method, pairs=pairs, tails=tails)
+        return _open_ends(at_least_as_wide(across, here), grid)
     none = Estimate(
         value=math.nan,
         low=math.nan,
@@ -109,14 +114,15 @@ def best_of_curve(
         low -= 1
     while high < len(fine) - 1 and fits[high + 1]:
         high += 1
-    ends = [f"open at {grid[k]:g}" for k, at in ((0, low == 0), (-1, high == len(fine) - 1)) if at]
-    return replace(
-        none,
-        value=_rounded(fine[best]),
-        low=_rounded(fine[low]),
-        high=_rounded(fine[high]),
-        method="; ".join([method, *ends]),
-    )
+    star = replace(none, value=_rounded(fine[best]), low=_rounded(fine[low]), high=_rounded(fine[high]))
+    return _open_ends(star, grid)
+
+
+def _open_ends(star: Estimate, grid: Sequence[float]) -> Estimate:
+    """The alpha with every end of its interval that is open, at the grid's first or last alpha, said in `method`."""
+    ends = zip((star.low, star.high), (grid[0], grid[-1]), strict=True)
+    notes = [f"open at {edge:g}" for end, edge in ends if end == _rounded(edge)]
+    return replace(star, method="; ".join([star.method, *(note for note in notes if note not in star.method)]))
 
 
 def _rounded(alpha: float) -> float:

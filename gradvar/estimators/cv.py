@@ -33,6 +33,7 @@ from gradvar.estimators.intervals import (
     MINIMUM_PROMPTS,
     PROMPTS_LIKE_THESE,
     THESE_PROMPTS,
+    at_least_as_wide,
     bent_quantiles,
     check_level,
     effective_degrees,
@@ -349,10 +350,5 @@ def pooled_rho(
         half = t_quantile(level, clusters - 1) * math.sqrt(float(jackknife_variance(without)))
         stretch = math.exp(min(half / (1.0 - value), 700.0)) if value < 1.0 else math.nan
         low, high = 1.0 - (1.0 - value) * stretch, 1.0 - (1.0 - value) / stretch
-        # Prompts drawn again vary at least as much as responses drawn again.
-        there = (
-            replace(there, low=min(low, here.low), high=max(high, here.high))
-            if math.isfinite(here.low)
-            else (replace(there, low=low, high=high))
-        )
+        there = at_least_as_wide(replace(there, low=low, high=high), here)
     return here, there

@@ -47,7 +47,7 @@ def eta_ratios(
         best: Alpha of the reference, inside the grid's range.
         level: Nominal coverage.
         method: Of the records.
-        across: For prompts like these, else for these prompts.
+        across: For prompts like these, else for these prompts, which alone `pairs` and `tails` are used for.
         pairs: (R, R) covariances of what pairs of responses add to log eta (`surplus.of_log_efficiency`), which the
             jackknife counts twice; None: nothing is taken out.
         tails: Of every kind of update, one a prompt: beside VL Norm at `best`, of CVs (`tails`).
@@ -63,12 +63,15 @@ def eta_ratios(
         logs = log_efficiency(same, cross, mixed, direction)
         return np.asarray(logs - (logs[..., -size:] @ weights)[..., None])
 
-    result = replace(jackknifed(pool, over_best, across=across), surplus=None)
-    if pairs is not None and not across:
-        twice = _pairs_of_ratios(pairs, weights)
-        result = replace(result, surplus=(np.zeros_like(twice), twice))
+    twice = None if pairs is None else _pairs_of_ratios(pairs, weights)
+    surplus = None if twice is None else (np.zeros_like(twice), twice)
+    result = jackknifed(pool, over_best, across=across)
+    if result.here is None:
+        result = replace(result, surplus=surplus)
+    else:
+        result = replace(result, here=replace(result.here, surplus=surplus))
     return [
-        _ratio(result, k, None if across or tails is None else tails[k], level=level, method=method)
+        _ratio(result, k, None if tails is None else tails[k], level=level, method=method)
         for k in range(len(result.value))
     ]
 

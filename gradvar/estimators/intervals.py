@@ -6,6 +6,7 @@ Shape letters: N responses, K prompts.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -190,6 +191,16 @@ def symmetric(value: float, half: float, level: float, method: str, n: int, clus
     return Estimate(
         value=value, low=value - half, high=value + half, level=level, method=method, n=n, clusters=clusters, seed=None
     )
+
+
+def at_least_as_wide(across: Estimate, here: Estimate) -> Estimate:
+    """Estimate for prompts like these, its ends no nearer than those for these prompts, where both have an interval.
+
+    Prompts drawn again vary at least as much as responses drawn again.
+    """
+    if math.isnan(across.value) or math.isnan(here.value) or math.isnan(across.low) or math.isnan(here.low):
+        return across
+    return replace(across, low=min(across.low, here.low), high=max(across.high, here.high))
 
 
 def decide_from_margin(value: float, low: float, high: float, margin_low: float, margin_high: float) -> int:

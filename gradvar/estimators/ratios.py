@@ -24,6 +24,7 @@ from gradvar.estimators.intervals import (
     MINIMUM_PROMPTS,
     PROMPTS_LIKE_THESE,
     THESE_PROMPTS,
+    at_least_as_wide,
     jackknife_variance,
     reach_of_skewed,
     t_quantile,
@@ -75,8 +76,7 @@ def cv_ratio_across(
 ) -> Estimate:
     """Pooled CV ratio for prompts like these: delete-one-prompt jackknife of the log, t over K - 1, from 4 prompts on.
 
-    Never narrower than `here`, the same ratio for these prompts from `pooled_cv_ratio`: prompts drawn again vary at
-    least as much as responses drawn again.
+    Never narrower than `here`, the same ratio for these prompts from `pooled_cv_ratio`.
     """
     name = f"pooled CV ratio, permutation groups, delete-one-prompt jackknife of the log, t; {PROMPTS_LIKE_THESE}"
     none = replace(here, value=math.nan, low=math.nan, high=math.nan, level=level, method=name)
@@ -90,9 +90,7 @@ def cv_ratio_across(
         return replace(none, high=math.inf, low=0.0, method=f"{name}; unresolved")
     half = t_quantile(level, len(prompts) - 1) * math.sqrt(float(jackknife_variance(replicates)))
     low, high = math.exp(max(value - half, -700.0)), math.exp(min(value + half, 700.0))
-    if math.isfinite(here.value):
-        low, high = min(low, here.low), max(high, here.high)
-    return replace(none, value=math.exp(value), low=low, high=high)
+    return at_least_as_wide(replace(none, value=math.exp(value), low=low, high=high), here)
 
 
 def _log_ratio(same: Any, cross: Any, reference_same: Any, reference_cross: Any) -> Any:
