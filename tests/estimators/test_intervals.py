@@ -6,6 +6,7 @@ from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 from gradvar.estimators.intervals import (
+    at_least_as_wide,
     bent_quantiles,
     decide_from_margin,
     degrees_of_squares,
@@ -13,12 +14,14 @@ from gradvar.estimators.intervals import (
     jackknife_variance,
     n_to_decide,
     quantiles_of_columns,
+    reach_of_skewed,
     reach_of_sum,
     t_quantile,
     wilson,
     without_surplus,
 )
 from gradvar.estimators.pairs import centred
+from gradvar.runs.records import Estimate
 
 
 def test_jackknife_of_a_mean_is_its_squared_standard_error():
@@ -147,6 +150,49 @@ def test_reach_of_a_sum():
     assert reach_of_sum(u, spread, 1e6 / cubes, most=3, level=0.95)[0] == pytest.approx(
         by_law(spread) - 0.3 * (z**2 + 1) / 2 * error
     )
+
+
+def test_reach_where_influences_are_skewed():
+    """-+q - skewness (2 q^2 + 1)/6 standard errors, the nearer end within its limits; mirrored with the influences."""
+    u = np.array([1.0, -2.0, 5.0, -1.5, 0.5])
+    q, error = 2.1, 3.0
+    skewness = sum(x**3 for x in u) / sum(x**2 for x in u) ** 1.5
+    moved = skewness * (2 * q**2 + 1) / 6
+    below, above = reach_of_skewed(u, error, q)
+    assert above == pytest.approx(error * (q + moved))
+    curve = (q**2 + 1) / 2
+    assert below == pytest.approx(error * (q - curve * min(max(moved / curve - 0.1, 0.0), 0.3)))
+    assert reach_of_skewed(-7.0 * u, error, q) == pytest.approx((above, below))
+    assert reach_of_skewed(np.array([1.0, -1.0]), error, q) == pytest.approx((q * error, q * error))
+    for none in (np.zeros(3), np.array([np.inf, 1.0])):
+        assert reach_of_skewed(none, error, q) == (q * error, q * error)
+    assert reach_of_skewed(u, 0.0, q) == (0.0, 0.0)
+
+
+def test_means_of_skewed_observations_are_covered_from_both_sides():
+    """95% within 3 binomial standard errors; without the correction nearly all misses lie on one side."""
+    rng, n, q = np.random.default_rng(3), 40, stats.t.ppf(0.975, 39)
+    below, above, plain = 0, 0, 0
+    for _ in range(2000):
+        x = rng.gamma(1.0, 1.0, n)
+        u = (x - x.mean()) / (n - 1)
+        error = float(np.linalg.norm(u)) * math.sqrt((n - 1) / n)
+        down, up = reach_of_skewed(u, error, q)
+        below, above = below + (x.mean() + up < 1.0), above + (x.mean() - down > 1.0)
+        plain += x.mean() + q * error < 1.0
+    assert below + above < 2000 * 0.05 + 3 * math.sqrt(2000 * 0.05 * 0.95)
+    assert below < 0.75 * plain
+
+
+def test_prompts_drawn_again_vary_at_least_as_much():
+    def one(low, high, value=1.0):
+        return Estimate(value=value, low=low, high=high, level=0.95, method="", n=9, clusters=4, seed=None)
+
+    assert at_least_as_wide(one(0.5, 1.2), one(0.7, 1.4)).low == 0.5
+    assert at_least_as_wide(one(0.5, 1.2), one(0.7, 1.4)).high == 1.4
+    for unknown in (one(math.nan, math.nan), one(-math.inf, math.inf, value=math.nan)):
+        assert at_least_as_wide(one(0.5, 1.2), unknown) == one(0.5, 1.2)
+    assert math.isnan(at_least_as_wide(one(math.nan, math.nan), one(0.7, 1.4)).low)
 
 
 def test_a_sum_of_skewed_observations_is_covered():

@@ -91,18 +91,28 @@ def test_unseen_responses_by_their_definition():
     assert both == pytest.approx((0.0, math.hypot(one, two)))
 
 
-def test_the_nearest_hold_four_that_carry_the_noise():
-    """The 8 nearest, and further ones until 4 of large advantage are among them, a third of all at most."""
+def test_ends_are_those_of_the_few_that_carry_the_noise():
+    """The nearest are of large advantage, a third of these at most; as many as they are say how far out one may lie."""
     lengths = np.array([7.0 * 1.1**k for k in (3, 0, 1, 2, *range(4, 60))])
-    order = np.argsort(lengths)
-    for right, short, long in (((0, 1, 2, 3), 8, 20), ((5, 10, 12, 15, 50), 16, 20), ((1, 2, 3), 20, 20)):
+    order, logs = np.argsort(lengths), np.log(lengths)
+    for right in ((10, 11, 12, 40), (8, 10, 12, 15, 40, 43), (30,)):
         rewards = np.zeros(60)
         rewards[order[list(right)]] = 1.0
         beyond = PromptTails.of(np.eye(60), rewards, lengths, advantage="grpo").beyond
-        assert sorted(beyond.below[0]) == sorted(order[:short])
-        assert sorted(beyond.above[0]) == sorted(order[60 - long :])
+        taken = max(len(right) // 3, 1)
+        out = stats.norm.ppf(1.0 - 1.0 / (4.0 * len(right))) * logs.std(ddof=1)
+        shortest, longest = [order[k] for k in right[:taken]], [order[k] for k in right[-taken:]]
+        nearest, step = beyond.below
+        assert sorted(nearest) == sorted(shortest)
+        assert step == pytest.approx(np.mean([logs[i] for i in shortest]) - (logs.mean() - out))
+        if max(logs[longest]) < logs.mean() + out:
+            nearest, step = beyond.above
+            assert sorted(nearest) == sorted(longest)
+            assert step == pytest.approx(logs.mean() + out - np.mean([logs[i] for i in longest]))
+        else:
+            assert beyond.above is None
     half = PromptTails.of(np.eye(60), np.arange(60) % 2.0, lengths, advantage="grpo").beyond
-    assert sorted(half.below[0]) == sorted(order[:8])
+    assert half.below is None or sorted(half.below[0]) == sorted(order[:8])
 
 
 def test_only_the_side_that_an_unseen_response_would_take_is_widened():
