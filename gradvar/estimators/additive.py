@@ -17,6 +17,7 @@ from gradvar.estimators.intervals import (
     MINIMUM_PROMPTS,
     PROMPTS_LIKE_THESE,
     THESE_PROMPTS,
+    at_least_as_wide,
     degrees_of_squares,
     effective_degrees,
     jackknife_variance,
@@ -177,7 +178,8 @@ def of_prompts_like_these(
     if not (math.isfinite(value) and np.isfinite(replicates).all()):
         return _record(math.nan, math.nan, math.nan, level, method + UNRESOLVED_NOTE, n, clusters)
     half = t_quantile(level, clusters - 1) * math.sqrt(float(jackknife_variance(replicates)))
-    return _record(back(value), back(value - half), back(value + half), level, method, n, clusters)
+    across = _record(back(value), back(value - half), back(value + half), level, method, n, clusters)
+    return at_least_as_wide(across, of_these_prompts(prompts, statistic, level=level, method="", back=back))
 
 
 def ratio_of_signals(

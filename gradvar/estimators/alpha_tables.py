@@ -52,8 +52,8 @@ from gradvar.runs.records import Estimate, PromptScores, TableRow, estimate_tabl
 ALPHA_GRID = tuple(np.arange(13) * 0.25)
 """0 to 3 by quarters."""
 
-_JACKKNIFE = f"permutation groups, delete-one jackknife, t; {THESE_PROMPTS}"
-_ACROSS = f"permutation groups, delete-one-prompt jackknife, t; {PROMPTS_LIKE_THESE}"
+_JACKKNIFE = f"permutation groups, delete-one jackknife, t, moved by skewness; {THESE_PROMPTS}"
+_ACROSS = f"permutation groups, delete-one-prompt jackknife, t, no narrower than these prompts'; {PROMPTS_LIKE_THESE}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -75,10 +75,24 @@ def best_of_curve(
         The alpha, NaN with "unresolved" where the curve is undefined somewhere on the grid. For prompts like these the
         interval holds that for these prompts, which alone `pairs` and `tails` are used for.
     """
-    if result.here is not None:
-        across = best_of_curve(replace(result, here=None), grid, level=level, method=method)
-        here = best_of_curve(result.here, grid, level=level, method=method, pairs=pairs, tails=tails)
-        return _open_ends(at_least_as_wide(across, here), grid)
+    if result.here is None:
+        star = _argmax(result, grid, level, method, pairs, tails)
+    else:
+        here = _argmax(result.here, grid, level, method, pairs, tails)
+        star = at_least_as_wide(_argmax(result, grid, level, method, None, None), here)
+    ends = zip((star.low, star.high), (grid[0], grid[-1]), strict=True)
+    notes = [f"open at {edge:g}" for end, edge in ends if end == _rounded(edge)]
+    return replace(star, method="; ".join([star.method, *notes]))
+
+
+def _argmax(
+    result: Jackknifed,
+    grid: Sequence[float],
+    level: float,
+    method: str,
+    pairs: Array | None,
+    tails: Sequence[PromptTails] | None,
+) -> Estimate:
     none = Estimate(
         value=math.nan,
         low=math.nan,
@@ -114,15 +128,7 @@ def best_of_curve(
         low -= 1
     while high < len(fine) - 1 and fits[high + 1]:
         high += 1
-    star = replace(none, value=_rounded(fine[best]), low=_rounded(fine[low]), high=_rounded(fine[high]))
-    return _open_ends(star, grid)
-
-
-def _open_ends(star: Estimate, grid: Sequence[float]) -> Estimate:
-    """The alpha with every end of its interval that is open, at the grid's first or last alpha, said in `method`."""
-    ends = zip((star.low, star.high), (grid[0], grid[-1]), strict=True)
-    notes = [f"open at {edge:g}" for end, edge in ends if end == _rounded(edge)]
-    return replace(star, method="; ".join([star.method, *(note for note in notes if note not in star.method)]))
+    return replace(none, value=_rounded(fine[best]), low=_rounded(fine[low]), high=_rounded(fine[high]))
 
 
 def _rounded(alpha: float) -> float:

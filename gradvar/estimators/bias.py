@@ -14,6 +14,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -249,11 +250,12 @@ def estimate_of(
     low, high = -math.inf, math.inf
     if math.isfinite(value) and math.isfinite(error):
         quantile, bias = float(result.quantiles(level)[k]), float(result.bias[k])
-        seen = () if result.here else zip(tails or (), result.influences, strict=False)
+        seen = () if result.degrees is not None else zip(tails or (), result.influences, strict=False)
         unseen = [one.unseen(r[:, k]) for one, r in seen]
         if result.curved is None:
             influence = np.concatenate([u[:, k] for u in result.influences])
-            own = (quantile * error,) * 2 if result.here else reach_of_skewed(influence, error, quantile)
+            plain = result.degrees is not None  # over prompts
+            own = (quantile * error,) * 2 if plain else reach_of_skewed(influence, error, quantile, level)
             below, above = (
                 math.hypot(reach, *(quantile * ends[side] for ends in unseen)) for side, reach in enumerate(own)
             )
@@ -329,11 +331,14 @@ def cosine_estimate(
     ||E ghat||^2 is not told apart from 0. `tails` (of the angle), one a prompt, lower the lower end. `known` is
     `what_is_known`, which is found where it is not given.
     """
-    found = estimate_of(result, k, level=level, method=method, tails=tails)
+    spoken: dict[str, Any] = {"level": level, "method": method, "tails": tails}
+    found = within_one(estimate_of(replace(result, here=None), k, **spoken))
+    if result.here is not None:
+        found = at_least_as_wide(found, within_one(estimate_of(result.here, k, **spoken)))
     told = known or what_is_known(prompts, level=level, across=across)
     if math.isnan(found.value) or not told.updates[k] or not told.direction:
         return replace(found, value=math.nan, low=-math.inf, high=math.inf, method=f"{method}; unresolved")
-    return within_one(found)
+    return found
 
 
 def within_one(found: Estimate) -> Estimate:

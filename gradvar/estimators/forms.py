@@ -37,6 +37,7 @@ from gradvar.estimators.intervals import (
     MINIMUM_PROMPTS,
     PROMPTS_LIKE_THESE,
     THESE_PROMPTS,
+    at_least_as_wide,
     check_level,
     reach_of_sum,
     t_quantile,
@@ -346,7 +347,8 @@ def _across_prompts(second: Estimate, logs: Array, words: str, level: float) -> 
         return replace(second, value=math.nan, low=math.nan, high=math.nan, method=note)
     half = t_quantile(level, len(logs) - 1) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
     low, high = math.exp(logs.mean() - half), math.exp(min(logs.mean() + half, 700.0))
-    return replace(second, value=math.exp(logs.mean()), low=low, high=high, method=method)
+    across = replace(second, value=math.exp(logs.mean()), low=low, high=high, method=method)
+    return at_least_as_wide(across, second)
 
 
 def total_cv_form(cv: pd.DataFrame) -> pd.DataFrame:

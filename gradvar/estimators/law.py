@@ -206,7 +206,7 @@ def fit_variance_law(
     }
     curved = data.fit(curved_shape(centred), power.shape[0] if power.converged else 1.0, 0.0, dependence=dependence)
     exponents = _exponents(data, power, margin, level, dependence, carrying, pairs)
-    scale, level_at, reference = scales_of(power, data.centre, level)
+    scale, level_at, reference = scales_of(power, data.centre, level, exponents["pairs"])
     shared = owed(codes, dependence)
     slope, slope_r2, _ = least_squares(x, y, codes, shared, level, logs=True)
     line, line_r2, intercept = least_squares(x, y, codes, shared, level, spread=_spread(data, power))
@@ -298,7 +298,8 @@ def _exponents(
         return moved_by_one(unless_few(resting_on(estimate, behind), carrying), without)
 
     gain = power.shape_gain[:, 0]
-    twice = 0.0 if pairs is None or not power.converged else pairs(gain)
+    twice = pairs(gain) if pairs is not None and power.shared else 0.0
+    twice = twice if math.isfinite(twice) else 0.0
     exponent = judged(exponent_of(power, level, twice))
     verdict, n_needed = _verdict(exponent, margin)
     if math.isnan(exponent.low):

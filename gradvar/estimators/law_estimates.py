@@ -32,10 +32,6 @@ FEWEST_BEHIND = 2.0
 """An exponent that rests on fewer responses than this (`responses_behind`) gets no interval: one response sets it."""
 
 
-PAIRS_FROM = 64
-"""Responses from which on what pairs of them count twice is taken out: of 16 it left exponents covered 89 to 97%, of 32
-differences 91%."""
-
 LARGEST_SHARE = 0.1
 """A response with more than this share of the deviations (`weights_behind`) is left out once, to see what it does."""
 
@@ -57,13 +53,8 @@ class FamilyFit:
 
 
 def error_of(influence: Array, pairs: float) -> float:
-    """Standard error: the root of the influences' sum of squares, less what pairs of responses count twice in it.
-
-    Not below `PAIRS_FROM` responses.
-    """
+    """Standard error: the root of the influences' sum of squares, less what pairs of responses count twice in it."""
     variance = float(influence @ influence)
-    if len(influence) < PAIRS_FROM:
-        return math.sqrt(variance)
     return math.sqrt(min(float(without_surplus(variance, 0.0, pairs)), variance))
 
 
@@ -75,7 +66,8 @@ def half_width(influence: Array, most: float, level: float, pairs: float = 0.0) 
 def exponent_of(fit: QuasiFit, level: float, pairs: float = 0.0) -> Estimate:
     """Exponent for these prompts; no interval below `MINIMUM_RESPONSES`. `pairs`: the variance pairs add."""
     n, clusters = len(fit.shape_influence), len(fit.constants)
-    method = f"Gamma quasi-likelihood, HC3 sandwich, t; {THESE_PROMPTS}"
+    counted = ", pairs counted once" if pairs > 0.0 else ""
+    method = f"Gamma quasi-likelihood, HC3 sandwich{counted}, t; {THESE_PROMPTS}"
     if not fit.converged:
         return symmetric(math.nan, math.nan, level, method + "; did not converge", n, clusters)
     half = half_width(fit.shape_influence[:, 0], fit.degrees, level, pairs)
@@ -130,8 +122,11 @@ def following(estimate: Estimate, exponent: Estimate) -> Estimate:
     return replace(estimate, low=math.nan, high=math.nan, method=f"{estimate.method}; no interval, as the exponent")
 
 
-def scales_of(fit: QuasiFit, centre: float, level: float) -> tuple[Estimate, Estimate, float]:
-    """Scale at one token, level where its error is uncorrelated with the exponent's, and the length of that."""
+def scales_of(fit: QuasiFit, centre: float, level: float, pairs: float = 0.0) -> tuple[Estimate, Estimate, float]:
+    """Scale at one token, level where its error is uncorrelated with the exponent's, and the length of that.
+
+    `pairs` as for the exponent.
+    """
     n, clusters = len(fit.shape_influence), len(fit.constants)
     method = f"Gamma quasi-likelihood, HC3 sandwich on the log, t; {THESE_PROMPTS}"
     if not fit.converged:
@@ -142,12 +137,13 @@ def scales_of(fit: QuasiFit, centre: float, level: float) -> tuple[Estimate, Est
     spread = float(slope_influence @ slope_influence)
     pivot = -float(constant_influence @ slope_influence) / spread if spread > 0 else 0.0
 
-    # The exponent's degrees of freedom serve the whole band, so that its pieces fit together.
+    # The exponent's error and degrees of freedom serve the whole band, so that its pieces fit together.
     quantile = t_quantile(level, effective_degrees(slope_influence, fit.degrees))
+    own, steep = float(np.linalg.norm(constant_influence + pivot * slope_influence)), error_of(slope_influence, pairs)
 
     def at(log_length: float) -> Estimate:
         log_value = float(fit.constants.mean()) + float(fit.shape[0]) * log_length
-        half = quantile * float(np.linalg.norm(constant_influence + log_length * slope_influence))
+        half = quantile * math.hypot(own, (log_length - pivot) * steep)
         told = method
         if n < MINIMUM_RESPONSES:
             half, told = math.nan, f"{method}; no interval below {MINIMUM_RESPONSES} responses"

@@ -230,7 +230,8 @@ def _difference(deviation: ExponentFit, within: ExponentFit, samples: list[Sampl
     degrees = len(deviation.influence) - deviation.exponent.clusters - 1
     pairs = pairs_of(samples, {"deviation": deviation.gain, "within": -within.gain})
     half = half_width(deviation.influence - within.influence, degrees, level, pairs)
-    method = "deviation exponent minus within-length exponent, paired HC3 influences, t"
+    counted = ", pairs counted once" if pairs > 0.0 else ""
+    method = f"deviation exponent minus within-length exponent, paired HC3 influences{counted}, t"
     if math.isnan(deviation.exponent.low) or math.isnan(within.exponent.low):
         half, method = math.nan, f"{method}; no interval, as one of the two has none"
     return replace(deviation.exponent, value=value, low=value - half, high=value + half, method=method)

@@ -22,7 +22,14 @@ from gradvar.estimators.spread import (
     variance_among,
     weighted_gram,
 )
-from gradvar.estimators.spread_pairs import Form, deviation_form, noise_squares, pair_variance, within_form
+from gradvar.estimators.spread_pairs import (
+    PAIRS_FROM,
+    Form,
+    deviation_form,
+    noise_squares,
+    pair_variance,
+    within_form,
+)
 from gradvar.runs.records import PromptScores
 
 Array = NDArray[np.float64]
@@ -48,8 +55,8 @@ class Sample:
     within_dependence: Dependence
     forms: dict[str, Form]
     """Quadratic forms of sums of "deviation" and "within"."""
-    noise: Array
-    """(N, N) `noise_squares` of all responses."""
+    noise: Array | None
+    """(N, N) `noise_squares` of all responses; None where fewer than `PAIRS_FROM` are fitted."""
     left_out: int
     carrying: dict[str, float]
     """Effective number of the responses that carry "deviation" and "within" (`carrying.effective_carrying`): the mean
@@ -112,6 +119,10 @@ def sample_of(
             of_baseline = advantage_dependence(scores.rewards, advantage, scores.lengths, subset=chosen)
             between = _both(between, of_baseline(lambda x: deviations(scores.gram, x)[chosen]))
             shared = _both(shared, of_baseline(lambda x: variance_among(weighted(x), near)))
+    noise = None
+    if count >= PAIRS_FROM:
+        order = generator(seed, scores.prompt_id, "pairs")
+        noise = noise_squares(weighted_gram(scores.gram, factors), scores.lengths, rng=order)
     own, everyone = float(count), float(n)
     if factors is not None:
         own, everyone = effective_carrying(factors[chosen]), effective_carrying(factors)
@@ -124,7 +135,7 @@ def sample_of(
         deviation_dependence=between,
         within_dependence=shared,
         forms={"deviation": deviation_form(chosen), "within": within_form(chosen, near)},
-        noise=noise_squares(weighted_gram(scores.gram, factors), scores.lengths),
+        noise=noise,
         left_out=left_out,
         carrying={"deviation": min(own, everyone), "within": own},
         names=part.rollout_ids or tuple(np.flatnonzero(chosen).tolist()),
@@ -133,6 +144,8 @@ def sample_of(
 
 def pairs_of(samples: Sequence[Sample], weights: Mapping[str, Array]) -> float:
     """Variance that pairs of responses add to sums of deviations and of within-length variances together.
+
+    Samples of few responses (`PAIRS_FROM`) add 0.
 
     Args:
         samples: One a prompt.
@@ -144,6 +157,7 @@ def pairs_of(samples: Sequence[Sample], weights: Mapping[str, Array]) -> float:
         return sum(
             pair_variance(np.sum([s.forms[what](q[k]) for what, q in pieces.items()], axis=0), s.noise)
             for k, s in enumerate(samples)
+            if s.noise is not None
         )
 
 

@@ -256,9 +256,10 @@ def _efficiency_rows(
             continue
         size = largest if far else n
         parts = held[size]
-        method = "permutation groups, delete-one jackknife of log(1 - eta), t"
+        method = "permutation groups, delete-one jackknife of log(1 - eta), t, moved by skewness"
         if across:
-            method = f"permutation groups, delete-one-prompt jackknife of log(1 - eta), t; {PROMPTS_LIKE_THESE}"
+            way = "delete-one-prompt jackknife of log(1 - eta), t, no narrower than these prompts'"
+            method = f"permutation groups, {way}; {PROMPTS_LIKE_THESE}"
         if far:
             method = f"extrapolated from n = {largest}, variance as 1/n{limit}; {method}"
         if across and len(parts) < MINIMUM_PROMPTS:

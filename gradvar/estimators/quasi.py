@@ -46,6 +46,8 @@ class QuasiFit:
     """(n, K): the same for eta."""
     shape_gain: Array
     """(n, m): by how much s changes with observation i."""
+    shared: bool
+    """Whether the influence on the first of s holds what the others owe to an observation (`dependence`)."""
     cluster_scores: Array
     """(K, m): each cluster's part of the profiled score of s."""
     cluster_information: Array
@@ -197,16 +199,18 @@ def _finish(
         own[np.arange(n), codes] = w / each[codes]
         gain = np.hstack([pulled, own - pulled @ centre.T])
         influence = gain * freed[:, None]
+        shared = False
         if dependence is not None:
             # The jackknife's other half: what the others' observations owe to this one. It may only widen: with heavy
             # tails it shrank the spread of deviations' exponents by chance and coverage fell from .94 to .92.
             whole = influence + dependence(gain / mu[:, None])
             wider = np.linalg.norm(whole, axis=0) >= np.linalg.norm(influence, axis=0)
             influence = np.where(wider, whole, influence)
+            shared = bool(wider[0])
         shape_influence, constants_influence = influence[:, :m], influence[:, m:]
         shape_gain = gain[:, :m] / mu[:, None]
     else:
-        shape_influence, shape_gain = np.full((n, m), np.nan), np.full((n, m), np.nan)
+        shape_influence, shape_gain, shared = np.full((n, m), np.nan), np.full((n, m), np.nan), False
         constants_influence = np.full((n, count), np.nan)
     positive = y > 0
     deviance = 2.0 * float(r.sum() - np.log(y[positive] / mu[positive]).sum())
@@ -220,6 +224,7 @@ def _finish(
         shape_influence=shape_influence,
         constants_influence=constants_influence,
         shape_gain=shape_gain,
+        shared=shared,
         cluster_scores=scores,
         cluster_information=pieces,
         deviance=deviance,

@@ -35,7 +35,7 @@ from gradvar.runs.records import Estimate
 
 Array = NDArray[np.float64]
 
-_METHOD = "delete-one jackknife of the log, t, widened by bias"
+_METHOD = "delete-one jackknife of the log, t, moved by skewness, widened by bias"
 
 
 def cv_ratio(
@@ -169,6 +169,6 @@ def _interval(
     error = math.sqrt(float(without_surplus(variance, noisy, pairs)) + bias**2)
     below, above = (
         math.hypot(reach, *(quantile * ends[side] for ends in unseen))
-        for side, reach in enumerate(reach_of_skewed(influence_of(replicates), error, quantile))
+        for side, reach in enumerate(reach_of_skewed(influence_of(replicates), error, quantile, none.level))
     )
     return value - below + min(bias, 0.0), value + above + max(bias, 0.0)

@@ -51,12 +51,17 @@ def within_form(fitted: NDArray[np.bool_], near: NDArray[np.intp]) -> Form:
     return form
 
 
-def noise_squares(gram: Array, lengths: Array) -> Array:
+PAIRS_FROM = 64
+"""Responses of a prompt from which on what pairs count twice is taken out: with 16 exponents would be covered 89 to
+97%, with 32 their difference 91%."""
+
+
+def noise_squares(gram: Array, lengths: Array, *, rng: np.random.Generator) -> Array:
     """Squares (N, N) of the products <e_i, e_j> of different responses' noise, without bias; 0 where none is known.
 
-    The shortest and the longest response have no neighbour further out.
+    The shortest and the longest response have no neighbour further out. `rng` orders responses of one length.
     """
-    order = np.argsort(lengths, kind="stable")
+    order = np.lexsort((rng.random(len(lengths)), lengths))
     rows = np.diff(gram[order], axis=0, prepend=gram[order][:1])[:, order]
     products = 0.5 * np.diff(rows, axis=1, append=rows[:, -1:])
     upper = np.triu(products**2, 1)

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -153,20 +154,34 @@ def test_reach_of_a_sum():
 
 
 def test_reach_where_influences_are_skewed():
-    """-+q - skewness (2 q^2 + 1)/6 standard errors, the nearer end within its limits; mirrored with the influences."""
+    """-+q - skewness (2 z^2 + 1)/6 standard errors, the nearer end within its limits; mirrored with the influences."""
     u = np.array([1.0, -2.0, 5.0, -1.5, 0.5])
-    q, error = 2.1, 3.0
+    q, error, z = 2.4, 3.0, stats.norm.ppf(0.975)
     skewness = sum(x**3 for x in u) / sum(x**2 for x in u) ** 1.5
-    moved = skewness * (2 * q**2 + 1) / 6
-    below, above = reach_of_skewed(u, error, q)
+    moved = skewness * (2 * z**2 + 1) / 6
+    below, above = reach_of_skewed(u, error, q, 0.95)
     assert above == pytest.approx(error * (q + moved))
-    curve = (q**2 + 1) / 2
+    curve = (z**2 + 1) / 2
     assert below == pytest.approx(error * (q - curve * min(max(moved / curve - 0.1, 0.0), 0.3)))
-    assert reach_of_skewed(-7.0 * u, error, q) == pytest.approx((above, below))
-    assert reach_of_skewed(np.array([1.0, -1.0]), error, q) == pytest.approx((q * error, q * error))
+    assert reach_of_skewed(-7.0 * u, error, q, 0.95) == pytest.approx((above, below))
+    assert reach_of_skewed(np.array([1.0, -1.0]), error, q, 0.95) == pytest.approx((q * error, q * error))
     for none in (np.zeros(3), np.array([np.inf, 1.0])):
-        assert reach_of_skewed(none, error, q) == (q * error, q * error)
-    assert reach_of_skewed(u, 0.0, q) == (0.0, 0.0)
+        assert reach_of_skewed(none, error, q, 0.95) == (q * error, q * error)
+    assert reach_of_skewed(u, 0.0, q, 0.95) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("outlier", [1.0, 5.0, 1000.0])
+def test_a_higher_level_reaches_further_on_both_sides(outlier):
+    u = np.random.default_rng(1).normal(size=64) ** 3
+    u[0] = outlier * np.abs(u).max()
+    u -= u.mean()
+    degrees = effective_degrees(u, 63)
+    reaches = [
+        reach_of_skewed(u, 1.0, t_quantile(level, degrees), level) for level in (0.8, 0.9, 0.95, 0.98, 0.99, 0.999)
+    ]
+    for one, two in itertools.pairwise(reaches):
+        assert 0.0 < one[0] < two[0]
+        assert 0.0 < one[1] < two[1]
 
 
 def test_means_of_skewed_observations_are_covered_from_both_sides():
@@ -177,7 +192,7 @@ def test_means_of_skewed_observations_are_covered_from_both_sides():
         x = rng.gamma(1.0, 1.0, n)
         u = (x - x.mean()) / (n - 1)
         error = float(np.linalg.norm(u)) * math.sqrt((n - 1) / n)
-        down, up = reach_of_skewed(u, error, q)
+        down, up = reach_of_skewed(u, error, q, 0.95)
         below, above = below + (x.mean() + up < 1.0), above + (x.mean() - down > 1.0)
         plain += x.mean() + q * error < 1.0
     assert below + above < 2000 * 0.05 + 3 * math.sqrt(2000 * 0.05 * 0.95)
