@@ -11,6 +11,7 @@ from gradvar.estimators.bias import (
     Jackknifed,
     _bent_reach,
     cosine,
+    cosine_estimate,
     estimate_of,
     eta_estimate,
     inner_product,
@@ -295,6 +296,25 @@ def test_a_cosine_stays_within_one():
     # Without an interval nothing is known of a value beyond.
     assert math.isnan(cosine_of(2.7, math.nan, math.nan).value)
     assert cosine_of(0.7, math.nan, math.nan).value == 0.7
+
+
+def test_a_cosine_for_prompts_like_these_holds_that_for_these():
+    """Each interval is brought into [-1, 1] before they are joined, by a map that is not monotone."""
+    found = 0
+    for seed in range(12):
+        made = []
+        for k in range(4):
+            rng = np.random.default_rng([9, seed, k])
+            scores, rewards, lengths = simulator.draw(32, rng=rng, signal=2.0, drift=0.3, reward_slope=-0.7)
+            made.append(parts(scores, rewards, lengths, draw_groups(32, 8, 16, rng=rng), [("vl_norm", 3.0)]))
+        here, across = (
+            cosine_estimate(made, jackknifed(made, cosine, across=way), 0, level=0.95, method="", across=way)
+            for way in (False, True)
+        )
+        if math.isfinite(here.value) and math.isfinite(across.value):
+            found += 1
+            assert across.low <= here.low <= here.high <= across.high
+    assert found > 3
 
 
 def test_an_odd_permutation_counts_in_the_noise():
