@@ -24,7 +24,7 @@ FEW_CARRYING = 0.25
 """Share of all responses below which those that carry the noise are few among many (right ones: below 0.16)."""
 LEAST_UNDER_A_LINE = 20.0
 """The least for a straight line where they are few among many: it leans on where these happen to lie (76 to 92% covered
-with 3 to 15)."""
+with 3 to 15); and of responses at all."""
 
 
 def effective_carrying(factors: Array) -> float:

@@ -56,7 +56,7 @@ class Sample:
     forms: dict[str, Form]
     """Quadratic forms of sums of "deviation" and "within"."""
     noise: Array | None
-    """(N, N) `noise_squares` of all responses; None where fewer than `PAIRS_FROM` are fitted."""
+    """(n, n) `noise_squares`; None where fewer than `PAIRS_FROM` are fitted."""
     left_out: int
     carrying: dict[str, float]
     """Effective number of the responses that carry "deviation" and "within" (`carrying.effective_carrying`): the mean
@@ -122,7 +122,8 @@ def sample_of(
     noise = None
     if count >= PAIRS_FROM:
         order = generator(seed, scores.prompt_id, "pairs")
-        noise = noise_squares(weighted_gram(scores.gram, factors), scores.lengths, rng=order)
+        own_factors = None if factors is None else factors[chosen]
+        noise = noise_squares(weighted_gram(part.gram, own_factors), part.lengths, rng=order)
     own, everyone = float(count), float(n)
     if factors is not None:
         own, everyone = effective_carrying(factors[chosen]), effective_carrying(factors)
@@ -134,7 +135,7 @@ def sample_of(
         mean_deviation=np.full(count, float(spread.mean())),
         deviation_dependence=between,
         within_dependence=shared,
-        forms={"deviation": deviation_form(chosen), "within": within_form(chosen, near)},
+        forms={"deviation": deviation_form(n), "within": within_form(near)},
         noise=noise,
         left_out=left_out,
         carrying={"deviation": min(own, everyone), "within": own},

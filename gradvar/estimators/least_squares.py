@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradvar.estimators.additive import RARE, Sums, of_these_prompts
+from gradvar.estimators.carrying import LEAST_UNDER_A_LINE
 from gradvar.estimators.intervals import effective_degrees, reach_of_sum, symmetric, t_quantile, without_surplus
 from gradvar.estimators.law_estimates import MINIMUM_RESPONSES
 from gradvar.estimators.quasi import Dependence
@@ -31,8 +32,9 @@ CLOSE = 1.0 - 1e-12
 MOST_MOVED = 3.0
 """By how much at most the log of an observation counts as moved by another response: near 0 it knows no bound."""
 LEAST_LEFT = math.exp(-MOST_MOVED)
-_TOO_FEW = f"; no interval below {MINIMUM_RESPONSES} responses"
-"""As for the exponent: under a law of L^2 lines through 8 responses were covered 78%."""
+_TOO_FEW = "; no interval below {:g} responses"
+"""As for the exponent; a straight line takes more: under a law of L^2 lines through 8 responses were covered 78%,
+through 16 89%."""
 SHARED = 36
 """Binary digits of the largest observation to which two that share a rank agree: squared distances of equal gradients
 differ by rounding alone."""
@@ -105,8 +107,9 @@ def least_squares(
     all_y = float(dy @ dy)
     r2 = 1.0 - float(residual @ residual) / all_y if all_y > 0 else math.nan
     intercept = float(y_mean.mean()) - slope * float(x_mean.mean())
-    if n < MINIMUM_RESPONSES:
-        halves, method = [(math.nan, math.nan)] * 2, method + _TOO_FEW
+    least = MINIMUM_RESPONSES if logs else LEAST_UNDER_A_LINE
+    if n < least:
+        halves, method = [(math.nan, math.nan)] * 2, method + _TOO_FEW.format(least)
     return (
         _reaching(slope, halves[0], level, method, n, clusters),
         symmetric(r2, math.nan, level, f"least squares ({what}), no interval", n, clusters),
@@ -180,7 +183,7 @@ def rank_correlation(x: Array, y: Array, codes: NDArray[np.intp], shared: Owed, 
     if abs(value) > CLOSE:
         return symmetric(value, math.nan, level, method + "; no interval at 1", n, clusters)
     if n < MINIMUM_RESPONSES:
-        return symmetric(value, math.nan, level, method + _TOO_FEW, n, clusters)
+        return symmetric(value, math.nan, level, method + _TOO_FEW.format(MINIMUM_RESPONSES), n, clusters)
     slope = 1.0 / math.sqrt(total[1] * total[2]) / (1.0 - value**2)  # of Fisher's z in the sum of products
     return of_these_prompts(
         parts, lambda sums: np.arctanh(np.clip(_correlation(sums), -CLOSE, CLOSE)),

@@ -21,34 +21,21 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Form = Callable[[Array], Array]
-"""q (n,) to C (N, N)."""
+"""q (n,) to C (n, n)."""
 
 
-def deviation_form(fitted: NDArray[np.bool_]) -> Form:
-    """C of sum_j q_j ||g_j - m||^2 over the responses `fitted` (N,), m the mean over all N."""
-    n = len(fitted)
-
-    def form(q: Array) -> Array:
-        weights = np.zeros(n)
-        weights[fitted] = q
-        return np.asarray(np.diag(weights) - (weights[:, None] + weights[None, :]) / n + weights.sum() / n**2)
-
-    return form
+def deviation_form(everyone: int) -> Form:
+    """C of sum_j q_j ||g_j - m||^2, m the mean over `everyone`, N responses, of which the rest are left out of C."""
+    n = everyone
+    return lambda q: np.asarray(np.diag(q) - (q[:, None] + q[None, :]) / n + q.sum() / n**2)
 
 
-def within_form(fitted: NDArray[np.bool_], near: NDArray[np.intp]) -> Form:
-    """C of sum_j q_j V_j, V the within-length variance of the responses `fitted`, `near` (n, k) among them."""
+def within_form(near: NDArray[np.intp]) -> Form:
+    """C of sum_j q_j V_j, V the within-length variance with the neighbours `near` (n, k)."""
     n, k = near.shape
     apart = np.eye(n)
     apart[np.arange(n)[:, None], near] -= 1.0 / max(k, 1)
-    places = np.flatnonzero(fitted)
-
-    def form(q: Array) -> Array:
-        whole = np.zeros((len(fitted), len(fitted)))
-        whole[np.ix_(places, places)] = k / (k + 1.0) * (apart.T @ (q[:, None] * apart))
-        return whole
-
-    return form
+    return lambda q: np.asarray(k / (k + 1.0) * (apart.T @ (q[:, None] * apart)))
 
 
 PAIRS_FROM = 64
@@ -57,9 +44,11 @@ PAIRS_FROM = 64
 
 
 def noise_squares(gram: Array, lengths: Array, *, rng: np.random.Generator) -> Array:
-    """Squares (N, N) of the products <e_i, e_j> of different responses' noise, without bias; 0 where none is known.
+    """Squares (n, n) of the products <e_i, e_j> of different responses' noise, without bias; 0 where none is known.
 
-    The shortest and the longest response have no neighbour further out. `rng` orders responses of one length.
+    The shortest and the longest response have no neighbour further out. Of a subset of the responses, its own: with
+    neighbours of another reward, whose A is another, pairs were put at half as much again. `rng` orders responses of
+    one length.
     """
     order = np.lexsort((rng.random(len(lengths)), lengths))
     rows = np.diff(gram[order], axis=0, prepend=gram[order][:1])[:, order]
@@ -71,5 +60,5 @@ def noise_squares(gram: Array, lengths: Array, *, rng: np.random.Generator) -> A
 
 
 def pair_variance(form: Array, squares: Array) -> float:
-    """Variance that pairs of responses add, of a form C (N, N) and `noise_squares`."""
+    """Variance that pairs of responses add, of a form C (n, n) and `noise_squares`."""
     return 2.0 * float((form**2 * squares).sum())

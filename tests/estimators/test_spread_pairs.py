@@ -13,22 +13,19 @@ def drawn(n: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.normal(size=(n, 7)), rng.permutation(np.arange(10, 10 + n)).astype(float)
 
 
-@pytest.mark.parametrize("fitted", [np.ones(9, bool), np.arange(9) % 3 != 1])
-def test_forms_are_the_sums_they_stand_for(fitted: np.ndarray) -> None:
+def test_forms_are_the_sums_they_stand_for() -> None:
+    """The mean is over 12 responses, of which the 3 that are not fitted are put at 0: they are left out of the form."""
     g, _ = drawn(9, seed=1)
     rng = np.random.default_rng(2)
-    places = [i for i in range(9) if fitted[i]]
-    near = np.array(
-        [rng.choice([j for j in range(len(places)) if j != i], 3, replace=False) for i in range(len(places))]
-    )
-    q = rng.normal(size=len(places))
-    mean = sum(g) / 9
-    deviation = sum(q[a] * float((g[i] - mean) @ (g[i] - mean)) for a, i in enumerate(places))
+    near = np.array([rng.choice([j for j in range(9) if j != i], 3, replace=False) for i in range(9)])
+    q = rng.normal(size=9)
+    mean = sum(g) / 12
+    deviation = sum(q[i] * float((g[i] - mean) @ (g[i] - mean)) for i in range(9))
     within = 0.0
-    for a, i in enumerate(places):
-        apart = g[i] - sum(g[places[b]] for b in near[a]) / 3
-        within += q[a] * 3 / 4 * float(apart @ apart)
-    for form, expected in ((deviation_form(fitted), deviation), (within_form(fitted, near), within)):
+    for i in range(9):
+        apart = g[i] - sum(g[j] for j in near[i]) / 3
+        within += q[i] * 3 / 4 * float(apart @ apart)
+    for form, expected in ((deviation_form(12), deviation), (within_form(near), within)):
         found = sum(form(q)[i, j] * float(g[i] @ g[j]) for i in range(9) for j in range(9))
         assert found == pytest.approx(expected, rel=1e-12)
 
@@ -76,3 +73,14 @@ def test_prompts_add_up_but_for_small_ones_and_the_difference_of_two_sums_is_one
             for j in range(i):
                 expected += (2.0 * form[i, j]) ** 2 * sample.noise[i, j]
     assert pairs_of(samples, {"deviation": q, "within": -q}) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_reward_class_has_the_pairs_of_its_own_responses() -> None:
+    """Its advantage is one number, so the pairs add to its exponent's error what they add to the score's."""
+    prompt = simulator.prompt("p", 150, rng=np.random.default_rng(7))
+    chosen = prompt.rewards == 0
+    q = np.random.default_rng(8).normal(size=int(chosen.sum()))
+    score, weighted = (sample_of(prompt, chosen, kind, seed=1, neighbours=5, left_out=0) for kind in ("score", "grpo"))
+    factor = weighted.within[0] / score.within[0]
+    found = pairs_of([weighted], {"within": q}) / factor**2
+    assert found == pytest.approx(pairs_of([score], {"within": q}), rel=1e-9)
