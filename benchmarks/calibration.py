@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.calibration --workers 2
 
-About 35 minutes on two idle cores. Each setting is written when it is done; with --only, --sizes or --kinds the other
+About 25 minutes on two idle cores. Each setting is written when it is done; with --only, --sizes or --kinds the other
 rows of the table are kept as they are. To try one thing: --kinds groups --each 400 --out elsewhere.csv.
 
 Gradients are drawn with a known law, mean, rank, token covariance and reward structure (tests/estimators/simulator.py),
