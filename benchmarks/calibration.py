@@ -35,10 +35,11 @@ import numpy as np
 
 from benchmarks import calibration_report
 from benchmarks.calibration_batches import POPULATIONS, batch_intervals, batch_truths
-from benchmarks.calibration_draws import HERE, Found, bare, every_interval, found_of
+from benchmarks.calibration_draws import HERE, every_interval
 from benchmarks.calibration_extras import SILENT, moments_of_extras, silent_intervals
 from benchmarks.calibration_lines import from_many
 from benchmarks.calibration_rows import KINDS, Setting, difference_of, row_of
+from benchmarks.calibration_simulated import Found, bare, found_of
 from benchmarks.calibration_truths import (
     GROUP,
     RULES,

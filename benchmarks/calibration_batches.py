@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.calibration_draws import LIKE, Found
+from benchmarks.calibration_draws import LIKE
+from benchmarks.calibration_simulated import Found
 from gradvar.estimators import find_rule
 from gradvar.estimators.aggregation import scope_weights
 from gradvar.estimators.batch_tables import batch_table

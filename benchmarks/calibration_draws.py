@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from benchmarks.calibration_extras import extras_intervals
 from benchmarks.calibration_forms import form_intervals
 from benchmarks.calibration_lines import line_intervals
-from benchmarks.calibration_truths import ALPHAS, GRID, GROUP, LAW, LONGEST, RULES, Truths, eta_ratio_truth, label
+from benchmarks.calibration_simulated import Found, Simulated, bare, found_of, simulate
+from benchmarks.calibration_truths import ALPHAS, GRID, GROUP, LONGEST, RULES, Truths, eta_ratio_truth, label
 from gradvar.estimators import find_rule
 from gradvar.estimators.additive import of_prompts_like_these, of_these_prompts, ratio_of_signals
 from gradvar.estimators.baselines import Baselines, log_independence_ratio
@@ -60,7 +61,6 @@ from gradvar.estimators.tails import PromptTails
 from gradvar.estimators.token_covariance import share_estimate, share_sums
 from gradvar.estimators.update_products import length_direction, products, reward_direction
 from gradvar.runs.records import Estimate, PromptScores
-from tests.estimators import simulator
 
 Array = NDArray[np.float64]
 
@@ -73,45 +73,6 @@ MANY = 512
 """Responses from which on a quarter of them do: a permutation then holds many groups."""
 REWARDED = [k for k, (rule, alpha) in enumerate(RULES) if rule != "vl_norm" or alpha in ALPHAS]
 """Rules whose rho, ratio and efficiency are tabled; alpha* uses all."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """One interval of one draw."""
-
-    quantity: str
-    estimand: str
-    truth: float
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Simulated:
-    """One prompt."""
-
-    scores: PromptScores
-    taus: Array
-
-
-def simulate(laws: list[dict[str, Any]], n: int, rng: np.random.Generator) -> list[Simulated]:
-    """K prompts, one a law."""
-    made = []
-    for k, law in enumerate(laws):
-        s, rewards, lengths = simulator.draw(n, rng=rng, **{x: v for x, v in law.items() if x in LAW | {"shift"}})
-        taus = simulator.draw_taus(s, rewards, lengths, share=law.get("share", 0.0), rng=rng)
-        scores = PromptScores(
-            prompt_id=f"p{k}",
-            target="layer",
-            gram=s @ s.T,
-            rewards=rewards,
-            lengths=lengths,
-            truncated=np.zeros(n, dtype=bool),
-            max_length=int(LONGEST),
-        )
-        made.append(Simulated(scores=scores, taus=taus))
-    return made
 
 
 def every_interval(
@@ -149,18 +110,6 @@ def every_interval(
         extras = extras_intervals([prompts[k].scores for k in loud], [bare(laws[k]) for k in loud], state)
         found += [found_of(name, HERE, truth, one) for name, truth, one in extras]
     return found
-
-
-def bare(law: dict[str, Any]) -> dict[str, Any]:
-    """What of a law the simulator's prompts are drawn by."""
-    return {name: value for name, value in law.items() if name in LAW}
-
-
-def found_of(name: str, estimand: str, truth: float, e: Estimate) -> Found:
-    """One interval beside its truth."""
-    return Found(
-        quantity=name, estimand=estimand, truth=float(truth), value=float(e.value), low=float(e.low), high=float(e.high)
-    )
 
 
 Made = Iterator[tuple[str, Estimate, Estimate | None]]

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.calibration_draws import HERE, Found
+from benchmarks.calibration_draws import HERE
+from benchmarks.calibration_simulated import Found
 from gradvar.estimators.comparison import estimate_difference
 from gradvar.estimators.intervals import decide_from_margin, wilson
 from gradvar.runs.records import Estimate

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import calibration, calibration_report
-from benchmarks.calibration_draws import Found
 from benchmarks.calibration_rows import Setting, row_of
+from benchmarks.calibration_simulated import Found
 from benchmarks.calibration_truths import LAW, audit_truths, group_moments_of, group_truths, law_truths, proxy_truths
 from gradvar.estimators import advantages
 from gradvar.estimators.law import fit_exponent

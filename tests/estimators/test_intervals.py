@@ -7,7 +7,6 @@ from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 from gradvar.estimators.intervals import (
-    at_least_as_wide,
     bent_quantiles,
     decide_from_margin,
     degrees_of_squares,
@@ -22,7 +21,6 @@ from gradvar.estimators.intervals import (
     without_surplus,
 )
 from gradvar.estimators.pairs import centred
-from gradvar.runs.records import Estimate
 
 
 def test_jackknife_of_a_mean_is_its_squared_standard_error():
@@ -197,17 +195,6 @@ def test_means_of_skewed_observations_are_covered_from_both_sides():
         plain += x.mean() + q * error < 1.0
     assert below + above < 2000 * 0.05 + 3 * math.sqrt(2000 * 0.05 * 0.95)
     assert below < 0.75 * plain
-
-
-def test_prompts_drawn_again_vary_at_least_as_much():
-    def one(low, high, value=1.0):
-        return Estimate(value=value, low=low, high=high, level=0.95, method="", n=9, clusters=4, seed=None)
-
-    assert at_least_as_wide(one(0.5, 1.2), one(0.7, 1.4)).low == 0.5
-    assert at_least_as_wide(one(0.5, 1.2), one(0.7, 1.4)).high == 1.4
-    for unknown in (one(math.nan, math.nan), one(-math.inf, math.inf, value=math.nan)):
-        assert at_least_as_wide(one(0.5, 1.2), unknown) == one(0.5, 1.2)
-    assert math.isnan(at_least_as_wide(one(math.nan, math.nan), one(0.7, 1.4)).low)
 
 
 def test_a_sum_of_skewed_observations_is_covered():

@@ -1,4 +1,3 @@
-import itertools
 import math
 
 import numpy as np
@@ -8,7 +7,7 @@ from scipy import optimize, stats
 from statsmodels.tools.sm_exceptions import DomainWarning
 
 from gradvar.errors import GradvarError
-from gradvar.estimators import deviations, fit_variance_law, law_table, within_length_variance
+from gradvar.estimators import deviations, fit_variance_law, within_length_variance
 from gradvar.estimators.law import fit_exponent, heterogeneity
 from gradvar.estimators.law_data import checked_data, responses_behind
 from gradvar.estimators.spread import deviation_dependence, within_dependence
@@ -190,25 +189,6 @@ def test_pooled_has_one_constant_a_prompt():
     here = law.exponent.high - law.exponent.value  # never narrower than for these prompts
     assert law.exponent_across.high - law.exponent_across.value == pytest.approx(max(half, here), rel=0.25)
     assert law.exponent_across.value == law.exponent.value
-
-
-def test_the_band_of_a_law_is_one_of_level_and_exponent():
-    """Half-width of log v(L) is sqrt(level^2 + exponent^2 log(L / reference)^2) at one token too, pairs taken out."""
-    prompt = simulator.prompt("p", 80, rng=np.random.default_rng(3), decay=0.4)
-    table = law_table([prompt], advantages_studied=["score", "grpo"], seed=1).query("scope == 'all responses'")
-    for advantage, what in itertools.product(("score", "grpo"), ("deviation", "within")):
-        rows = {
-            row["quantity"]: row
-            for row in table.to_dict("records")
-            if row["advantage"] == advantage and row["quantity"].startswith(what)
-        }
-        level, scale, beta = (rows[f"{what}_{name}"] for name in ("level", "scale", "exponent"))
-        half = math.hypot(
-            math.log(level["high"] / level["value"]),
-            (beta["high"] - beta["value"]) * math.log(level["reference_length"]),
-        )
-        assert math.log(scale["high"] / scale["value"]) == pytest.approx(half, rel=1e-9)
-    assert "pairs counted once" in rows["within_exponent"]["method"]
 
 
 def test_prompts_like_these_need_four():

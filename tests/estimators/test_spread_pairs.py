@@ -1,8 +1,12 @@
 """What pairs of responses add to the error of exponents, against sums written out from gradients."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 
+from gradvar.estimators import law_table
 from gradvar.estimators.law_samples import pairs_of, sample_of
 from gradvar.estimators.spread_pairs import deviation_form, noise_squares, pair_variance, within_form
 from tests.estimators import simulator
@@ -84,3 +88,22 @@ def test_a_reward_class_has_the_pairs_of_its_own_responses() -> None:
     factor = weighted.within[0] / score.within[0]
     found = pairs_of([weighted], {"within": q}) / factor**2
     assert found == pytest.approx(pairs_of([score], {"within": q}), rel=1e-9)
+
+
+def test_the_band_of_a_law_is_one_of_level_and_exponent() -> None:
+    """Half-width of log v(L) is sqrt(level^2 + exponent^2 log(L / reference)^2) at one token too, pairs taken out."""
+    prompt = simulator.prompt("p", 80, rng=np.random.default_rng(3), decay=0.4)
+    table = law_table([prompt], advantages_studied=["score", "grpo"], seed=1).query("scope == 'all responses'")
+    for advantage, what in itertools.product(("score", "grpo"), ("deviation", "within")):
+        rows = {
+            row["quantity"]: row
+            for row in table.to_dict("records")
+            if row["advantage"] == advantage and row["quantity"].startswith(what)
+        }
+        level, scale, beta = (rows[f"{what}_{name}"] for name in ("level", "scale", "exponent"))
+        half = math.hypot(
+            math.log(level["high"] / level["value"]),
+            (beta["high"] - beta["value"]) * math.log(level["reference_length"]),
+        )
+        assert math.log(scale["high"] / scale["value"]) == pytest.approx(half, rel=1e-9)
+    assert "pairs counted once" in rows["within_exponent"]["method"]
