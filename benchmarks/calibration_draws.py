@@ -26,7 +26,6 @@ from gradvar.estimators.best_alpha import best_of_curve
 from gradvar.estimators.bias import (
     Jackknifed,
     cosine,
-    cosine_estimate,
     estimate_of,
     eta_estimate,
     inner_product,
@@ -39,6 +38,7 @@ from gradvar.estimators.bias import (
     what_is_known,
 )
 from gradvar.estimators.carrying import together
+from gradvar.estimators.cosines import cosine_estimate
 from gradvar.estimators.cv import cv_from_rho, pooled_rho
 from gradvar.estimators.eta_ratios import eta_ratios
 from gradvar.estimators.group_products import Layout

@@ -16,7 +16,6 @@ from gradvar.estimators.aggregation import Rule, expand_rules, find_rule
 from gradvar.estimators.best_alpha import best_of_curve
 from gradvar.estimators.bias import (
     cosine,
-    cosine_estimate,
     estimate_of,
     eta_estimate,
     gated,
@@ -29,6 +28,7 @@ from gradvar.estimators.bias import (
     scale,
     what_is_known,
 )
+from gradvar.estimators.cosines import cosine_estimate
 from gradvar.estimators.cv import NO_GRADIENT, SILENT, UNRESOLVED
 from gradvar.estimators.eta_ratios import eta_ratios
 from gradvar.estimators.group_products import Layout

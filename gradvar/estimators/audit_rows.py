@@ -19,7 +19,8 @@ from gradvar.estimators.baselines import (
     log_norm_ratio,
     log_variance_ratio,
 )
-from gradvar.estimators.bias import gated, within_one
+from gradvar.estimators.bias import gated
+from gradvar.estimators.cosines import within_one
 from gradvar.estimators.cv import NO_GRADIENT
 from gradvar.estimators.identity import (
     REJECTED,

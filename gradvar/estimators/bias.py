@@ -14,7 +14,6 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +26,7 @@ from gradvar.estimators.intervals import (
     t_quantile,
     without_surplus,
 )
-from gradvar.estimators.surplus import jackknife_surplus
+from gradvar.estimators.surplus import jackknife_surplus, own_products
 from gradvar.estimators.tails import LengthTails, Unseen
 from gradvar.estimators.update_products import Array, Products
 from gradvar.runs.records import Estimate
@@ -51,6 +50,9 @@ class Jackknifed:
     curved: Sequence[tuple[Array, Array, float]] | None = None
     """What the shares of correct responses explain, a prompt each: standard deviation to first order (R,), size of the
     second (R,), and the share's own skewness (`_curvature`); None: not told apart."""
+    own: Array | None = None
+    """(R,) of cosines: by how much they would be lower if a response's product with itself counted
+    (`surplus.own_products`)."""
     here: Jackknifed | None = None
     """Of prompts like these: the same for these prompts, whose intervals theirs hold."""
     _quantiles: dict[float, Array] = field(default_factory=dict, init=False, repr=False)
@@ -130,6 +132,7 @@ def jackknifed(prompts: Sequence[Products], statistic: Statistic, *, across: boo
         degrees=count - 1 if across else None,
         surplus=None if across else jackknife_surplus(prompts, totals, statistic),
         curved=[_curvature(p, totals, r, count) for p, r in zip(prompts, replicates, strict=True)] if bends else None,
+        own=-own_products(prompts, totals, statistic) if statistic is cosine and not across else None,
         here=jackknifed(prompts, statistic) if across else None,
     )
 
@@ -235,11 +238,18 @@ def pressure(which: int) -> Statistic:
 
 
 def estimate_of(
-    result: Jackknifed, k: int, *, level: float, method: str, tails: Sequence[Unseen] | None = None
+    result: Jackknifed,
+    k: int,
+    *,
+    level: float,
+    method: str,
+    tails: Sequence[Unseen] | None = None,
+    least: tuple[float, float] = (0.0, 0.0),
 ) -> Estimate:
     """Statistic k with its t interval, moved by skewness and widened by the jackknife's bias on the side it points to.
 
-    `tails`, one a prompt, add what lengths beyond those seen could do to it. Where a part `curved` is told apart (then
+    `tails`, one a prompt, add what lengths beyond those seen could do to it; `least` is how far (below, above) it
+    reaches at least without either. Where a part `curved` is told apart (then
     there are no tails) its reach, the rest of the error and the bias, which counts as error, are added in squares
     (MOVER, Zou and Donner 2008). Value NaN with an unbounded interval where it is undefined. For prompts like these the
     interval holds that for these prompts (without, 8 prompts: scales were covered 82%, pressures 86%), and has neither
@@ -257,7 +267,8 @@ def estimate_of(
             plain = result.degrees is not None  # over prompts
             own = (quantile * error,) * 2 if plain else reach_of_skewed(influence, error, quantile, level)
             below, above = (
-                math.hypot(reach, *(quantile * ends[side] for ends in unseen)) for side, reach in enumerate(own)
+                math.hypot(max(reach, least[side]), *(quantile * ends[side] for ends in unseen))
+                for side, reach in enumerate(own)
             )
             low, high = value - below - max(bias, 0.0), value + above - min(bias, 0.0)
         else:
@@ -310,59 +321,6 @@ def gated(found: Estimate, known: bool) -> Estimate:
     if known:
         return found
     return replace(found, value=math.nan, low=-math.inf, high=math.inf, method=f"{found.method}; unresolved")
-
-
-def cosine_estimate(
-    prompts: Sequence[Products],
-    result: Jackknifed,
-    k: int,
-    *,
-    level: float,
-    method: str,
-    across: bool = False,
-    tails: Sequence[LengthTails] | None = None,
-    known: Known | None = None,
-) -> Estimate:
-    """Cosine of update k from `jackknifed(prompts, cosine)`, always within [-1, 1].
-
-    Where E ghat and grad J are parallel, half of all estimates of their cosine come out above 1. If the interval
-    reaches 1 the angle is not told apart from 0: the interval ends at 1, and so does the value if it lies beyond. Else
-    it is taken on Fisher's scale atanh(cos), whose image stays below 1. NaN, "unresolved", where ||grad J||^2 or
-    ||E ghat||^2 is not told apart from 0. `tails` (of the angle), one a prompt, lower the lower end. `known` is
-    `what_is_known`, which is found where it is not given.
-    """
-    spoken: dict[str, Any] = {"level": level, "method": method, "tails": tails}
-    found = within_one(estimate_of(replace(result, here=None), k, **spoken))
-    if result.here is not None:
-        found = at_least_as_wide(found, within_one(estimate_of(result.here, k, **spoken)))
-    told = known or what_is_known(prompts, level=level, across=across)
-    if math.isnan(found.value) or not told.updates[k] or not told.direction:
-        return replace(found, value=math.nan, low=-math.inf, high=math.inf, method=f"{method}; unresolved")
-    return found
-
-
-def within_one(found: Estimate) -> Estimate:
-    """Estimate of a cosine with the interval brought into [-1, 1]; see `cosine_estimate`.
-
-    An interval wholly beyond 1 is too narrow: its half-width is laid off from 1. NaN where a value beyond has none.
-    """
-    if math.isnan(found.value):
-        return found
-    if math.isnan(found.low):
-        if abs(found.value) <= 1.0:
-            return found
-        return replace(found, value=math.nan, method=f"{found.method}; unresolved")
-    if abs(found.value) < 1.0 and (found.high < 1.0 if found.value >= 0.0 else found.low > -1.0):
-        width = 1.0 - found.value**2
-        low, high = ((end - found.value) / width for end in (found.low, found.high))
-        centre = math.atanh(found.value)
-        return replace(found, low=math.tanh(centre + low), high=math.tanh(centre + high))
-    value, low, high = (min(max(x, -1.0), 1.0) for x in (found.value, found.low, found.high))
-    if low == 1.0:
-        low = max(1.0 - (found.value - found.low), -1.0)
-    if high == -1.0:
-        high = min((found.high - found.value) - 1.0, 1.0)
-    return replace(found, value=value, low=low, high=high)
 
 
 def eta_estimate(

@@ -21,10 +21,17 @@ from numpy.typing import NDArray
 
 from gradvar.estimators.advantages import advantages, check_advantage
 from gradvar.estimators.aggregation import Rule, expand_rules
-from gradvar.estimators.bias import cosine, cosine_estimate, estimate_of, gated, jackknifed, what_is_known
+from gradvar.estimators.bias import cosine, estimate_of, gated, jackknifed, what_is_known
 from gradvar.estimators.carrying import few_that_carry
+from gradvar.estimators.cosines import cosine_estimate
 from gradvar.estimators.cv import UNRESOLVED, cv_from_rho, pooled_rho, resolution
-from gradvar.estimators.few_affected import FewAffected, enough_affected, ratio_of_loud, share_of_responses
+from gradvar.estimators.few_affected import (
+    FewAffected,
+    enough_affected,
+    ratio_of_loud,
+    share_of_responses,
+    turn_of_further,
+)
 from gradvar.estimators.group_products import Layout
 from gradvar.estimators.groups import (
     PERMUTATIONS,
@@ -338,20 +345,20 @@ def _rows_of_direction(pool: Sequence[_Prompt], extras: Sequence[str], level: fl
             if max(abs(turned.low), abs(turned.high)) < ROUNDING:
                 turned = replace(turned, value=0.0, low=0.0, high=0.0)
             if few is not None:
-                turned = enough_affected(few, _at_least_mover(turned, angle, cosines[plain]))
+                further = turn_of_further(few, angles, k) if extra == PUNISHMENT else 0.0
+                turned = enough_affected(few, _at_least_mover(turned, angle, cosines[plain], further))
             turned = gated(turned, known.direction and bool(known.updates[k] and known.updates[plain]))
             rows.append(_row("cosine_difference", turned, extra, _side(turned, 0.0)))
     return rows
 
 
-def _at_least_mover(turned: Estimate, angle: Estimate, plain: Estimate) -> Estimate:
-    """A difference of cosines with ends that reach as far down as the two cosines' own do (MOVER).
+def _at_least_mover(turned: Estimate, angle: Estimate, plain: Estimate, further: float) -> Estimate:
+    """A difference of cosines that reaches as far down as the two cosines' own do (MOVER), and `further`.
 
     A cosine near 1 goes with the square of the angle: where the angle happens to be small its slope, and with it a
-    jackknife's error, vanishes (grpo's of -0.009 were covered 87 to 93% at N = 128, with this 95%; dapo's stay at 82 to
-    86%, as its cosine's own lower end rests on as few responses).
+    jackknife's error, vanishes (grpo's of -0.009 were covered 87 to 93% at N = 128, with this 95%).
     """
-    down = turned.value - math.hypot(angle.value - angle.low, plain.high - plain.value)
+    down = turned.value - math.hypot(angle.value - angle.low, plain.high - plain.value) - further
     return replace(turned, low=min(turned.low, down)) if math.isfinite(down) else turned
 
 

@@ -204,8 +204,8 @@ def half_differences(permutations: int, replicates: Sequence[Sequence[Array]]) -
     return [one - one.mean(axis=0) for one in found]
 
 
-def pair_covariances(gram: Array, means: Array, directions: int, group_size: int) -> Array:
-    """Covariances (R, 3 + H, 3 + H) of what pairs of responses add: `Products.pairs`.
+def pair_covariances(gram: Array, means: Array, directions: int, group_size: int) -> tuple[Array, Array]:
+    """Covariances (R, 3 + H, 3 + H) of what pairs of responses add, and traces (R, 3 + H): `Products.pairs`, `traces`.
 
     Of same, cross, mixed with each direction and direction 0 (`pairs`).
 
@@ -226,14 +226,14 @@ def pair_covariances(gram: Array, means: Array, directions: int, group_size: int
         first=np.append(first.reshape(-1), ways[0]),
         second=np.append(second.reshape(-1), ways[0]),
     )
-    whole = kernels.covariance()
+    whole, own = kernels.covariance(), kernels.traces()
     size = 1 + directions
     # same is (n - 1)/n of cross.
     spread = np.insert(np.eye(size + 1), 0, 0.0, axis=0)
     spread[0, 0] = (group_size - 1) / group_size
     last = np.full((len(updates), 1), len(whole) - 1)
     mine = np.concatenate([size * updates[:, None] + np.arange(size), last], axis=1)
-    return np.asarray(spread @ whole[mine[:, :, None], mine[:, None, :]] @ spread.T)
+    return np.asarray(spread @ whole[mine[:, :, None], mine[:, None, :]] @ spread.T), own[mine] @ spread.T
 
 
 def reward_pairs(layout: Layout, direction: int, values: Array) -> Array:

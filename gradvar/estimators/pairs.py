@@ -92,6 +92,11 @@ class WeightedKernels:
         left[none], left[:, none] = 0.0, 0.0
         return np.asarray(2.0 / (n * (n - 1.0)) ** 2 * left)
 
+    def traces(self) -> Array:
+        """(M,) by how much the squares of the means themselves are larger than the means over pairs."""
+        n = self.gram.shape[0]
+        return np.asarray(self._own.sum(axis=1) / (n * (n - 1.0)))
+
     def along(self, influences: Array) -> Array:
         """Forms u h u' (M, U, U) of the centred kernels along influences (M, U, N), each of which sums to 0."""
         weighted = influences * self.weights[self.first][:, None], influences * self.weights[self.second][:, None]

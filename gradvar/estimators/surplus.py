@@ -50,6 +50,14 @@ def jackknife_surplus(
     return noise, pairs
 
 
+def own_products(prompts: Sequence[Products], totals: Sequence[Array], statistic: Statistic) -> Array:
+    """(R,) by how much a statistic would be larger if a response's product with itself counted, to first order."""
+    directions = len(totals[3])
+    with np.errstate(all="ignore"):
+        slopes = _slopes(totals, statistic)[: 3 + directions]
+        return np.asarray(np.einsum("ir,ri->r", slopes, np.sum([p.traces[: slopes.shape[1]] for p in prompts], axis=0)))
+
+
 def _slopes(totals: Sequence[Array], statistic: Statistic) -> Array:
     """Derivatives (2 + 2 H, R) by same, cross, each column of mixed and each direction.
 

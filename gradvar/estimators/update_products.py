@@ -55,6 +55,8 @@ class Products:
     pairs: Array
     """(R, 3 + H, 3 + H) sampling covariances of what pairs of responses add to same, cross, mixed with each of H
     directions and direction 0, in this order: a jackknife counts that part twice."""
+    traces: Array
+    """(R, 3 + H) by how much each of these would be too large if a response's product with itself counted too."""
     curved: Array
     """(R + 1,) standard deviations, with sign, of what pairs of rewards inside a group add to mixed with direction 0 of
     each update and to direction 0 itself (`reward_pairs`)."""
@@ -76,6 +78,7 @@ class Products:
             mixed=self.mixed[:, columns],
             noise=(same[:, columns], cross[:, columns], mixed[:, columns], direction),
             pairs=self.pairs[columns],
+            traces=self.traces[columns],
             curved=np.append(self.curved[:-1][columns], self.curved[-1]),
         )
 
@@ -89,6 +92,7 @@ class Products:
             direction=self.direction[:, :count],
             noise=(same, cross, mixed[..., :count], direction[:, :count]),
             pairs=self.pairs[:, kept][:, :, kept],
+            traces=self.traces[:, kept],
         )
 
 
@@ -140,13 +144,15 @@ def products(gram: Array, layout: Layout, directions: int) -> Products:
     same, cross, mixed, direction = found[0]
     noise = half_differences(len(groups), found)
     aim = layout.means[r]
+    pairs, traces = pair_covariances(gram, layout.means, h, groups.shape[2])
     return Products(
         same=same,
         cross=cross,
         mixed=mixed,
         direction=direction,
         noise=(noise[0], noise[1], noise[2], noise[3]),
-        pairs=pair_covariances(gram, layout.means, h, groups.shape[2]),
+        pairs=pairs,
+        traces=traces,
         curved=reward_pairs(
             layout, r, values[..., [*range(2 * r, 2 * r + r * h, h), 2 * r + r * h]] / max(count - 1, 1)
         ),

@@ -20,8 +20,8 @@ from gradvar.estimators.bias import (
     log_rho,
     pressure,
     scale,
-    within_one,
 )
+from gradvar.estimators.cosines import within_one
 from gradvar.estimators.group_products import Layout, half_differences, reaches
 from gradvar.estimators.groups import draw_groups, group_coefficients
 from gradvar.estimators.intervals import effective_degrees, t_quantile

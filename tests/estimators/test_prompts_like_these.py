@@ -8,7 +8,6 @@ from scipy import stats
 
 from gradvar.estimators.bias import (
     cosine,
-    cosine_estimate,
     estimate_of,
     inner_product,
     jackknifed,
@@ -16,6 +15,7 @@ from gradvar.estimators.bias import (
     pressure,
     scale,
 )
+from gradvar.estimators.cosines import cosine_estimate
 from gradvar.estimators.groups import draw_groups
 from gradvar.estimators.intervals import at_least_as_wide
 from gradvar.runs.records import Estimate
