@@ -37,7 +37,6 @@ from gradvar.estimators.bias import (
     scale,
     what_is_known,
 )
-from gradvar.estimators.carrying import together
 from gradvar.estimators.cosines import cosine_estimate
 from gradvar.estimators.cv import cv_from_rho, pooled_rho
 from gradvar.estimators.eta_ratios import eta_ratios
@@ -46,8 +45,8 @@ from gradvar.estimators.groups import GroupMoments, draw_groups, group_coefficie
 from gradvar.estimators.identity import identity_from_parts, identity_parts
 from gradvar.estimators.inputs import is_silent
 from gradvar.estimators.intervals import MINIMUM_PROMPTS
-from gradvar.estimators.law import fit_exponent
-from gradvar.estimators.law_samples import Sample, pairs_of, sample_of, spread_of
+from gradvar.estimators.law_rows import fit_samples
+from gradvar.estimators.law_samples import Sample, sample_of
 from gradvar.estimators.length_bins import bin_products, length_bins
 from gradvar.estimators.noise_scale import noise_moments
 from gradvar.estimators.pairs import mean_coefficients, pair_covariance
@@ -134,20 +133,7 @@ def _law(prompts: list[Simulated], rng: np.random.Generator) -> Made:
 
 
 def _exponents(samples: list[Sample], what: str) -> tuple[Estimate, Estimate]:
-    sizes = [len(s.lengths) for s in samples]
-    parts = [s.deviation_dependence if what == "deviation" else s.within_dependence for s in samples]
-    cuts = np.cumsum(sizes)[:-1]
-    corrected = what == "deviation"
-    fit = fit_exponent(
-        np.concatenate([s.lengths for s in samples]),
-        np.concatenate([spread_of(s, what) for s in samples]),
-        n_centred=np.concatenate([s.n_centred for s in samples]) if corrected else None,
-        mean_deviation=np.concatenate([s.mean_deviation for s in samples]) if corrected else None,
-        clusters=np.repeat(np.arange(len(samples)), sizes),
-        carrying=together(s.carrying[what] for s in samples),
-        dependence=lambda q: np.concatenate([f(x) for f, x in zip(parts, np.split(q, cuts), strict=True)]),
-        pairs=lambda q: pairs_of(samples, {what: q}),
-    )
+    fit = fit_samples(samples, what, margin=0.25, level=LEVEL, full=False)
     return fit.exponent, fit.exponent_across
 
 

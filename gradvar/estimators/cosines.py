@@ -1,10 +1,10 @@
 """The cosine of an update with grad J, whose error depends on where it lies.
 
 Near 1 a cosine goes with the square of the angle: 1 - cos = delta^2 / 2 for the part delta of the update, in units of
-its length, that grad J does not explain. Its estimate errs by twice the product of delta with its own error, and by that
-error's square: the closer to 1 an estimate falls, the smaller a jackknife finds its error, and the truth lies further
-away. So an interval that reaches 1 ends below where the estimate would be that close at the error had there (a score
-interval, as Wilson's).
+its length, that grad J does not explain. Its estimate errs by the product of delta with delta's own error, and by that
+error's square: the closer to 1 an estimate falls, the smaller a jackknife finds its error, though the truth may lie
+where it is larger. So where an interval reaches 1 its other end is as far away as that error there has it (a score
+interval, as Wilson's of a share).
 Shape letters: R kinds of update.
 """
 
@@ -37,9 +37,10 @@ def cosine_estimate(
 
     Where E ghat and grad J are parallel, half of all estimates of their cosine come out above 1. If the interval
     reaches 1 the angle is not told apart from 0: the interval ends at 1, and so does the value if it lies beyond, and
-    its other end allows for the larger error that a smaller cosine has (`error_further_away`). Else it is taken on Fisher's scale atanh(cos), whose image stays below 1. NaN, "unresolved", where ||grad J||^2 or
-    ||E ghat||^2 is not told apart from 0. `tails` (of the angle), one a prompt, lower the lower end. `known` is
-    `what_is_known`, which is found where it is not given.
+    its other end allows for the larger error that a smaller cosine has (`error_further_away`). Else it is taken on
+    Fisher's scale atanh(cos), whose image stays below 1. NaN, "unresolved", where ||grad J||^2 or ||E ghat||^2 is not
+    told apart from 0. `tails` (of the angle), one a prompt, lower the lower end. `known` is `what_is_known`, which is
+    found where it is not given.
     """
     spoken: dict[str, Any] = {"level": level, "method": method, "tails": tails}
     found = _estimate(replace(result, here=None), k, **spoken)
@@ -80,7 +81,8 @@ def error_further_away(result: Jackknifed, k: int, level: float) -> float:
         return 0.0
     slope, square = min(variance / plain, 4.0 * most), float(result.quantiles(level)[k]) ** 2
     half = square * slope / 2.0
-    return half + math.sqrt(max(half**2 + square * (pairs + slope * distance), 0.0))
+    inside = half**2 + square * (pairs + slope * distance)
+    return half + math.sqrt(inside) if inside >= 0.0 else 0.0
 
 
 def within_one(found: Estimate) -> Estimate:

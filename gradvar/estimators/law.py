@@ -9,7 +9,11 @@ with a leverage-corrected sandwich (`quasi`). The finite-N correction sits in th
 
     mu_i = (1 - 2/N) v(L_i) + vbar/N
 
-with N and vbar of the responses that the mean gradient was taken over, also where a subset of them is fitted.
+with N and vbar of the responses that the mean gradient was taken over, also where a subset of them is fitted; so does
+the noise of the k neighbours j in length that a within-length variance is taken from:
+
+    mu_i = k/(k + 1) (v(L_i) + (1/k^2) sum_j v(L_j))
+
 Shape letters: n responses fitted, N responses averaged, K prompts.
 """
 
@@ -159,6 +163,7 @@ def fit_variance_law(
     dependence: Dependence | None = None,
     pairs: Pairs | None = None,
     carrying: float | None = None,
+    near: Any | None = None,
 ) -> VarianceLaw:
     """Fit how deviations (or within-length variances) grow with length.
 
@@ -181,6 +186,8 @@ def fit_variance_law(
             counts twice; it is taken out of the exponent's. None: it stays.
         carrying: Effective number of the responses that carry the noise (`carrying.together`). Below
             `carrying.LEAST_CARRYING` nothing has an interval, below `carrying.least_under_a_line` no line. None: all.
+        near: (n, k) rows of the neighbours that within-length variances were taken from (`nearest_in_length`), -1 for
+            none, whose noise the mean then carries. None: it is taken for that at the response's own length.
 
     Returns:
         The law. Where the power law does not converge its numbers are NaN and the verdict "undetermined"; where fewer
@@ -191,10 +198,10 @@ def fit_variance_law(
 
     Raises:
         GradvarError: Shapes that differ, fewer than 4 responses (3 plus one a prompt), lengths that are not positive
-            or all equal inside every prompt, deviations that are negative, not finite, or all 0 in a prompt, or an
-            n_centred below 3.
+            or all equal inside every prompt, deviations that are negative, not finite, or all 0 in a prompt, an
+            n_centred below 3, or neighbours that are none.
     """
-    data = checked_data(lengths, deviations, clusters, n_centred, mean_deviation, margin, level)
+    data = checked_data(lengths, deviations, clusters, n_centred, mean_deviation, margin, level, near)
     x, y, codes = data.x, data.y, data.codes
     power = _fit_power(data, dependence)
     centred = data.log_length - data.centre
@@ -241,9 +248,10 @@ def fit_exponent(
     dependence: Dependence | None = None,
     pairs: Pairs | None = None,
     carrying: float | None = None,
+    near: Any | None = None,
 ) -> ExponentFit:
     """Fit the power law's exponent alone; arguments, numbers and errors as in `fit_variance_law`."""
-    data = checked_data(lengths, deviations, clusters, n_centred, mean_deviation, margin, level)
+    data = checked_data(lengths, deviations, clusters, n_centred, mean_deviation, margin, level, near)
     power = _fit_power(data, dependence)
     return ExponentFit(**_exponents(data, power, margin, level, dependence, carrying, pairs))
 
@@ -267,7 +275,7 @@ def _spread(data: LawData, power: QuasiFit) -> Spread | None:
     """Spread of the observations, proportional to the power law's means; None without one."""
     if not power.converged:
         return None
-    law = power_shape(data.log_length - data.centre)(power.shape)[0]
+    law = data.seen(power_shape(data.log_length - data.centre))(power.shape)[0]
     mean = data.a * np.exp(power.constants[data.codes] + law) + data.b
     if not float(mean.max()) < 1e6 * float(data.y.max()):
         return None  # ran through one response, to where no observation is

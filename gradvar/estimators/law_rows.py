@@ -23,7 +23,14 @@ from gradvar.estimators.law import (
     fit_variance_law,
 )
 from gradvar.estimators.law_estimates import half_width
-from gradvar.estimators.law_samples import ALL_RESPONSES, Sample, pairs_of, spread_of, usable_samples
+from gradvar.estimators.law_samples import (
+    ALL_RESPONSES,
+    Sample,
+    neighbours_of,
+    pairs_of,
+    spread_of,
+    usable_samples,
+)
 from gradvar.runs.records import Estimate, TableRow, no_estimate
 
 Array = NDArray[np.float64]
@@ -119,7 +126,8 @@ def rows_of_samples(
         try:
             if not usable:
                 raise GradvarError(why)
-            law = _fit(list(usable.values()), what, writer, full=scope == ALL_RESPONSES and not writer.exponents_only)
+            full = scope == ALL_RESPONSES and not writer.exponents_only
+            law = fit_samples(list(usable.values()), what, margin=writer.margin, level=writer.level, full=full)
         except GradvarError as error:
             n = sum(len(samples[name].lengths) for name in names)
             rows.append(writer.none(what, str(error), UNDETERMINED, n=n, **common))
@@ -143,7 +151,9 @@ def rows_of_samples(
     return rows, laws
 
 
-def _fit(samples: list[Sample], what: str, writer: LawWriter, *, full: bool) -> ExponentFit:
+def fit_samples(samples: list[Sample], what: str, *, margin: float, level: float, full: bool) -> ExponentFit:
+    """Fit the law to "deviation" or "within" of one prompt, or several together; `full` is a `VarianceLaw`."""
+
     def joined(values: Callable[[Sample], Array]) -> Array:
         return np.concatenate([values(s) for s in samples])
 
@@ -158,13 +168,14 @@ def _fit(samples: list[Sample], what: str, writer: LawWriter, *, full: bool) -> 
         n_centred=joined(lambda s: s.n_centred) if corrected else None,
         mean_deviation=joined(lambda s: s.mean_deviation) if corrected else None,
         clusters=np.repeat(np.arange(len(samples)), sizes),
-        margin=writer.margin,
-        level=writer.level,
+        margin=margin,
+        level=level,
         carrying=together(s.carrying[what] for s in samples),
         dependence=lambda q: np.concatenate(
             [part(piece) for part, piece in zip(parts, np.split(q, cuts), strict=True)]
         ),
         pairs=lambda q: pairs_of(samples, {what: q}),
+        near=None if corrected else neighbours_of(samples),
     )
 
 

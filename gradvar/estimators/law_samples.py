@@ -53,6 +53,8 @@ class Sample:
     """(n,) its mean deviation."""
     deviation_dependence: Dependence
     within_dependence: Dependence
+    near: NDArray[np.intp]
+    """(n, k) neighbours in length, rows among the n."""
     forms: dict[str, Form]
     """Quadratic forms of sums of "deviation" and "within"."""
     noise: Array | None
@@ -135,6 +137,7 @@ def sample_of(
         mean_deviation=np.full(count, float(spread.mean())),
         deviation_dependence=between,
         within_dependence=shared,
+        near=near,
         forms={"deviation": deviation_form(n), "within": within_form(near)},
         noise=noise,
         left_out=left_out,
@@ -160,6 +163,17 @@ def pairs_of(samples: Sequence[Sample], weights: Mapping[str, Array]) -> float:
             for k, s in enumerate(samples)
             if s.noise is not None
         )
+
+
+def neighbours_of(samples: Sequence[Sample]) -> NDArray[np.intp]:
+    """Neighbours (n, k) among the responses of all samples, -1 where a sample of few has fewer."""
+    most = max(s.near.shape[1] for s in samples)
+    starts = np.cumsum([0, *(len(s.lengths) for s in samples)])
+    rows = [
+        np.pad(s.near + start, ((0, 0), (0, most - s.near.shape[1])), constant_values=-1)
+        for s, start in zip(samples, starts[:-1], strict=True)
+    ]
+    return np.concatenate(rows)
 
 
 def _both(one: Dependence, two: Dependence) -> Dependence:

@@ -21,13 +21,11 @@ from gradvar.estimators.bias import (
     pressure,
     scale,
 )
-from gradvar.estimators.cosines import within_one
 from gradvar.estimators.group_products import Layout, half_differences, reaches
 from gradvar.estimators.groups import draw_groups, group_coefficients
 from gradvar.estimators.intervals import effective_degrees, t_quantile
 from gradvar.estimators.surplus import _slopes
 from gradvar.estimators.update_products import entropy_direction, length_direction, products, reward_direction
-from gradvar.runs.records import Estimate
 from tests.estimators import references, simulator
 
 
@@ -248,31 +246,6 @@ def test_half_differences_are_the_noise_of_the_permutations():
         seen.append(np.mean((few.cross[1:, 0] - few.cross[1:, 0].mean() - truth) ** 2))
         told.append(np.mean(few.noise[1][:, 0] ** 2))
     assert np.mean(told) == pytest.approx(np.mean(seen), rel=0.2)
-
-
-def test_a_cosine_stays_within_one():
-    def cosine_of(value, low, high):
-        found = Estimate(value=value, low=low, high=high, level=0.95, method="m", n=64, clusters=1, seed=None)
-        return within_one(found)
-
-    # Told apart from parallel: Fisher's scale, ends inside (-1, 1), nearly the same interval where it is narrow.
-    inside = cosine_of(0.9, 0.85, 0.95)
-    assert 0.8 < inside.low < 0.85
-    assert 0.9 < inside.high < 0.95
-    narrow = cosine_of(0.5, 0.499, 0.501)
-    assert (narrow.low, narrow.high) == pytest.approx((0.499, 0.501), abs=1e-5)
-    # Not told apart from it: a lower bound.
-    apart = cosine_of(1.02, 0.97, 1.07)
-    assert (apart.value, apart.low, apart.high) == (1.0, 0.97, 1.0)
-    assert math.isnan(cosine_of(math.nan, -math.inf, math.inf).value)
-    # Wholly beyond: no interval of width 0.
-    beyond = cosine_of(1.1, 1.05, 1.2)
-    assert (beyond.value, beyond.low, beyond.high) == pytest.approx((1.0, 0.95, 1.0))
-    below = cosine_of(-1.1, -1.2, -1.05)
-    assert (below.value, below.low, below.high) == pytest.approx((-1.0, -1.0, -0.95))
-    # Without an interval nothing is known of a value beyond.
-    assert math.isnan(cosine_of(2.7, math.nan, math.nan).value)
-    assert cosine_of(0.7, math.nan, math.nan).value == 0.7
 
 
 def test_an_odd_permutation_counts_in_the_noise():

@@ -23,7 +23,7 @@ from gradvar.estimators import (
 from gradvar.estimators.cv_rows import CvStudy, ratio_row
 from gradvar.estimators.inputs import arrange, generator
 from gradvar.estimators.law import fit_exponent
-from gradvar.estimators.spread import deviation_dependence, within_dependence
+from gradvar.estimators.spread import deviation_dependence, nearest_in_length, within_dependence
 from gradvar.runs.records import TABLE_COLUMNS, Estimate
 from tests.estimators import simulator
 
@@ -91,6 +91,7 @@ def test_law_rows_are_the_functions_own_numbers(law, groups):
         g.lengths,
         within_length_variance(g.gram, g.lengths, rng=rng()),
         dependence=within_dependence(g.gram, g.lengths, rng=rng()),
+        near=nearest_in_length(g.lengths, 5, rng=rng()),
     )
     where = {"prompt_id": "p1", "target": "b", "advantage": "score", "scope": "all responses"}
     for quantity, expected in (
