@@ -48,6 +48,7 @@ from gradvar.estimators.law_estimates import (
     FEWEST_BEHIND,
     LARGEST_SHARE,
     MINIMUM_RESPONSES,
+    NO_PAIRS,
     FamilyFit,
     curvature_of,
     error_of,
@@ -61,11 +62,11 @@ from gradvar.estimators.law_estimates import (
 )
 from gradvar.estimators.least_squares import Spread, least_squares, owed, rank_correlation
 from gradvar.estimators.quasi import Dependence, QuasiFit
+from gradvar.estimators.spread_pairs import PairPart, Weights
 from gradvar.runs.records import Estimate
 
 Array = NDArray[np.float64]
-Pairs = Callable[[Array], float]
-"""q (n,) to a variance."""
+Pairs = Callable[[Weights], PairPart]
 
 PROPORTIONAL = "proportional to length"
 NOT_PROPORTIONAL = "not proportional"
@@ -88,10 +89,10 @@ class ExponentFit:
     """Whether that is only how many an interval takes at least: there is none."""
     influence: Array = field(repr=False)
     """(n,) what each response adds to the exponent's error."""
-    gain: Array = field(repr=False)
-    """(n,) by how much the exponent changes with each response's deviation."""
-    pairs: float = 0.0
-    """Variance that pairs of responses add, which the influences' squares hold twice (`spread_pairs`)."""
+    weights: Weights = field(repr=False)
+    """By how much the exponent changes with each response's deviation."""
+    pairs: PairPart = NO_PAIRS
+    """Variance that pairs of responses add, and what the influences' squares have of it (`spread_pairs`)."""
     outlier: int | None = None
     """Row of the response with the most of the deviations, where it was suspect enough to be left out once."""
     exponent_without: float = math.nan
@@ -182,8 +183,8 @@ def fit_variance_law(
             `spread.within_dependence`), which turns the sandwich into a full delete-one jackknife. Without it the
             observations count as independent: harmless for deviations, not for within-length variances, which share
             neighbours.
-        pairs: q (n,) to the variance that pairs of responses add to sum_j q_j y_j (`spread_pairs`), which the jackknife
-            counts twice; it is taken out of the exponent's. None: it stays.
+        pairs: What pairs of responses add to the variance of a weighted sum of y, and to a jackknife's, which counts it
+            twice or oftener (`spread_pairs`); the surplus is taken out of the exponent's. None: it stays.
         carrying: Effective number of the responses that carry the noise (`carrying.together`). Below
             `carrying.LEAST_CARRYING` nothing has an interval, below `carrying.least_under_a_line` no line. None: all.
         near: (n, k) rows of the neighbours that within-length variances were taken from (`nearest_in_length`), -1 for
@@ -306,21 +307,22 @@ def _exponents(
         return moved_by_one(unless_few(resting_on(estimate, behind), carrying), without)
 
     gain = power.shape_gain[:, 0]
-    twice = pairs(gain) if pairs is not None and power.shared else 0.0
-    twice = twice if math.isfinite(twice) else 0.0
-    exponent = judged(exponent_of(power, level, twice))
+    weights = Weights(gain, power.shape_own[:, 0], gain if power.shared else np.zeros_like(gain))
+    part = pairs(weights) if pairs is not None and power.shared else NO_PAIRS
+    part = part if math.isfinite(sum(part)) else NO_PAIRS
+    exponent = judged(exponent_of(power, level, part))
     verdict, n_needed = _verdict(exponent, margin)
     if math.isnan(exponent.low):
         n_needed = _more(exponent.n, behind, carrying)
     return {
         "exponent": exponent,
-        "exponent_across": judged(exponent_across_of(power, level, twice)),
+        "exponent_across": judged(exponent_across_of(power, level, part)),
         "verdict": verdict,
         "n_needed": n_needed,
         "n_needed_at_least": math.isnan(exponent.low),
         "influence": power.shape_influence[:, 0],
-        "gain": gain,
-        "pairs": twice,
+        "weights": weights,
+        "pairs": part,
         "outlier": outlier,
         "exponent_without": without,
         "error_without": error,

@@ -21,6 +21,7 @@ from gradvar.estimators.intervals import (
     without_surplus,
 )
 from gradvar.estimators.quasi import QuasiFit
+from gradvar.estimators.spread_pairs import PairPart
 from gradvar.runs.records import Estimate
 
 Array = NDArray[np.float64]
@@ -52,21 +53,24 @@ class FamilyFit:
     """False where the fit ran to the edge of what the family allows."""
 
 
-def error_of(influence: Array, pairs: float) -> float:
-    """Standard error: the root of the influences' sum of squares, less what pairs of responses count twice in it."""
+NO_PAIRS = PairPart()
+
+
+def error_of(influence: Array, pairs: PairPart) -> float:
+    """Standard error: the root of the influences' sum of squares, less what pairs of responses add to it too often."""
     variance = float(influence @ influence)
-    return math.sqrt(min(float(without_surplus(variance, 0.0, pairs)), variance))
+    return math.sqrt(min(float(without_surplus(variance, pairs.counted - 2.0 * pairs.once, pairs.once)), variance))
 
 
-def half_width(influence: Array, most: float, level: float, pairs: float = 0.0) -> float:
+def half_width(influence: Array, most: float, level: float, pairs: PairPart = NO_PAIRS) -> float:
     """Half an interval by influences (n,), with at most `most` degrees of freedom."""
     return t_quantile(level, effective_degrees(influence, most)) * error_of(influence, pairs)
 
 
-def exponent_of(fit: QuasiFit, level: float, pairs: float = 0.0) -> Estimate:
-    """Exponent for these prompts; no interval below `MINIMUM_RESPONSES`. `pairs`: the variance pairs add."""
+def exponent_of(fit: QuasiFit, level: float, pairs: PairPart = NO_PAIRS) -> Estimate:
+    """Exponent for these prompts; no interval below `MINIMUM_RESPONSES`. `pairs`: what pairs of responses add."""
     n, clusters = len(fit.shape_influence), len(fit.constants)
-    counted = ", pairs counted once" if pairs > 0.0 else ""
+    counted = ", pairs counted once" if pairs.once > 0.0 else ""
     method = f"Gamma quasi-likelihood, HC3 sandwich{counted}, t; {THESE_PROMPTS}"
     if not fit.converged:
         return symmetric(math.nan, math.nan, level, method + "; did not converge", n, clusters)
@@ -76,7 +80,7 @@ def exponent_of(fit: QuasiFit, level: float, pairs: float = 0.0) -> Estimate:
     return symmetric(float(fit.shape[0]), half, level, method, n, clusters)
 
 
-def exponent_across_of(fit: QuasiFit, level: float, pairs: float = 0.0) -> Estimate:
+def exponent_across_of(fit: QuasiFit, level: float, pairs: PairPart = NO_PAIRS) -> Estimate:
     """Exponent for prompts like these: one prompt left out at a time, by one Newton step."""
     n, clusters = len(fit.shape_influence), len(fit.constants)
     method = f"Gamma quasi-likelihood, delete-one-prompt jackknife, t; {PROMPTS_LIKE_THESE}"
@@ -122,7 +126,9 @@ def following(estimate: Estimate, exponent: Estimate) -> Estimate:
     return replace(estimate, low=math.nan, high=math.nan, method=f"{estimate.method}; no interval, as the exponent")
 
 
-def scales_of(fit: QuasiFit, centre: float, level: float, pairs: float = 0.0) -> tuple[Estimate, Estimate, float]:
+def scales_of(
+    fit: QuasiFit, centre: float, level: float, pairs: PairPart = NO_PAIRS
+) -> tuple[Estimate, Estimate, float]:
     """Scale at one token, level where its error is uncorrelated with the exponent's, and the length of that.
 
     `pairs` as for the exponent.

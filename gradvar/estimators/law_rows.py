@@ -174,7 +174,7 @@ def fit_samples(samples: list[Sample], what: str, *, margin: float, level: float
         dependence=lambda q: np.concatenate(
             [part(piece) for part, piece in zip(parts, np.split(q, cuts), strict=True)]
         ),
-        pairs=lambda q: pairs_of(samples, {what: q}),
+        pairs=lambda weights: pairs_of(samples, {what: weights}),
         near=None if corrected else neighbours_of(samples),
     )
 
@@ -237,12 +237,18 @@ def _told(law: ExponentFit, samples: dict[str, Sample]) -> Callable[[Estimate], 
 
 
 def _difference(deviation: ExponentFit, within: ExponentFit, samples: list[Sample], level: float) -> Estimate:
+    """Deviation minus within-length exponent, paired.
+
+    What pairs count too often is taken out above alone: where E[g | L] moves, short responses not seen would lower it,
+    and a sample without them is both too high and too sure (88 to 92% were covered, 93 to 97% so).
+    """
     value = deviation.exponent.value - within.exponent.value
     degrees = len(deviation.influence) - deviation.exponent.clusters - 1
-    pairs = pairs_of(samples, {"deviation": deviation.gain, "within": -within.gain})
-    half = half_width(deviation.influence - within.influence, degrees, level, pairs)
-    counted = ", pairs counted once" if pairs > 0.0 else ""
+    pairs = pairs_of(samples, {"deviation": deviation.weights, "within": -within.weights})
+    influence = deviation.influence - within.influence
+    down, up = half_width(influence, degrees, level), half_width(influence, degrees, level, pairs)
+    counted = ", pairs counted once above" if pairs.once > 0.0 else ""
     method = f"deviation exponent minus within-length exponent, paired HC3 influences{counted}, t"
     if math.isnan(deviation.exponent.low) or math.isnan(within.exponent.low):
-        half, method = math.nan, f"{method}; no interval, as one of the two has none"
-    return replace(deviation.exponent, value=value, low=value - half, high=value + half, method=method)
+        down, up, method = math.nan, math.nan, f"{method}; no interval, as one of the two has none"
+    return replace(deviation.exponent, value=value, low=value - down, high=value + up, method=method)

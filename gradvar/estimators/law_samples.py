@@ -25,7 +25,12 @@ from gradvar.estimators.spread import (
 from gradvar.estimators.spread_pairs import (
     PAIRS_FROM,
     Form,
+    PairPart,
+    Weights,
     deviation_form,
+    deviation_kernels,
+    jackknifed_pairs,
+    neighbour_kernels,
     noise_squares,
     pair_variance,
     within_form,
@@ -146,23 +151,33 @@ def sample_of(
     )
 
 
-def pairs_of(samples: Sequence[Sample], weights: Mapping[str, Array]) -> float:
-    """Variance that pairs of responses add to sums of deviations and of within-length variances together.
+def pairs_of(samples: Sequence[Sample], weights: Mapping[str, Weights]) -> PairPart:
+    """What pairs of responses add to sums of deviations and of within-length variances together.
 
     Samples of few responses (`PAIRS_FROM`) add 0.
 
     Args:
         samples: One a prompt.
-        weights: (n,) of "deviation" and of "within", or of one of them, over the responses of all samples.
+        weights: Of "deviation" and of "within", or of one of them, over the responses of all samples.
     """
     cuts = np.cumsum([len(s.lengths) for s in samples])[:-1]
-    pieces = {what: np.split(q, cuts) for what, q in weights.items()}
+    pieces = {
+        what: [Weights(*one) for one in zip(*(np.split(part, cuts) for part in parts), strict=True)]
+        for what, parts in weights.items()
+    }
+    once, counted = 0.0, 0.0
     with np.errstate(all="ignore"):  # a fit that ran through one response has weights of 1e150: NaN takes nothing out
-        return sum(
-            pair_variance(np.sum([s.forms[what](q[k]) for what, q in pieces.items()], axis=0), s.noise)
-            for k, s in enumerate(samples)
-            if s.noise is not None
-        )
+        for k, s in enumerate(samples):
+            if s.noise is None:
+                continue
+            mine = {what: w[k] for what, w in pieces.items()}
+            once += pair_variance(np.sum([s.forms[what](w.gain) for what, w in mine.items()], axis=0), s.noise)
+            counted += jackknifed_pairs(
+                deviation_kernels(mine["deviation"], int(s.n_centred[0])) if "deviation" in mine else None,
+                neighbour_kernels(s.near).of_jackknife(mine["within"]) if "within" in mine else None,
+                s.noise,
+            )
+    return PairPart(once, counted)
 
 
 def neighbours_of(samples: Sequence[Sample]) -> NDArray[np.intp]:

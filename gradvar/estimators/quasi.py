@@ -46,6 +46,8 @@ class QuasiFit:
     """(n, K): the same for eta."""
     shape_gain: Array
     """(n, m): by how much s changes with observation i."""
+    shape_own: Array
+    """(n, m): what the influence makes of that, over 1 - leverage."""
     shared: bool
     """Whether the influence on the first of s holds what the others owe to an observation (`dependence`)."""
     cluster_scores: Array
@@ -193,12 +195,12 @@ def _finish(
         inner = slope - centre[codes]
         pulled = np.linalg.solve(inner.T @ (c[:, None] * inner), inner.T).T if m else inner
         leverage = c * (1.0 / each[codes] + (inner * pulled).sum(axis=1))
-        freed = r / np.maximum(1.0 - leverage, 1e-12)
+        left = np.maximum(1.0 - leverage, 1e-12)
         pulled = w[:, None] * pulled
         own = np.zeros((n, count))
         own[np.arange(n), codes] = w / each[codes]
         gain = np.hstack([pulled, own - pulled @ centre.T])
-        influence = gain * freed[:, None]
+        influence = gain * (r / left)[:, None]
         shared = False
         if dependence is not None:
             # The jackknife's other half: what the others' observations owe to this one. It may only widen: with heavy
@@ -209,8 +211,10 @@ def _finish(
             shared = bool(wider[0])
         shape_influence, constants_influence = influence[:, :m], influence[:, m:]
         shape_gain = gain[:, :m] / mu[:, None]
+        shape_own = shape_gain / left[:, None]
     else:
-        shape_influence, shape_gain, shared = np.full((n, m), np.nan), np.full((n, m), np.nan), False
+        shape_influence, shape_gain, shape_own = (np.full((n, m), np.nan) for _ in range(3))
+        shared = False
         constants_influence = np.full((n, count), np.nan)
     positive = y > 0
     deviance = 2.0 * float(r.sum() - np.log(y[positive] / mu[positive]).sum())
@@ -224,6 +228,7 @@ def _finish(
         shape_influence=shape_influence,
         constants_influence=constants_influence,
         shape_gain=shape_gain,
+        shape_own=shape_own,
         shared=shared,
         cluster_scores=scores,
         cluster_information=pieces,

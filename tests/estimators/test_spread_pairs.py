@@ -8,7 +8,17 @@ import pytest
 
 from gradvar.estimators import law_table
 from gradvar.estimators.law_samples import pairs_of, sample_of
-from gradvar.estimators.spread_pairs import deviation_form, noise_squares, pair_variance, within_form
+from gradvar.estimators.spread import dependence_among, nearest_in_length, variance_among
+from gradvar.estimators.spread_pairs import (
+    Weights,
+    deviation_form,
+    deviation_kernels,
+    jackknifed_pairs,
+    neighbour_kernels,
+    noise_squares,
+    pair_variance,
+    within_form,
+)
 from tests.estimators import simulator
 
 
@@ -66,28 +76,122 @@ def test_variance_is_that_of_a_form_of_noise_where_the_mean_moves_slowly() -> No
     assert np.mean(estimates) == pytest.approx(np.var(values), rel=0.1)
 
 
+def influences_of(values, near, weights, gram):
+    """u (n,) of a jackknife written out: what each response has of its own sum, and what the others owe to it."""
+    n = len(near)
+    found = np.zeros(n)
+    for i in range(n):
+        found[i] = weights.own[i] * values(gram, near[i], i)
+        for j in range(n):
+            if j != i and i in near[j]:
+                kept = near[j][near[j] != i]
+                found[i] += weights.owed[j] * (values(gram, near[j], j) - values(gram, kept, j))
+    return found
+
+
+def within(gram, near, i):
+    k = len(near)
+    return k / (k + 1) * (gram[i, i] - 2 * gram[i, near].mean() + gram[np.ix_(near, near)].mean())
+
+
+def test_what_a_jackknife_of_within_length_variances_has_of_pairs() -> None:
+    """Every influence is linear in the Gram: its answer to a Gram of one pair alone is twice the form's entry."""
+    rng, n = np.random.default_rng(9), 9
+    near = nearest_in_length(rng.permutation(np.arange(10.0, 19.0)), 3, rng=rng)
+    weights = Weights(*rng.normal(size=(3, n)))
+    squares = np.abs(rng.normal(size=(n, n)))
+    squares = squares + squares.T
+    expected = 0.0
+    for a, b in itertools.combinations(range(n), 2):
+        pair = np.zeros((n, n))
+        pair[a, b] = pair[b, a] = 1.0
+        expected += float((influences_of(within, near, weights, pair) ** 2).sum()) * squares[a, b]
+    found = jackknifed_pairs(None, neighbour_kernels(near).of_jackknife(weights), squares)
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_what_a_jackknife_of_the_difference_has_of_pairs() -> None:
+    """With deviations from a mean over N responses; pairs of two others, smaller by N, are left out of those."""
+    rng, n, everyone = np.random.default_rng(10), 40, 40
+    near = nearest_in_length(rng.permutation(np.arange(10.0, 50.0)), 5, rng=rng)
+    of_deviation, of_within = (Weights(*rng.normal(size=(3, n))) for _ in range(2))
+    squares = np.ones((n, n))
+    found = jackknifed_pairs(
+        deviation_kernels(of_deviation, everyone), neighbour_kernels(near).of_jackknife(-of_within), squares
+    )
+
+    def deviation(gram):
+        centred = gram - gram.mean(axis=0) - gram.mean(axis=1)[:, None] + gram.mean()
+        owed = -2.0 / (everyone - 1) * (centred - np.diag(np.diagonal(centred))) @ of_deviation.owed
+        return of_deviation.own * np.diagonal(centred) + owed
+
+    expected = 0.0
+    for a, b in itertools.combinations(range(n), 2):
+        pair = np.zeros((n, n))
+        pair[a, b] = pair[b, a] = 1.0
+        expected += float(((deviation(pair) - influences_of(within, near, of_within, pair)) ** 2).sum())
+    assert found == pytest.approx(expected, rel=0.02)
+
+
+def test_one_neighbour_that_goes_leaves_its_variance_as_it_was() -> None:
+    """As `spread.dependence_among` has it, with k = 1."""
+    near = np.array([[1], [0], [1]])
+    weights = Weights(np.ones(3), np.array([1.0, 2.0, 3.0]), np.full(3, 7.0))
+    found = jackknifed_pairs(None, neighbour_kernels(near).of_jackknife(weights), np.ones((3, 3)))
+    # V = ||g_i - g_j||^2 / 2: the entry is -1/2, the response to a pair -1.
+    assert found == pytest.approx(1.0 + 4.0 + 9.0)
+
+
+def test_the_squares_of_influences_are_linear_parts_and_pairs() -> None:
+    """Noise alone, constant law: J is what single responses add, once, and pairs, as often as counted."""
+    n, draws = 80, 300
+    lengths = np.exp(np.random.default_rng(11).normal(5.0, 0.6, n))
+    near = nearest_in_length(lengths, 5, rng=np.random.default_rng(0))
+    q = np.log(lengths) - np.log(lengths).mean()
+    weights = Weights(q, q, q)
+    sums, squares, counted = [], [], []
+    for t in range(draws):
+        g = np.random.default_rng([12, t]).normal(size=(n, 3))
+        gram = g @ g.T
+        v = variance_among(gram, near)
+        u = q * (v - v.mean()) + dependence_among(gram, near)(q[:, None])[:, 0]
+        sums.append(float(q @ v))
+        squares.append(float(u @ u))
+        noise = noise_squares(gram, lengths, rng=np.random.default_rng(t))
+        once = pair_variance(within_form(near)(q), noise)
+        counted.append(jackknifed_pairs(None, neighbour_kernels(near).of_jackknife(weights), noise) - once)
+    left = np.mean(squares) - np.mean(counted)
+    assert left == pytest.approx(np.var(sums), rel=0.2)
+    assert np.mean(squares) > 1.15 * np.var(sums)
+
+
 def test_prompts_add_up_but_for_small_ones_and_the_difference_of_two_sums_is_one_form() -> None:
     prompts = [simulator.prompt(f"p{k}", n, rng=np.random.default_rng([5, k])) for k, n in enumerate((66, 64, 63))]
     samples = [sample_of(p, p.rewards >= 0, "score", seed=1, neighbours=3, left_out=0) for p in prompts]
-    q = np.random.default_rng(6).normal(size=193)
+    weights = Weights(*np.random.default_rng(6).normal(size=(3, 193)))
+    q = weights.gain
     expected = 0.0
     for sample, part in zip(samples[:2], (q[:66], q[66:130]), strict=True):
         form = sample.forms["deviation"](part) - sample.forms["within"](part)
         for i in range(len(part)):
             for j in range(i):
                 expected += (2.0 * form[i, j]) ** 2 * sample.noise[i, j]
-    assert pairs_of(samples, {"deviation": q, "within": -q}) == pytest.approx(expected, rel=1e-12)
+    found = pairs_of(samples, {"deviation": weights, "within": -weights})
+    assert found.once == pytest.approx(expected, rel=1e-12)
+    pieces = [Weights(*(part[cut] for part in weights)) for cut in (slice(0, 66), slice(66, 130))]
+    each = [pairs_of([s], {"deviation": w, "within": -w}).counted for s, w in zip(samples[:2], pieces, strict=True)]
+    assert found.counted == pytest.approx(sum(each), rel=1e-12)
 
 
 def test_a_reward_class_has_the_pairs_of_its_own_responses() -> None:
     """Its advantage is one number, so the pairs add to its exponent's error what they add to the score's."""
     prompt = simulator.prompt("p", 150, rng=np.random.default_rng(7))
     chosen = prompt.rewards == 0
-    q = np.random.default_rng(8).normal(size=int(chosen.sum()))
+    weights = Weights(*np.random.default_rng(8).normal(size=(3, int(chosen.sum()))))
     score, weighted = (sample_of(prompt, chosen, kind, seed=1, neighbours=5, left_out=0) for kind in ("score", "grpo"))
     factor = weighted.within[0] / score.within[0]
-    found = pairs_of([weighted], {"within": q}) / factor**2
-    assert found == pytest.approx(pairs_of([score], {"within": q}), rel=1e-9)
+    found = np.array(pairs_of([weighted], {"within": weights})) / factor**2
+    assert found == pytest.approx(np.array(pairs_of([score], {"within": weights})), rel=1e-9)
 
 
 def test_the_band_of_a_law_is_one_of_level_and_exponent() -> None:
