@@ -35,6 +35,7 @@ import numpy as np
 
 from benchmarks import calibration_report
 from benchmarks.calibration_batches import POPULATIONS, batch_intervals, batch_truths
+from benchmarks.calibration_between import BETWEEN, between_intervals, between_truths
 from benchmarks.calibration_draws import HERE, every_interval
 from benchmarks.calibration_extras import SILENT, moments_of_extras, silent_intervals
 from benchmarks.calibration_lines import from_many
@@ -55,7 +56,8 @@ from benchmarks.calibration_truths import (
 )
 
 BATCHES, REWARDS = "batches", "rewards"
-"""Settings of their own: prompts with something in common, and rewards alone."""
+OTHERS = {BATCHES, REWARDS, BETWEEN}
+"""Settings of their own: prompts with something in common, rewards alone, and prompts' means."""
 SKETCHED = ", sketched"
 HIGH: dict[str, Any] = {"dimensions": 60, "decay": 0.97}
 """Effective rank near 30; otherwise near 3."""
@@ -142,6 +144,8 @@ def one_draw(job: tuple[Setting, int]) -> list[Found]:
     if BATCHES in setting.kinds:
         (population,) = setting.laws
         return batch_intervals(population, setting.prompts, setting.n, seed, sketched=setting.name.endswith(SKETCHED))
+    if BETWEEN in setting.kinds:
+        return [found_of(*row) for row in between_intervals(setting.prompts, setting.n, seed)]
     if REWARDS in setting.kinds:
         (population,) = setting.laws
         return [found_of(*row) for row in silent_intervals(population, setting.prompts, setting.n, seed)]
@@ -173,7 +177,7 @@ def rows_of(results: list[list[Found]], setting: Setting) -> Iterator[dict[str, 
             by_name.setdefault((f.quantity, f.estimand), []).append(f)
     for found in by_name.values():
         yield row_of(found, setting)
-    if len(setting.laws) == 1 and not setting.kinds & {BATCHES, REWARDS}:
+    if len(setting.laws) == 1 and not setting.kinds & OTHERS:
         for quantity, name in DIFFERENCES.items():
             found = by_name.get((quantity, HERE), [])
             pairs = [difference_of(name, a, b) for a, b in zip(found[::2], found[1::2], strict=False)]
@@ -215,6 +219,10 @@ def settings(scale: float) -> list[Setting]:
         Setting(name=name, laws=(name,), n=n, prompts=k, draws=times(500), kinds=frozenset({REWARDS}))
         for name, n, k in itertools.product(SILENT, (16, 128), (4, 16, 64))
     ]
+    made += [
+        Setting(name=BETWEEN, laws=(BETWEEN,), n=64, prompts=k, draws=times(draws), kinds=frozenset({BETWEEN}))
+        for k, draws in ((8, 200), (16, 200), (64, 60))
+    ]
     return made
 
 
@@ -224,6 +232,8 @@ def run(chosen: Sequence[Setting], workers: int) -> Iterator[list[dict[str, Any]
     for setting in chosen:
         if BATCHES in setting.kinds:
             batch_truths(setting.laws[0])
+        elif BETWEEN in setting.kinds:
+            between_truths(setting.n)
         elif REWARDS not in setting.kinds:
             truths_of(setting.laws * (setting.prompts if len(setting.laws) == 1 else 1), setting.n)
             if "lines" in setting.kinds and setting.prompts == 1:
@@ -275,9 +285,7 @@ def main() -> None:
     parser.add_argument("--draws", type=float, default=1.0, help="multiplies every number of draws")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", help="settings whose name holds this text")
-    parser.add_argument(
-        "--kinds", nargs="+", choices=sorted({*KINDS, BATCHES, REWARDS}), help="only these kinds of quantities"
-    )
+    parser.add_argument("--kinds", nargs="+", choices=sorted({*KINDS, *OTHERS}), help="only these kinds of quantities")
     parser.add_argument("--sizes", type=int, nargs="+", help="only these N")
     parser.add_argument("--each", type=int, help="draws of every setting, in place of its own number")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))

@@ -25,6 +25,7 @@ from gradvar.estimators.baselines import Baselines, log_independence_ratio
 from gradvar.estimators.best_alpha import best_of_curve
 from gradvar.estimators.bias import (
     Jackknifed,
+    Statistic,
     cosine,
     estimate_of,
     eta_estimate,
@@ -58,7 +59,7 @@ from gradvar.estimators.spread import NEIGHBOURS
 from gradvar.estimators.surplus import of_log_efficiency, of_log_rho
 from gradvar.estimators.tails import PromptTails
 from gradvar.estimators.token_covariance import share_estimate, share_sums
-from gradvar.estimators.update_products import length_direction, products, reward_direction
+from gradvar.estimators.update_products import entropy_direction, length_direction, products, reward_direction
 from gradvar.runs.records import Estimate, PromptScores
 
 Array = NDArray[np.float64]
@@ -139,10 +140,9 @@ def _exponents(samples: list[Sample], what: str) -> tuple[Estimate, Estimate]:
 
 def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
     n = len(prompts[0].scores.lengths)
-    used = [p.scores for p in prompts if not is_silent(p.scores)]
-    if not used:
-        return
-    if n < 2 * GROUP:
+    loud = [p for p in prompts if not is_silent(p.scores)]
+    used = [p.scores for p in loud]
+    if not used or n < 2 * GROUP:
         return
     drawn = [draw_groups(n, GROUP, _permutations(n), rng=rng) for _ in used]
     c = [_coefficients(s, g) for s, g in zip(used, drawn, strict=True)]
@@ -179,44 +179,55 @@ def _groups(prompts: list[Simulated], rng: np.random.Generator) -> Made:
         return
     pool = [
         products(
-            s.gram,
+            p.scores.gram,
             Layout(
                 groups=g,
-                kinds=np.stack([*one, reward_direction(s.rewards, g), length_direction(s.lengths, g)]),
+                kinds=np.stack(
+                    [
+                        *one,
+                        reward_direction(p.scores.rewards, g),
+                        length_direction(p.scores.lengths, g),
+                        entropy_direction(p.log_probs, g),
+                    ]
+                ),
                 n_responses=n,
             ),
-            2,
+            3,
         )
-        for s, g, one in zip(used, drawn, c, strict=True)
+        for p, g, one in zip(loud, drawn, c, strict=True)
     ]
     noise, angle = jackknifed(pool, log_noise), jackknifed(pool, cosine)
-    along, product, longer = (jackknifed(pool, one) for one in (scale, inner_product(1), pressure(1)))
+    others: dict[str, Statistic] = {
+        "scale": scale,
+        "length product": inner_product(1),
+        "length pressure": pressure(1),
+        "entropy pressure": pressure(2),
+    }
+    made = {what: jackknifed(pool, statistic) for what, statistic in others.items()}
     known = what_is_known(pool, level=LEVEL)
     several = len(used) >= MINIMUM_PROMPTS
     of_prompts: list[Jackknifed] = []
     if several:
-        statistics = (log_noise, cosine, scale, inner_product(1), pressure(1))
-        of_prompts = [jackknifed(pool, statistic, across=True) for statistic in statistics]
+        of_prompts = [jackknifed(pool, statistic, across=True) for statistic in (log_noise, cosine, *others.values())]
         sure = what_is_known(pool, level=LEVEL, across=True)
     for k in REWARDED:
         name = label(*RULES[k])
         turning = [prompt.angle(variants[k]) for prompt in described]
         eta = eta_estimate(pool, noise, k, level=LEVEL, method="", tails=tails[k], known=known.direction)
-        alike: list[Estimate | None] = [None] * 5
+        alike: list[Estimate | None] = [None] * (2 + len(others))
         if of_prompts:
-            noise_like, angle_like, *others = of_prompts
+            noise_like, angle_like, *others_like = of_prompts
             spoken: dict[str, Any] = {"level": LEVEL, "method": "", "across": True}
             alike = [
                 eta_estimate(pool, noise_like, k, tails=tails[k], known=sure.direction, **spoken),
                 cosine_estimate(pool, angle_like, k, tails=turning, known=sure, **spoken),
-                *(estimate_of(other, k, level=LEVEL, method="") for other in others),
+                *(estimate_of(other, k, level=LEVEL, method="") for other in others_like),
             ]
         yield f"eta {name}", eta, alike[0]
         cosine_here = cosine_estimate(pool, angle, k, level=LEVEL, method="", tails=turning, known=known)
         yield f"cosine {name}", cosine_here, alike[1]
-        yield f"scale {name}", estimate_of(along, k, level=LEVEL, method=""), alike[2]
-        yield f"length product {name}", estimate_of(product, k, level=LEVEL, method=""), alike[3]
-        yield f"length pressure {name}", estimate_of(longer, k, level=LEVEL, method=""), alike[4]
+        for what, likewise in zip(made, alike[2:], strict=True):
+            yield f"{what} {name}", estimate_of(made[what], k, level=LEVEL, method=""), likewise
     pairs = np.sum([_pairs(*one) for one in zip(used, drawn, c, strict=True)], axis=0)
     grid = np.append(np.arange(3, len(RULES)), len(RULES) + np.arange(3, len(RULES)))
     curve = [p.of_updates(slice(3, None)) for p in pool]
@@ -328,14 +339,16 @@ def _audit(prompts: list[Simulated], rng: np.random.Generator) -> Made:
 
 
 def _proxies(prompts: list[Simulated], rng: np.random.Generator) -> Made:
-    used = [p.scores for p in prompts if not is_silent(p.scores)]
+    used = [p for p in prompts if not is_silent(p.scores)]
     names = {
         "rank_correlation": "rank correlation",
         "explained_variance": "R^2",
         "explained_variance_log": "R^2 of logs",
     }
-    for proxy in ("length", "advantage_square_length"):
-        pool: list[Pair] = [prompt_pairs(s, "grpo", seed=0).pair(proxy, "norm_square") for s in used]
+    given = {"entropy": {p.scores.prompt_id: p.entropies for p in used}}
+    made = [prompt_pairs(p.scores, "grpo", given, seed=0) for p in used]
+    for proxy in ("length", "advantage_square_length", "entropy", "advantage_square_entropy"):
+        pool: list[Pair] = [one.pair(proxy, "norm_square") for one in made]
         for quantity, estimate, _ in predictions(pool, level=LEVEL) if pool else ():
             yield f"proxy {proxy}: {names[quantity]}", estimate, None
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.calibration_truths import LAW, LONGEST
+from benchmarks.calibration_truths import LAW, LONGEST, NATS, SCATTER
 from gradvar.runs.records import Estimate, PromptScores
 from tests.estimators import simulator
 
@@ -36,6 +36,13 @@ class Simulated:
 
     scores: PromptScores
     taus: Array
+    entropies: Array
+    """(N,) W, or anything that grows with the length."""
+
+    @property
+    def log_probs(self) -> Array:
+        """(N,) sums over tokens, -`NATS` a token on average: grad H is `NATS` grad E[L]."""
+        return -NATS * self.entropies
 
 
 def simulate(laws: list[dict[str, Any]], n: int, rng: np.random.Generator) -> list[Simulated]:
@@ -53,7 +60,8 @@ def simulate(laws: list[dict[str, Any]], n: int, rng: np.random.Generator) -> li
             truncated=np.zeros(n, dtype=bool),
             max_length=int(LONGEST),
         )
-        made.append(Simulated(scores=scores, taus=taus))
+        entropies = lengths * rng.gamma(1.0 / SCATTER, SCATTER, n)
+        made.append(Simulated(scores=scores, taus=taus, entropies=entropies))
     return made
 
 

@@ -36,6 +36,10 @@ RULES: tuple[tuple[str, float | None], ...] = (
     *(("vl_norm", a) for a in GRID),
 )
 LONGEST = 3000.0
+NATS = 0.5
+"""-log pi of a token, on average."""
+SCATTER = 0.125
+"""Variance of W / L, whose mean is 1."""
 LAW = {"dimensions", "decay", "beta", "signal", "drift", "p", "spread", "reward_slope"}
 
 
@@ -132,6 +136,7 @@ def group_truths(prompts: list[Moments]) -> Truths:
             f"scale {name}": mixed[k] / direction,
             f"length product {name}": longer[k],
             f"length pressure {name}": longer[k] / mixed[k],
+            f"entropy pressure {name}": NATS * longer[k] / mixed[k],
         }
     between, _ = spline(GRID)
     for what, curve in (("eta", eta[3:]), ("cv", rho[3:])):
@@ -192,31 +197,35 @@ def audit_truths(prompts: list[dict[str, Any]], shares: list[float], bins: int, 
 
 
 def proxy_truths(law: dict[str, Any], count: int = 200_000) -> Truths:
-    """Rank correlation and explained variance of A^2 L and L for ||g||^2, in a large sample; R^2 exactly.
+    """Rank correlation and explained variance of L, W, A^2 L and A^2 W for ||g||^2, in a large sample; R^2 exactly.
 
     Fourth moments of lognormal lengths: a sample of 200 000 misses R^2 by up to 0.01.
     """
     rng = np.random.default_rng(654)
     p_all, sd = _reward_mean(law)
-    x: dict[str, list[Array]] = {"length": [], "advantage_square_length": [], "norm": []}
+    names = ("length", "advantage_square_length", "entropy", "advantage_square_entropy", "norm")
+    x: dict[str, list[Array]] = {name: [] for name in names}
     for _ in range(count // 20_000):
         scores, rewards, lengths = simulator.draw(20_000, rng=rng, **{k: v for k, v in law.items() if k in LAW})
         square = ((rewards - p_all) / sd) ** 2
         x["length"].append(lengths)
         x["advantage_square_length"].append(square * lengths)
+        x["entropy"].append(lengths * rng.gamma(1.0 / SCATTER, SCATTER, len(lengths)))
+        x["advantage_square_entropy"].append(square * x["entropy"][-1])
         x["norm"].append(square * (scores**2).sum(axis=1))
     sample = {k: np.concatenate(v) for k, v in x.items()}
     norm = sample.pop("norm")
     found: Truths = {}
     for name, proxy in sample.items():
         found[f"proxy {name}: rank correlation"] = float(stats.spearmanr(proxy, norm).statistic)
-        found[f"proxy {name}: R^2"] = _explained(law, weighted=name != "length")
+        scatter = SCATTER if name.endswith("entropy") else 0.0
+        found[f"proxy {name}: R^2"] = _explained(law, weighted=name.startswith("advantage"), scatter=scatter)
         found[f"proxy {name}: R^2 of logs"] = float(np.corrcoef(np.log(proxy), np.log(norm))[0, 1] ** 2)
     return found
 
 
-def _explained(law: dict[str, Any], *, weighted: bool) -> float:
-    """R^2 of L, or of A^2 L, for ||g||^2 by sums over lengths and rewards."""
+def _explained(law: dict[str, Any], *, weighted: bool, scatter: float) -> float:
+    """R^2 of L, or of A^2 L, times a number of mean 1 and variance `scatter`, for ||g||^2: sums over what is drawn."""
     spread, p = law.get("spread", 0.6), law.get("p", 0.4)
     normal = np.linspace(-8.0, 8.0, 20_001)
     density = stats.norm.pdf(normal) / stats.norm.pdf(normal).sum()
@@ -232,7 +241,7 @@ def _explained(law: dict[str, Any], *, weighted: bool) -> float:
         mean = v + along[0] + along[1]
         fourth = mean**2 + 2.0 * v**2 * float(c @ c) + 4.0 * v * (c[-1] * along[0] + c[-2] * along[1])
         x = square * lengths if weighted else lengths
-        for k, value in enumerate((x, x**2, square * mean, square**2 * fourth, x * square * mean)):
+        for k, value in enumerate((x, (1.0 + scatter) * x**2, square * mean, square**2 * fourth, x * square * mean)):
             moments[k] += float(share @ value)
     one, one_square, two, two_square, both = moments
     return float((both - one * two) ** 2 / ((one_square - one**2) * (two_square - two**2)))
