@@ -66,7 +66,7 @@ def error_further_away(result: Jackknifed, k: int, level: float) -> float:
     """How far from +-1 beyond its estimate cosine k may lie, at the error that it would have there.
 
     With d = 1 - |cos| the variance is pairs + slope d, d the estimate's own distance plus reach = q sqrt(variance).
-    Pairs of responses add the same everywhere. The slope is 4 times the variance of delta along itself: what the
+    Pairs of responses add the same everywhere. The slope is twice the variance of delta along itself: what the
     jackknife finds (which has 2 pairs at d = 0) over d with the products of a response with itself in it, at most
     4 sqrt(pairs / 2), as if delta erred in its own direction alone. Where E[g | L] moves, grpo's and vl_norm 2's were
     covered 81 to 88% without (N = 512).
@@ -100,7 +100,9 @@ def within_one(found: Estimate) -> Estimate:
         width = 1.0 - found.value**2
         low, high = ((end - found.value) / width for end in (found.low, found.high))
         centre = math.atanh(found.value)
-        return replace(found, low=math.tanh(centre + low), high=math.tanh(centre + high))
+        ends = math.tanh(centre + low), math.tanh(centre + high)
+        # Nor nearer than they were: where an interval falls just short of 1, Fisher's upper end missed up to 8% alone.
+        return replace(found, low=min(ends[0], found.low), high=max(ends[1], found.high))
     value, low, high = (min(max(x, -1.0), 1.0) for x in (found.value, found.low, found.high))
     if low == 1.0:
         low = max(1.0 - (found.value - found.low), -1.0)

@@ -38,6 +38,7 @@ from gradvar.estimators.intervals import (
     check_level,
     effective_degrees,
     jackknife_variance,
+    reach_of_skewed,
     t_quantile,
     without_surplus,
 )
@@ -224,6 +225,19 @@ def _interval(
     return replace(none, value=value, low=-math.inf if high > 700.0 else 1.0 - math.exp(high), high=1.0 - math.exp(low))
 
 
+def _ends_across(value: float, without: Array, level: float) -> tuple[float, float]:
+    """Ends of rho for prompts like these from its replicates (K,), each without one prompt, on the log of the noise.
+
+    Few prompts carry most of the signal: both ends move by skewness (91 to 92% of rho were covered without, 8 prompts).
+    """
+    if not value < 1.0:
+        return math.nan, math.nan
+    error, quantile = math.sqrt(float(jackknife_variance(without))) / (1.0 - value), t_quantile(level, len(without) - 1)
+    logs = np.log(np.maximum(1.0 - without, np.finfo(np.float64).tiny))
+    below, above = reach_of_skewed(logs.mean() - logs, error, quantile, level)
+    return 1.0 - (1.0 - value) * math.exp(min(above, 700.0)), 1.0 - (1.0 - value) * math.exp(-below)
+
+
 def replicate_quantile(none: Estimate, replicates: Sequence[Array]) -> float:
     """Student quantile with the degrees of freedom that the replicates support."""
     return t_quantile(none.level, effective_degrees(influence_of(replicates), none.n - none.clusters))
@@ -309,7 +323,7 @@ def pooled_rho(
 
     Returns:
         (for these prompts: responses drawn again inside prompts; for prompts like these: delete-one-prompt jackknife,
-        t over K - 1, without interval below 4 prompts).
+        t over K - 1 and moved by skewness, without interval below 4 prompts).
     """
     same, cross = sum(m.same for m in prompts), sum(m.cross for m in prompts)
     n, clusters = sum(len(m.same_without) for m in prompts), len(prompts)
@@ -323,7 +337,9 @@ def pooled_rho(
         clusters=clusters,
         seed=None,
     )
-    across = replace(none, method=f"permutation groups, delete-one-prompt jackknife, t; {PROMPTS_LIKE_THESE}")
+    across = replace(
+        none, method=f"permutation groups, delete-one-prompt jackknife, t, moved by skewness; {PROMPTS_LIKE_THESE}"
+    )
     if same <= 0.0:
         note = f"; {NO_GRADIENT}"
         return replace(none, method=none.method + note), replace(across, method=across.method + note)
@@ -347,8 +363,6 @@ def pooled_rho(
     with np.errstate(all="ignore"):
         without = (cross - cross_by) / (same - same_by)
     if np.isfinite(without).all():
-        half = t_quantile(level, clusters - 1) * math.sqrt(float(jackknife_variance(without)))
-        stretch = math.exp(min(half / (1.0 - value), 700.0)) if value < 1.0 else math.nan
-        low, high = 1.0 - (1.0 - value) * stretch, 1.0 - (1.0 - value) / stretch
+        low, high = _ends_across(value, without, level)
         there = at_least_as_wide(replace(there, low=low, high=high), here)
     return here, there

@@ -345,7 +345,7 @@ def _rows_of_direction(pool: Sequence[_Prompt], extras: Sequence[str], level: fl
             if max(abs(turned.low), abs(turned.high)) < ROUNDING:
                 turned = replace(turned, value=0.0, low=0.0, high=0.0)
             if few is not None:
-                further = turn_of_further(few, angles, k) if extra == PUNISHMENT else 0.0
+                further = turn_of_further(few, angles, k, plain) if extra == PUNISHMENT else 0.0
                 turned = enough_affected(few, _at_least_mover(turned, angle, cosines[plain], further))
             turned = gated(turned, known.direction and bool(known.updates[k] and known.updates[plain]))
             rows.append(_row("cosine_difference", turned, extra, _side(turned, 0.0)))

@@ -78,16 +78,17 @@ def enough_affected(prompts: Sequence[FewAffected], estimate: Estimate) -> Estim
     return replace(estimate, low=math.nan, high=math.nan, method=note)
 
 
-def turn_of_further(prompts: Sequence[FewAffected], cosines: Jackknifed, k: int) -> float:
+def turn_of_further(prompts: Sequence[FewAffected], cosines: Jackknifed, k: int, plain: int) -> float:
     """By how much cosine k could fall if `FURTHER` more responses were changed, all turning the update one way.
 
-    The angle's square has (FURTHER u)^2 of them, u^2 of each being what it adds to that square alone: the part of its
-    product with itself, over all changed (of dapo's under punishment 7% were covered less without, N = 128).
+    The angle's square has (FURTHER u)^2 of them, u^2 of each being what it adds to that square alone: the part of
+    products of a response with itself, less the plain update's, over all changed (of dapo's under punishment 7% were
+    covered less without, N = 128).
     """
     count = sum(int(one.rows.sum()) for one in prompts)
     if cosines.own is None or not count:
         return 0.0
-    return FURTHER**2 * max(float(cosines.own[k]), 0.0) / count
+    return FURTHER**2 * max(float(cosines.own[k] - cosines.own[plain]), 0.0) / count
 
 
 def share_of_responses(changed: NDArray[np.bool_], *, level: float, seed: int | None) -> Estimate:

@@ -202,7 +202,12 @@ def form_table(
 
 
 def _measured(scores: PromptScores, advantage: str, neighbours: int, seed: int) -> Measured:
-    """Within-length variances of one prompt, with what they depend on."""
+    """Within-length variances of one prompt, with what they depend on.
+
+    Near an end of the lengths their neighbours' noise is not that of their own length, and weights that fall with the
+    length rest on that end: vl_norm 2's CV over grpo's came out 1.3 times too large where 1% of the responses had 2
+    tokens. So V_i is brought to its own length by the fitted law, v(L_i) / E V_i.
+    """
     factors = advantages(scores.rewards, advantage, lengths=scores.lengths)
 
     def ties() -> np.random.Generator:
@@ -214,7 +219,10 @@ def _measured(scores: PromptScores, advantage: str, neighbours: int, seed: int) 
         return variance_among(weighted_gram(scores.gram, factors + added), near)
 
     values = within(0.0)
-    centre = _centre(scores.lengths, values)
+    centre, seen = _centre(scores.lengths, values, near)
+    straight = centre / seen
+    values = straight * values
+    shared = dependence_among(weighted_gram(scores.gram, factors), near)
     few = few_that_carry(factors)
     spread, skewness = local_moments(scores.lengths, values, centre, carrying=few, rng=ties())
     step = float(np.abs(factors).max())  # V is quadratic in A: any step gives the derivative
@@ -228,9 +236,9 @@ def _measured(scores: PromptScores, advantage: str, neighbours: int, seed: int) 
         centre=centre,
         spread=spread,
         skewness=skewness,
-        shared=dependence_among(weighted_gram(scores.gram, factors), near),
+        shared=lambda q: shared(straight[:, None] * q),
         carrying=effective_carrying(factors),
-        slope=(within(step) - within(-step)) / (2.0 * step) if step > 0.0 else np.zeros_like(values),
+        slope=straight * (within(step) - within(-step)) / (2.0 * step) if step > 0.0 else np.zeros_like(values),
         max_length=float(scores.max_length) if scores.max_length > 0 else float(scores.lengths.max()),
     )
 
@@ -242,13 +250,15 @@ def _pooled_prompts(moments: Mapping[str, Any], sizes: Mapping[str, int], group_
     return large if any(name in moments for name in large) else enough
 
 
-def _centre(lengths: Array, v: Array) -> Array:
-    """v(L_i) by the fitted power law; the mean where none can be fitted."""
+def _centre(lengths: Array, v: Array, near: NDArray[np.intp]) -> tuple[Array, Array]:
+    """v(L_i) and E V_i by the fitted power law; the mean V for both where none can be fitted."""
+    alike = np.full_like(v, v.mean() if v.any() else 1.0)
     try:
-        fitted = fitted_means(lengths, v)
+        fitted, seen = fitted_means(lengths, v, near)
     except GradvarError:
-        fitted = np.full_like(v, math.nan)
-    return fitted if np.isfinite(fitted).all() else np.full_like(v, v.mean())
+        return alike, alike
+    ratio = fitted / seen
+    return (fitted, seen) if np.isfinite(fitted).all() and np.isfinite(ratio).all() else (alike, alike)
 
 
 def _form_rows(

@@ -257,15 +257,20 @@ def fit_exponent(
     return ExponentFit(**_exponents(data, power, margin, level, dependence, carrying, pairs))
 
 
-def fitted_means(lengths: Any, deviations: Any) -> Array:
-    """Means v(L) (n,) of one prompt by the power law at the lengths fitted, NaN where it does not converge.
+def fitted_means(lengths: Any, deviations: Any, near: Any | None = None) -> tuple[Array, Array]:
+    """Means v(L) (n,) of one prompt by the power law at the lengths fitted, and of what is fitted, E V_i with `near`.
 
-    As `VarianceLaw.mean`, without all that stands beside it; arguments and errors as in `fit_variance_law`.
+    NaN where it does not converge. As `VarianceLaw.mean`, without all that stands beside it; arguments and errors as in
+    `fit_variance_law`.
     """
-    data = checked_data(lengths, deviations, None, None, None, margin=1.0, level=0.5)
+    data = checked_data(lengths, deviations, None, None, None, margin=1.0, level=0.5, near=near)
     power = _fit_power(data, None)
-    means = np.exp(power.constants[0] + power.shape[0] * (data.log_length - data.centre))
-    return np.asarray(means if power.converged else np.full_like(data.x, math.nan))
+    if not power.converged:
+        none = np.full_like(data.x, math.nan)
+        return none, none
+    shape = power_shape(data.log_length - data.centre)
+    v, seen = (np.exp(power.constants[0] + one(power.shape)[0]) for one in (shape, data.seen(shape)))
+    return np.asarray(v), np.asarray(seen)
 
 
 def _fit_power(data: LawData, dependence: Dependence | None) -> QuasiFit:

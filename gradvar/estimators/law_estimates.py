@@ -54,6 +54,7 @@ class FamilyFit:
 
 
 NO_PAIRS = PairPart()
+"""Nothing is known of pairs, and nothing taken out."""
 
 
 def error_of(influence: Array, pairs: PairPart) -> float:

@@ -3,6 +3,7 @@
 Shape letters: N responses of one prompt, n of them fitted.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,14 +24,15 @@ from gradvar.estimators.spread import (
     weighted_gram,
 )
 from gradvar.estimators.spread_pairs import (
+    MOST_NEIGHBOURS,
     PAIRS_FROM,
     Form,
+    NeighbourKernels,
     PairPart,
     Weights,
     deviation_form,
     deviation_kernels,
     jackknifed_pairs,
-    neighbour_kernels,
     noise_squares,
     pair_variance,
     within_form,
@@ -63,13 +65,18 @@ class Sample:
     forms: dict[str, Form]
     """Quadratic forms of sums of "deviation" and "within"."""
     noise: Array | None
-    """(n, n) `noise_squares`; None where fewer than `PAIRS_FROM` are fitted."""
+    """(n, n) `noise_squares`; None where fewer than `PAIRS_FROM` are fitted, or with more than `MOST_NEIGHBOURS`."""
     left_out: int
     carrying: dict[str, float]
     """Effective number of the responses that carry "deviation" and "within" (`carrying.effective_carrying`): the mean
     that deviations are taken from is that of all responses, also where a subset is fitted."""
     names: tuple[int, ...]
     """Of the responses: their ids where known, else their places among the responses studied."""
+
+    @functools.cached_property
+    def kernels(self) -> NeighbourKernels:
+        """What a jackknife of within-length variances has of pairs."""
+        return NeighbourKernels.of(self.near)
 
 
 def subsets_of(
@@ -127,7 +134,7 @@ def sample_of(
             between = _both(between, of_baseline(lambda x: deviations(scores.gram, x)[chosen]))
             shared = _both(shared, of_baseline(lambda x: variance_among(weighted(x), near)))
     noise = None
-    if count >= PAIRS_FROM:
+    if count >= PAIRS_FROM and near.shape[1] <= MOST_NEIGHBOURS:
         order = generator(seed, scores.prompt_id, "pairs")
         own_factors = None if factors is None else factors[chosen]
         noise = noise_squares(weighted_gram(part.gram, own_factors), part.lengths, rng=order)
@@ -174,7 +181,7 @@ def pairs_of(samples: Sequence[Sample], weights: Mapping[str, Weights]) -> PairP
             once += pair_variance(np.sum([s.forms[what](w.gain) for what, w in mine.items()], axis=0), s.noise)
             counted += jackknifed_pairs(
                 deviation_kernels(mine["deviation"], int(s.n_centred[0])) if "deviation" in mine else None,
-                neighbour_kernels(s.near).of_jackknife(mine["within"]) if "within" in mine else None,
+                s.kernels.of_jackknife(mine["within"]) if "within" in mine else None,
                 s.noise,
             )
     return PairPart(once, counted)

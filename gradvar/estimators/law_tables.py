@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from gradvar.errors import GradvarError
 from gradvar.estimators.advantages import check_advantage
 from gradvar.estimators.inputs import arrange, why_nothing
 from gradvar.estimators.intervals import (
@@ -31,6 +32,8 @@ from gradvar.estimators.spread import (
 from gradvar.runs.records import PromptScores, TableRow, estimate_table
 
 Array = NDArray[np.float64]
+
+MINIMUM_NEIGHBOURS = 2
 
 
 def law_table(
@@ -79,11 +82,16 @@ def law_table(
         as an interval takes at least, as there is none.
 
     Raises:
-        GradvarError: No prompts, an unknown advantage, or prompts that do not fit together.
+        GradvarError: No prompts, an unknown advantage, fewer than 2 neighbours, or prompts that do not fit together.
     """
     check_level(level)
     for kind in advantages_studied:
         check_advantage(kind)
+    if neighbours < MINIMUM_NEIGHBOURS:
+        raise GradvarError(
+            f"neighbours must be at least {MINIMUM_NEIGHBOURS}, received {neighbours}: with one, what responses owe to "
+            "each other is not known"
+        )
     rows: list[TableRow] = []
     targets = arrange(groups)
     for target, prompts in targets.items():

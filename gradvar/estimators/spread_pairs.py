@@ -17,7 +17,6 @@ Shape letters: N responses of one prompt, n of them fitted, k neighbours in leng
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,6 +72,8 @@ def within_form(near: NDArray[np.intp]) -> Form:
 PAIRS_FROM = 64
 """Responses of a prompt from which on what pairs count twice is taken out: with 16 exponents would be covered 89 to
 97%, with 32 their difference 91%."""
+MOST_NEIGHBOURS = 15
+"""Neighbours up to which it is: what a jackknife has of pairs takes O(n k^3)."""
 
 
 def noise_squares(gram: Array, lengths: Array, *, rng: np.random.Generator) -> Array:
@@ -125,34 +126,23 @@ class NeighbourKernels:
             keys.append(near[:, slot, None] * n**2 + pairs[..., 0] * n + pairs[..., 1])
             columns.append(columns[0])
             values.append(np.broadcast_to(whole - less[places[:, 0], places[:, 1]], keys[0].shape))
-        found, row = np.unique(np.concatenate([key.reshape(-1) for key in keys]), return_inverse=True)
+        joined = [np.concatenate([x.reshape(-1) for x in one]) for one in (keys, columns, values)]
+        found, row = np.unique(joined[0], return_inverse=True)
+        own = np.arange(len(row)) < keys[0].size
 
-        def entries(part: slice) -> sparse.csr_array:
-            chosen = [np.concatenate([x.reshape(-1) for x in one[part]] or [np.zeros(0)]) for one in (values, columns)]
-            count = keys[0].size
-            rows = row[:count] if part.stop == 1 else row[count:]
-            return sparse.csr_array((chosen[0], (rows, chosen[1].astype(np.intp))), shape=(len(found), n))
+        def entries(part: NDArray[np.bool_]) -> sparse.csr_array:
+            return sparse.csr_array((joined[2][part], (row[part], joined[1][part])), shape=(len(found), n))
 
         return cls(
             out=found // n**2,
             pair=np.stack([found // n % n, found % n], axis=1),
-            by_own=entries(slice(0, 1)),
-            by_owed=entries(slice(1, None)),
+            by_own=entries(own),
+            by_owed=entries(~own),
         )
 
     def of_jackknife(self, weights: Weights) -> tuple[NeighbourKernels, Array]:
         """With their values (E,)."""
         return self, np.asarray(self.by_own @ weights.own + self.by_owed @ weights.owed)
-
-
-def neighbour_kernels(near: NDArray[np.intp]) -> NeighbourKernels:
-    """`NeighbourKernels` of neighbours (n, k), kept for the prompt's other targets and advantages."""
-    return _kept(near.tobytes(), len(near))
-
-
-@functools.lru_cache(maxsize=64)
-def _kept(near: bytes, n: int) -> NeighbourKernels:
-    return NeighbourKernels.of(np.frombuffer(near, dtype=np.intp).reshape(n, -1))
 
 
 def _form_of_one(k: int) -> Array:

@@ -25,6 +25,7 @@ from gradvar.estimators.forms import _measured
 from gradvar.estimators.inputs import generator
 from gradvar.estimators.intervals import reach_of_sum
 from gradvar.estimators.noise_scale import noise_moments
+from gradvar.estimators.spread import nearest_in_length
 from tests.estimators import references, simulator
 from tests.estimators.test_tables import only, pick, prompts
 
@@ -39,6 +40,15 @@ def literal_squared_gradient(gram, rewards):
     return math.fsum(terms) / len(terms)
 
 
+def straightened(v, lengths, near):
+    """V_i v(L_i) / E V_i, of a law that is fitted with E V_i = k/(k + 1) (v_i + (1/k^2) sum_j v_j)."""
+    k = near.shape[1]
+    law = fit_variance_law(lengths, v, near=near)
+    fitted = law.scale.value * lengths**law.exponent.value
+    expected = [k / (k + 1) * (fitted[i] + sum(fitted[j] for j in near[i]) / k**2) for i in range(len(v))]
+    return v * fitted / np.array(expected)
+
+
 @pytest.mark.parametrize("advantage", ["grpo", "mean", "rloo", "raw", "opo"])
 @pytest.mark.parametrize(("rule", "alpha"), [("grpo", None), ("dapo", None), ("vl_norm", 0.5), ("token_sum", None)])
 def test_both_forms_are_the_definition(rule, alpha, advantage):
@@ -46,6 +56,7 @@ def test_both_forms_are_the_definition(rule, alpha, advantage):
     one = simulator.prompt("p", n, rng=np.random.default_rng(5), **LAW)
     factors = advantages(one.rewards, advantage, lengths=one.lengths)
     v = within_length_variance(one.gram, one.lengths, advantages=factors, rng=generator(7, "p", "neighbours"))
+    v = straightened(v, one.lengths, nearest_in_length(one.lengths, 5, rng=generator(7, "p", "neighbours")))
     gradient = literal_squared_gradient(one.gram, one.rewards)
     if advantage in ("grpo", "mean", "rloo"):
         # In the scale of r - mean, whose square has the expectation (1 - 1/n) Var r.
@@ -170,13 +181,36 @@ def test_hard_signals_are_covered_resolved_or_not():
     assert resolved < draws / 2
 
 
+def test_rare_short_responses_do_not_take_their_neighbours_noise():
+    """1% of 2 tokens under V L: their neighbours' noise is 75 times theirs, and vl_norm 2 rests on them alone."""
+    ratios = []
+    for t in range(40):
+        one = simulator.prompt("p", 128, rng=np.random.default_rng([5, t]), beta=1.0, signal=0.02, decay=0.9)
+        short = one.lengths.argmin()
+        lengths, scale = one.lengths.copy(), np.ones(128)
+        scale[short], lengths[short] = math.sqrt(2.0 / lengths[short]), 2.0
+        one = replace(one, lengths=lengths, gram=one.gram * np.outer(scale, scale))
+        row = only(form_table([one], alphas=(2.0,), seed=t), quantity="cv_ratio_form_2", rule="vl_norm")
+        ratios.append(row["value"] / math.sqrt(noise_given(lengths, 2.0) / noise_given(lengths, 1.0)))
+    assert 0.75 < np.median(ratios) < 1.15
+
+
+def noise_given(lengths, falls):
+    """Of weights L^-falls that sum to 1, given the lengths, up to V."""
+    x = lengths**-falls
+    return float(x**2 @ lengths) / float(x.sum()) ** 2
+
+
 def test_replicates_follow_the_baseline():
     """The derivative of sum w V to the baseline is that of V taken with other baselines, and what it is scaled by."""
     one = simulator.prompt("p", 30, rng=np.random.default_rng(4), beta=1.0, signal=1.0, p=0.2)
     measured = _measured(one, "mean", 5, 0)
     rng = generator(0, "p", "neighbours")
     other = within_length_variance(one.gram, one.lengths, advantages=measured.factors + 1e-6, rng=rng)
-    assert (other - measured.within) / 1e-6 == pytest.approx(measured.slope, rel=1e-3, abs=1e-4)
+    rng = generator(0, "p", "neighbours")
+    before = within_length_variance(one.gram, one.lengths, advantages=measured.factors, rng=rng)
+    straight = measured.within / before
+    assert straight * (other - before) / 1e-6 == pytest.approx(measured.slope, rel=1e-3, abs=1e-4)
     moved = baseline_moves(measured)
     without = [np.delete(one.rewards, i).mean() for i in range(30)]
     assert moved == pytest.approx(one.rewards.mean() - np.array(without))

@@ -5,7 +5,7 @@ import pytest
 from scipy import optimize
 
 from gradvar.errors import GradvarError
-from gradvar.estimators import fit_variance_law, within_length_variance
+from gradvar.estimators import fit_variance_law, law_table, within_length_variance
 from gradvar.estimators.law import fit_exponent
 from gradvar.estimators.law_data import affine_shape, beside_neighbours, checked_data, curved_shape, without_response
 from gradvar.estimators.law_samples import neighbours_of, sample_of
@@ -116,3 +116,9 @@ def test_refuses_neighbours_that_are_none(near, words):
     lengths = np.arange(1.0, 9.0)
     with pytest.raises(GradvarError, match=words):
         fit_exponent(lengths, lengths, clusters=np.arange(8) // 4, near=near)
+
+
+def test_one_neighbour_is_refused_where_it_would_have_an_interval():
+    prompt = simulator.prompt("p", 20, rng=np.random.default_rng(0))
+    with pytest.raises(GradvarError, match="at least 2, received 1"):
+        law_table([prompt], neighbours=1, seed=0)

@@ -8,13 +8,13 @@ import pytest
 
 from gradvar.estimators import law_table
 from gradvar.estimators.law_samples import pairs_of, sample_of
-from gradvar.estimators.spread import dependence_among, nearest_in_length, variance_among
+from gradvar.estimators.spread import nearest_in_length
 from gradvar.estimators.spread_pairs import (
+    NeighbourKernels,
     Weights,
     deviation_form,
     deviation_kernels,
     jackknifed_pairs,
-    neighbour_kernels,
     noise_squares,
     pair_variance,
     within_form,
@@ -106,7 +106,7 @@ def test_what_a_jackknife_of_within_length_variances_has_of_pairs() -> None:
         pair = np.zeros((n, n))
         pair[a, b] = pair[b, a] = 1.0
         expected += float((influences_of(within, near, weights, pair) ** 2).sum()) * squares[a, b]
-    found = jackknifed_pairs(None, neighbour_kernels(near).of_jackknife(weights), squares)
+    found = jackknifed_pairs(None, NeighbourKernels.of(near).of_jackknife(weights), squares)
     assert found == pytest.approx(expected, rel=1e-12)
 
 
@@ -117,7 +117,7 @@ def test_what_a_jackknife_of_the_difference_has_of_pairs() -> None:
     of_deviation, of_within = (Weights(*rng.normal(size=(3, n))) for _ in range(2))
     squares = np.ones((n, n))
     found = jackknifed_pairs(
-        deviation_kernels(of_deviation, everyone), neighbour_kernels(near).of_jackknife(-of_within), squares
+        deviation_kernels(of_deviation, everyone), NeighbourKernels.of(near).of_jackknife(-of_within), squares
     )
 
     def deviation(gram):
@@ -137,32 +137,35 @@ def test_one_neighbour_that_goes_leaves_its_variance_as_it_was() -> None:
     """As `spread.dependence_among` has it, with k = 1."""
     near = np.array([[1], [0], [1]])
     weights = Weights(np.ones(3), np.array([1.0, 2.0, 3.0]), np.full(3, 7.0))
-    found = jackknifed_pairs(None, neighbour_kernels(near).of_jackknife(weights), np.ones((3, 3)))
+    found = jackknifed_pairs(None, NeighbourKernels.of(near).of_jackknife(weights), np.ones((3, 3)))
     # V = ||g_i - g_j||^2 / 2: the entry is -1/2, the response to a pair -1.
     assert found == pytest.approx(1.0 + 4.0 + 9.0)
 
 
-def test_the_squares_of_influences_are_linear_parts_and_pairs() -> None:
-    """Noise alone, constant law: J is what single responses add, once, and pairs, as often as counted."""
-    n, draws = 80, 300
+def test_what_is_left_of_the_squares_of_influences_is_the_variance() -> None:
+    """Exactly, of noise in d dimensions: Var e'Ce = 2 d ||C||^2, E u_i^2 = 2 d ||B^i||^2 + (d tr B^i)^2.
+
+    The traces are how the sum of the influences is not 0 in expectation; without them and the surplus of pairs the
+    jackknife is the variance to within some percent, with all pairs it is a quarter more.
+    """
+    n, d = 24, 3
     lengths = np.exp(np.random.default_rng(11).normal(5.0, 0.6, n))
     near = nearest_in_length(lengths, 5, rng=np.random.default_rng(0))
     q = np.log(lengths) - np.log(lengths).mean()
     weights = Weights(q, q, q)
-    sums, squares, counted = [], [], []
-    for t in range(draws):
-        g = np.random.default_rng([12, t]).normal(size=(n, 3))
-        gram = g @ g.T
-        v = variance_among(gram, near)
-        u = q * (v - v.mean()) + dependence_among(gram, near)(q[:, None])[:, 0]
-        sums.append(float(q @ v))
-        squares.append(float(u @ u))
-        noise = noise_squares(gram, lengths, rng=np.random.default_rng(t))
-        once = pair_variance(within_form(near)(q), noise)
-        counted.append(jackknifed_pairs(None, neighbour_kernels(near).of_jackknife(weights), noise) - once)
-    left = np.mean(squares) - np.mean(counted)
-    assert left == pytest.approx(np.var(sums), rel=0.2)
-    assert np.mean(squares) > 1.15 * np.var(sums)
+    forms = np.zeros((n, n, n))
+    for a in range(n):
+        for b in range(a, n):
+            pair = np.zeros((n, n))
+            pair[a, b] = pair[b, a] = 1.0
+            forms[:, a, b] = forms[:, b, a] = influences_of(within, near, weights, pair) / (1.0 if a == b else 2.0)
+    variance = 2.0 * d * float((within_form(near)(q) ** 2).sum())
+    jackknife = 2.0 * d * float((forms**2).sum())
+    squares = d * (1.0 - np.eye(n))  # E <e_a, e_b>^2
+    once = pair_variance(within_form(near)(q), squares)
+    surplus = jackknifed_pairs(None, NeighbourKernels.of(near).of_jackknife(weights), squares) - once
+    assert jackknife > 1.25 * variance
+    assert jackknife - surplus == pytest.approx(variance, rel=0.1)
 
 
 def test_prompts_add_up_but_for_small_ones_and_the_difference_of_two_sums_is_one_form() -> None:
