@@ -144,7 +144,10 @@ class VarianceLaw(ExponentFit):
     """Spearman's, within prompts."""
 
     def mean(self, lengths: Any) -> tuple[Array, Array, Array]:
-        """Fitted v(L) with its pointwise band: (value, low, high), each shaped as `lengths` (tokens)."""
+        """Fitted v(L) with its pointwise band: (value, low, high), each shaped as `lengths` (tokens).
+
+        Within-length variances of the shortest lie above it on average: they hold their neighbours' noise.
+        """
         x = np.log(np.asarray(lengths, dtype=np.float64) / self.reference_length)
         middle = math.log(self.level_at_reference.value) + self.exponent.value * x
         level_half = math.log(self.level_at_reference.high / self.level_at_reference.value)
@@ -187,8 +190,9 @@ def fit_variance_law(
             twice or oftener (`spread_pairs`); the surplus is taken out of the exponent's. None: it stays.
         carrying: Effective number of the responses that carry the noise (`carrying.together`). Below
             `carrying.LEAST_CARRYING` nothing has an interval, below `carrying.least_under_a_line` no line. None: all.
-        near: (n, k) rows of the neighbours that within-length variances were taken from (`nearest_in_length`), -1 for
-            none, whose noise the mean then carries. None: it is taken for that at the response's own length.
+        near: (n, k) rows of the neighbours that within-length variances were taken from, -1 for none, whose noise the
+            mean then carries (`spread.nearest_in_length`, from a generator in the state that `within_length_variance`
+            was given). None: it is taken for that at the response's own length.
 
     Returns:
         The law. Where the power law does not converge its numbers are NaN and the verdict "undetermined"; where fewer

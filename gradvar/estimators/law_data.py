@@ -80,6 +80,8 @@ def checked_data(
         )
     if all(np.ptp(x[codes == k]) == 0 for k in range(count)):
         raise GradvarError("all responses have one length: an exponent needs at least two different lengths")
+    if near is not None and n_centred is not None:
+        raise GradvarError("near is for within-length variances, n_centred for deviations: give one of them")
     a, b = _correction(y, codes, n_centred, mean_deviation)
     log_length = np.log(x)
     centre = float(log_length.mean())
@@ -95,6 +97,8 @@ def _neighbours(near: Any, codes: NDArray[np.intp]) -> NDArray[np.intp]:
     if found.size and not (found.min() >= -1 and found.max() < len(codes)):
         raise GradvarError(f"near must hold rows of the {len(codes)} responses, or -1 for none")
     held = found >= 0
+    if (found == np.arange(len(codes))[:, None]).any():
+        raise GradvarError("near must hold other responses: one is named as its own neighbour")
     if (codes[np.where(held, found, 0)] != codes[:, None])[held].any():
         raise GradvarError("near must hold neighbours among the responses to the same prompt")
     return found.astype(np.intp)

@@ -109,13 +109,20 @@ def test_a_response_left_out_is_nobodys_neighbour():
         (np.zeros((8, 2)), "whole numbers"),
         (np.full((8, 2), 8), "or -1 for none"),
         (np.full((8, 2), -2), "or -1 for none"),
-        (np.full((8, 2), 7), "the same prompt"),
+        ((np.arange(8)[:, None] + [4, 5]) % 8, "the same prompt"),
+        (np.arange(8)[:, None] + [0], "its own neighbour"),
     ],
 )
 def test_refuses_neighbours_that_are_none(near, words):
     lengths = np.arange(1.0, 9.0)
     with pytest.raises(GradvarError, match=words):
         fit_exponent(lengths, lengths, clusters=np.arange(8) // 4, near=near)
+
+
+def test_neighbours_and_a_mean_are_not_given_together():
+    lengths = np.arange(1.0, 9.0)
+    with pytest.raises(GradvarError, match="give one of them"):
+        fit_exponent(lengths, lengths, n_centred=8, near=(np.arange(8)[:, None] + [1, 2]) % 8)
 
 
 def test_one_neighbour_is_refused_where_it_would_have_an_interval():
