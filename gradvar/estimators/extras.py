@@ -327,6 +327,7 @@ def _rows_of_direction(pool: Sequence[_Prompt], extras: Sequence[str], level: fl
         value=angles.value - angles.value[plain],
         replicates=[replicate - replicate[:, plain : plain + 1] for replicate in angles.replicates],
         surplus=None,
+        own=None,
     )
     rows: list[TableRow] = []
     cosines = [
