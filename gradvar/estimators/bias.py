@@ -249,11 +249,10 @@ def estimate_of(
     """Statistic k with its t interval, moved by skewness and widened by the jackknife's bias on the side it points to.
 
     `tails`, one a prompt, add what lengths beyond those seen could do to it; `least` is how far (below, above) it
-    reaches at least without either. Where a part `curved` is told apart (then
-    there are no tails) its reach, the rest of the error and the bias, which counts as error, are added in squares
-    (MOVER, Zou and Donner 2008). Value NaN with an unbounded interval where it is undefined. For prompts like these the
-    interval holds that for these prompts (without, 8 prompts: scales were covered 82%, pressures 86%), and has neither
-    its skewness nor tails.
+    reaches at least without either. Where a part `curved` is told apart (then there are no tails) its reach, the rest
+    of the error and the bias, which counts as error, are added in squares (MOVER, Zou and Donner 2008). Value NaN with
+    an unbounded interval where it is undefined. For prompts like these the interval holds that for these prompts
+    (without, 8 prompts: scales were covered 82%, pressures 86%), and has neither its skewness nor tails.
     """
     error = float(result.error()[k])
     value = float(result.value[k])

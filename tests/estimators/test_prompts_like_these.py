@@ -16,6 +16,7 @@ from gradvar.estimators.bias import (
     scale,
 )
 from gradvar.estimators.cosines import cosine_estimate
+from gradvar.estimators.cv import _ends_across
 from gradvar.estimators.groups import draw_groups
 from gradvar.estimators.intervals import at_least_as_wide
 from gradvar.runs.records import Estimate
@@ -73,3 +74,24 @@ def test_a_cosine_for_prompts_like_these_holds_that_for_these():
             found += 1
             assert across.low <= here.low <= here.high <= across.high
     assert found > 3
+
+
+def test_rho_of_prompts_like_these_is_moved_by_skewness():
+    """On log(1 - rho), Hall's correction: a prompt that carries the signal moves the end on its side."""
+    without = 0.3 + 0.02 * np.array([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, -7.0])
+    value, t = 0.3, stats.t.ppf(0.975, 7)
+    error = math.sqrt(7 / 8 * float(((without - without.mean()) ** 2).sum())) / (1.0 - value)
+    low, high = _ends_across(value, without, 0.95)
+    plain = [1.0 - (1.0 - value) * math.exp(sign * t * error) for sign in (1.0, -1.0)]
+    u = np.log(1.0 - without).mean() - np.log(1.0 - without)
+    moved = float((u**3).sum()) / float((u**2).sum()) ** 1.5 * (2.0 * stats.norm.ppf(0.975) ** 2 + 1.0) / 6.0
+    assert moved < 0.0  # without that prompt the noise is larger: the log lies low where it is in
+    assert high == pytest.approx(1.0 - (1.0 - value) * math.exp(-(t - moved) * error))
+    assert high > plain[1]
+    assert plain[0] < low < value
+    even = 0.3 + 0.02 * np.array([1.0, -1.0] * 4)
+    wide = t * math.sqrt(7 / 8 * float(((even - even.mean()) ** 2).sum())) / 0.7
+    assert _ends_across(0.3, even, 0.95) == pytest.approx(
+        (1 - 0.7 * math.exp(wide), 1 - 0.7 * math.exp(-wide)), rel=0.02
+    )
+    assert all(math.isnan(end) for end in _ends_across(1.2, even, 0.95))

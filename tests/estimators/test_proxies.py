@@ -11,7 +11,7 @@ from gradvar.estimators.intervals import effective_degrees, t_quantile
 from gradvar.estimators.prediction import Pair, predictions
 from gradvar.estimators.proxies import prompt_pairs
 from gradvar.runs.records import TABLE_COLUMNS
-from tests.estimators import references
+from tests.estimators import references, simulator
 from tests.estimators.test_tables import only, pick, prompts, same
 
 
@@ -203,6 +203,16 @@ def test_repeated_responses_have_the_ranks_of_ties(groups):
     tables = [proxy_table([one], advantage=kind, seed=0) for kind in ("mean", "rloo")]
     values, others = (pick(t, quantity="rank_correlation")[["value", "low", "high"]].to_numpy() for t in tables)
     np.testing.assert_allclose(values, others, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("n", "bounded"), [(19, False), (20, True)])
+def test_r2_of_logs_needs_20_responses(n, bounded):
+    one = simulator.prompt("p", n, rng=np.random.default_rng(0), signal=1.0)
+    rows = proxy_table([one], seed=0)
+    mine = rows[(rows["proxy"] == "length") & (rows["truth"] == "norm_square")].set_index("quantity")
+    assert math.isfinite(mine.loc["explained_variance_log", "low"]) == bounded
+    assert math.isfinite(mine.loc["explained_variance", "low"])
+    assert ("below 20 responses" in mine.loc["explained_variance_log", "method"]) != bounded
 
 
 def test_logs_leave_out_what_is_not_positive():

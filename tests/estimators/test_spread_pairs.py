@@ -197,6 +197,17 @@ def test_a_reward_class_has_the_pairs_of_its_own_responses() -> None:
     assert found == pytest.approx(np.array(pairs_of([score], {"within": weights})), rel=1e-9)
 
 
+def test_nothing_is_taken_from_the_lower_end_of_the_difference() -> None:
+    """Its upper reach is without what pairs count too often, its lower one the jackknife's; below 64 both are."""
+    for n, shorter in ((80, True), (60, False)):
+        prompt = simulator.prompt("p", n, rng=np.random.default_rng(3), decay=0.4)
+        table = law_table([prompt], advantages_studied=["score"], subsets=False, seed=1)
+        row = table[table["quantity"] == "exponent_difference"].iloc[0]
+        down, up = row["value"] - row["low"], row["high"] - row["value"]
+        assert (up < 0.95 * down) if shorter else up == pytest.approx(down)
+        assert ("pairs counted once above" in row["method"]) == shorter
+
+
 def test_the_band_of_a_law_is_one_of_level_and_exponent() -> None:
     """Half-width of log v(L) is sqrt(level^2 + exponent^2 log(L / reference)^2) at one token too, pairs taken out."""
     prompt = simulator.prompt("p", 80, rng=np.random.default_rng(3), decay=0.4)
